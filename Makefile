@@ -1,0 +1,97 @@
+# `make help` lists the targets. A stage is a notebook; make waits for the file results/<profile>/<notebook>.json, which
+# the notebook writes as its last act, so a killed notebook never counts as done. Executed copies lie in runs/<profile>.
+PROFILE ?= demo
+DATA    ?=
+PYTHON  ?= python3
+# In an environment of your own, e.g. conda's, say: make paper PY=python STAMP=
+PY      := .venv/bin/python
+STAMP   := .venv/.ready
+UV      := 0.13.9
+
+ifneq ($(words $(PROFILE))$(findstring /,$(PROFILE)),1)
+$(error PROFILE must be one name without a slash; write for example PROFILE=demo)
+endif
+RESULTS := results/$(PROFILE)
+STAGES  := 00_data 01_heads 02_deacl 03_attack_classification 04_attack_segmentation 05_attack_depth 06_figures
+ATTACKS := $(filter 03% 04% 05%,$(STAGES))
+RUN      = $(PY) -m ssl_robust.run --profile $(PROFILE) --data "$(DATA)"
+stages   = $(patsubst %,$(RESULTS)/%.json,$(1))
+modules  = $(patsubst %,ssl_robust/%.py,$(1))
+# a table or figure that someone deleted is a reason to run its stage again
+made     = $(if $(filter-out $(notdir $(wildcard figures/$(PROFILE)/*)),$(1)),FORCE)
+
+.DELETE_ON_ERROR:
+.PHONY: help env paper table1 table2 table3 fig1 fig2 lab test reference encoder lock clean check FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9 ]+:.*## / { printf "make %-26s %s\n", $$1, $$2 }' Makefile
+	@echo 'Variables: PROFILE=$(PROFILE) (a file in params/), DATA=$(DATA) (folder of real images), PYTHON=$(PYTHON)'
+
+env: $(STAMP) ## the environment in .venv, alone
+
+paper: $(call stages,06_figures) ## Tables 1-3, Figures 1-2 and index.html in figures/PROFILE
+	@$(PY) -m ssl_robust.report $(PROFILE)
+
+table1: $(call stages,03_attack_classification) ## Table 1, classification
+table2: $(call stages,04_attack_segmentation) ## Table 2, segmentation
+table3: $(call stages,05_attack_depth) ## Table 3, depth
+fig1 fig2: $(call stages,06_figures) ## Figure 1, the attacks; Figure 2, along DeACL
+table1 table2 table3 fig1 fig2:
+	@echo "made: $$(ls figures/$(PROFILE)/$@.* | tr '\n' ' ')"
+
+lab: $(STAMP) ## JupyterLab on the notebooks
+	@$(PY) -m jupyterlab notebooks
+
+test: $(STAMP) ## ruff, unit tests, notebook rules, nbval
+	@$(PY) -m ruff check ssl_robust tests notebooks
+	@$(PY) -m pytest
+
+reference: $(STAMP) ## the notebooks that nbval compares with, made anew
+	@$(PY) tests/make_reference.py
+
+encoder: $(STAMP) check ## pretrain the embedded encoder (appendix notebook)
+	@$(RUN) appendix_pretraining
+
+lock: $(STAMP) ## requirements.lock made anew from pyproject.toml
+	@$(PY) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev \
+	  --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
+
+clean: ## delete results/PROFILE and runs/PROFILE; asks first (YES=1: does not)
+	@answer=$(if $(YES),y); test -n "$$answer" || { \
+	  printf 'Delete $(RESULTS) and runs/$(PROFILE)? [y/N] '; read -r answer || true; }; \
+	if [ "$$answer" = y ]; then rm -rf $(RESULTS) runs/$(PROFILE); else echo 'Nothing deleted.'; fi
+
+check: | $(STAMP)
+	@$(RUN) --check
+
+# Each stage names the earlier stages it reads and the modules it is the first to use; later ones inherit them.
+$(call stages,00_data):    $(call modules,settings records progress scenes datasets plots tiles claims)
+$(call stages,01_heads):   $(call stages,00_data) $(call modules,encoders metrics heads) $(wildcard ssl_robust/weights/*)
+$(call stages,02_deacl):   $(call stages,01_heads) $(call modules,attacks deacl evaluate)
+$(call stages,$(ATTACKS)): $(call stages,01_heads 02_deacl) $(call modules,report layout) ssl_robust/reported.csv
+$(call stages,06_figures): $(call stages,$(ATTACKS))
+
+$(call stages,03_attack_classification): $(call made,table1.csv)
+$(call stages,04_attack_segmentation):   $(call made,table2.csv)
+$(call stages,05_attack_depth):          $(call made,table3.csv)
+$(call stages,06_figures):               $(call made,index.html fig1.png fig2.png)
+
+$(call stages,$(STAGES)): $(RESULTS)/%.json: notebooks/%.ipynb params/$(PROFILE).yaml runs/$(PROFILE)/data_root $(STAMP)
+	@$(RUN) $*
+
+params/$(PROFILE).yaml: | check ; # if there is no such profile, check says so
+
+# DATA as it was in the last run, rewritten only when it changes ('+': looked at under `make -n` too)
+runs/$(PROFILE)/data_root: FORCE | check
+	+@mkdir -p $(@D); echo '$(DATA)' | cmp -s - $@ || echo '$(DATA)' > $@
+
+# A stamp at the end, so that an interrupted installation is completed by the next call.
+.venv/.ready: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo '$(PYTHON) is not Python 3.11 or later; name one that is, e.g. make env PYTHON=python3.12' >&2; exit 1; }
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo 'environment: installing the pinned packages into .venv (about 6 GB)'
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
+	@.venv/bin/python -m uv pip install --quiet --python .venv/bin/python -r requirements.lock
+	@.venv/bin/python -m uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,161 @@
+"""The paper's claims (a)-(e), judged on whatever was run: each verdict is computed from the records, none is typed.
+
+A quantity is compared with its threshold give or take its standard error; inside that margin it is left undecided.
+Standard errors of differences and shares treat the runs as independent, which is conservative: all see the same images.
+RMSE counts with its sign turned, so that a gain is always an improvement.
+"""
+
+from math import hypot
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+Cells = dict[tuple[str, str, str, str], Record]
+
+TASK_ATTACK = {"classification": "PGD", "segmentation": "SegPGD", "depth": "DepthPGD"}
+PART = 1 / 3  # recovering more than this share of what an attack took is 'much', less is 'hardly'
+MOST = 1 / 2
+EARLY = 10  # epochs; of a run shorter than twice that, the first half is looked at instead
+
+
+class Row(NamedTuple):
+    """One judged case: whether the claim holds in it (None: undecided), and the numbers or the reason."""
+
+    holds: bool | None
+    words: str
+
+
+def _sign(record: Record) -> int:
+    return -1 if record["metric"] == "RMSE" else 1
+
+
+def _show(record: Record) -> str:
+    return f"{record['value']:.2f} ± {record['se']:.2f}"
+
+
+def _gain(before: Record, after: Record) -> tuple[float, float]:
+    """Improvement from `before` to `after` in the units of the metric, and its standard error."""
+    return _sign(before) * (after["value"] - before["value"]), hypot(before["se"], after["se"])
+
+
+def _above(quantity: float, se: float, threshold: float) -> bool | None:
+    """Whether `quantity` lies above `threshold`; None if they differ by no more than one standard error."""
+    return None if abs(quantity - threshold) <= se else quantity > threshold
+
+
+def _undecided(holds: bool | None) -> str:
+    return ", undecided within its standard error" if holds is None else ""
+
+
+def _share(start: Record, part: Record, whole: Record) -> tuple[float, float] | None:
+    """(part - start) / (whole - start) and its standard error by the delta method; None if whole - start is noise."""
+    total, total_se = _gain(start, whole)
+    if total <= 2 * total_se:
+        return None
+    share = _gain(start, part)[0] / total
+    return share, hypot(part["se"], share * whole["se"], (1 - share) * start["se"]) / total
+
+
+def _broken(clean: Record, attacked: Record) -> bool:
+    """No better than a constant prediction, 2 standard errors allowed, or an RMSE of at least twice the clean one."""
+    lead = _sign(clean) * (attacked["value"] - attacked["chance"])
+    return lead <= 2 * attacked["se"] or (clean["metric"] == "RMSE" and attacked["value"] >= 2 * clean["value"])
+
+
+def _breaks(cells: Cells, task_attack: str) -> list[Row]:
+    rows = []
+    cleans = [(key, record) for key, record in cells.items() if key[2:] == ("standard", "clean")]
+    for (dataset, encoder, *_), clean in cleans:
+        for attack, name in (("embed", "EmbedAttack"), ("task", task_attack)):
+            row, attacked = f"{dataset}/{encoder} {name}", cells.get((dataset, encoder, "standard", attack))
+            if attacked is None:
+                rows.append(Row(None, f"{row} has not been run"))
+            elif _sign(clean) * (clean["value"] - clean["chance"]) <= 2 * clean["se"]:
+                rows.append(Row(None, f"{row}: the clean value {_show(clean)} is no better than a constant"))
+            else:
+                words = f"{row} {clean['value']:.2f} to {_show(attacked)}, best constant {clean['chance']:.2f}"
+                rows.append(Row(_broken(clean, attacked), words))
+    return rows
+
+
+def _recovers(cells: Cells, attack: str, name: str, much: bool) -> list[Row]:
+    """Per DeACL row: whether the share of what the attack took from Standard that DeACL keeps is `much`, or not."""
+    rows = []
+    for dataset, encoder, defense, kind in cells:
+        if (defense, kind) != ("deacl", attack):
+            continue
+        keys = [("standard", "clean"), ("standard", attack), ("deacl", attack)]
+        clean, hit, robust = (cells.get((dataset, encoder, *key)) for key in keys)
+        row = f"{dataset}/{encoder}"
+        if clean is None or hit is None:
+            rows.append(Row(None, f"{row} has no complete Standard row"))
+        elif (share := _share(hit, robust, clean)) is None:
+            rows.append(Row(None, f"{row}: {name} takes nothing measurable, {_show(clean)} to {_show(hit)}"))
+        else:
+            words = f"{row} {_show(hit)} to {_show(robust)}, {share[0]:.0%} ± {share[1]:.0%} of the loss recovered"
+            above = _above(*share, PART)
+            rows.append(Row(above if above is None else above == much, words + _undecided(above)))
+    return rows
+
+
+def _costs(cells: Cells) -> list[Row]:
+    rows = []
+    for (dataset, encoder, *kind), robust in cells.items():
+        clean = cells.get((dataset, encoder, "standard", "clean"))
+        if kind == ["deacl", "clean"] and clean is not None:
+            gain, se = _gain(clean, robust)
+            holds = _above(-gain, se, 0)
+            change = f"{dataset}/{encoder} {_show(clean)} to {_show(robust)}, worse by {-gain:.2f} ± {se:.2f}"
+            rows.append(Row(holds, change + _undecided(holds)))
+    return rows
+
+
+def _early(cells: Cells) -> list[Row]:
+    rows, unfollowed = [], []
+    for (dataset, encoder, *kind), last in cells.items():
+        start = cells.get((dataset, encoder, "standard", "embed"))
+        if kind != ["deacl", "embed"] or start is None:
+            continue
+        limit, row = min(EARLY, last["epoch"] / 2), f"{dataset}/{encoder}"
+        path = [r for key, r in cells.items() if key[:2] == (dataset, encoder) and key[3] == "embed"]
+        soon = max((r for r in path if 0 < r["epoch"] <= limit), key=lambda r: r["epoch"], default=None)
+        if soon is None:
+            unfollowed.append(Row(None, f"{row} has no checkpoint in the first {limit:g} epochs"))
+        elif (share := _share(start, soon, last)) is None:
+            rows.append(Row(None, f"{row} gains nothing measurable, {_show(start)} to {_show(last)}"))
+        else:
+            holds = _above(*share, MOST)
+            when = f"after {soon['epoch']} of {last['epoch']} epochs"
+            rows.append(Row(holds, f"{row} {share[0]:.0%} ± {share[1]:.0%} of the gain {when}{_undecided(holds)}"))
+    return rows or unfollowed  # epochs between are evaluated on some data sets only
+
+
+def _verdict(rows: list[Row]) -> str:
+    """Over all rows: 'shows' needs every one, 'does not show' at least one against and none for."""
+    judged = [row.holds for row in rows if row.holds is not None]
+    if not judged:
+        return "cannot be judged (" + ("; ".join(row.words for row in rows) or "the rows it needs were not run") + ")"
+    verdict = "shows" if len(judged) == len(rows) and all(judged) else "shows in part"
+    return f"{verdict if any(judged) else 'does not show'} ({'; '.join(row.words for row in rows)})"
+
+
+def claims(records: list[Record], task: str) -> list[tuple[str, str]]:
+    """The five claims as (letter, sentence 'claim: verdict (numbers).') for one task.
+
+    The verdict is 'shows', 'shows in part' (in some rows, or some stay undecided), 'does not show' or 'cannot be
+    judged'. Criteria, per row of the table:
+    (a) the attacked value is no better than the best constant prediction, 2 se allowed; for RMSE also if it is at
+    least twice the clean error;
+    (b) DeACL recovers more than a third of what EmbedAttack takes from Standard; (c) less than a third of what the task
+    attack takes; (d) the clean value gets worse by more than one se of the difference; (e) more than half of the gain
+    is there at the last checkpoint within 10 epochs, or within the first half if fewer than 20 epochs were trained.
+    """
+    cells = {(r["dataset"], r["encoder"], r["defense"], r["attack"]): r for r in records if r["task"] == task}
+    attack = TASK_ATTACK[task]
+    judged = [
+        ("a", f"EmbedAttack and {attack} both break every Standard encoder", _breaks(cells, attack)),
+        ("b", "DeACL recovers much of what EmbedAttack takes", _recovers(cells, "embed", "EmbedAttack", much=True)),
+        ("c", f"DeACL hardly helps against {attack}", _recovers(cells, "task", attack, much=False)),
+        ("d", "DeACL costs clean performance", _costs(cells)),
+        ("e", "Most of the gain against EmbedAttack comes early in DeACL", _early(cells)),
+    ]
+    return [(letter, f"{text}: {_verdict(rows)}.") for letter, text, rows in judged]

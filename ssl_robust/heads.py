@@ -1,0 +1,330 @@
+"""The three linear heads on frozen tokens, the sliding window, and how heads are trained (section 4.1, appendix C)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from . import datasets, encoders, metrics, records
+from .datasets import IGNORE, MAX_DEPTH, Subset
+from .encoders import Encoder
+from .progress import track
+from .settings import TASKS, BadInput, Settings, TaskSettings
+
+MIN_DEPTH, BINS = 0.001, 256
+CODE = ("datasets", "scenes", "encoders", "metrics", "heads")  # the modules that decide what a trained head is
+
+
+class ClassificationHead(nn.Module):
+    """One linear layer on the CLS token: (B, D) -> logits (B, classes)."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, classes)
+
+    def forward(self, cls: Tensor, patches: Tensor, patch: int) -> Tensor:
+        return self.linear(cls)
+
+
+class SegmentationHead(nn.Module):
+    """Batch norm and 1x1 convolution on patch tokens, bilinear to pixels: (B, D, h, w) -> logits (B, classes, H, W)."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(dim), nn.Conv2d(dim, classes, 1)
+
+    def forward(self, cls: Tensor, patches: Tensor, patch: int) -> Tensor:
+        return F.interpolate(self.conv(self.norm(patches)), scale_factor=patch, mode="bilinear")
+
+
+def upsample(x: Tensor, factor: int) -> Tensor:
+    """Bilinear upsampling of (B, C, h, w) as two products with interpolation matrices, a third of the time on CPUs."""
+    down, across = (
+        F.interpolate(torch.eye(side, device=x.device)[None], scale_factor=factor, mode="linear")[0]
+        for side in x.shape[2:]
+    )  # (h, factor h), (w, factor w): each row is what one token contributes
+    return down.T @ (x @ across)
+
+
+class DepthHead(nn.Module):
+    """CLS next to every patch token, x4 bilinear, linear to 256 bins, expectation -> depth (B, H, W) in metres."""
+
+    def __init__(self, dim: int, classes: int = 0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2 * dim, BINS, 1)
+        edges = torch.linspace(MIN_DEPTH, MAX_DEPTH, BINS + 1)
+        self.register_buffer("centres", (edges[1:] + edges[:-1]) / 2, persistent=False)
+
+    def forward(self, cls: Tensor, patches: Tensor, patch: int) -> Tensor:
+        tokens = torch.cat([patches, cls[:, :, None, None].expand(-1, -1, *patches.shape[2:])], 1)
+        # a 1x1 convolution and bilinear upsampling commute: convolving first costs a sixteenth and gives the same
+        bins = F.relu(upsample(self.conv(tokens), 4)) + 0.1  # (B, 256, 4h, 4w)
+        # expectation over the normalised bins: both sums in one product with the rows (centres, 1)
+        sums = torch.stack([self.centres, torch.ones_like(self.centres)]) @ bins.flatten(2)  # (B, 2, 16hw)
+        depth = (sums[:, :1] / sums[:, 1:]).unflatten(2, bins.shape[2:])
+        size = (patches.shape[2] * patch, patches.shape[3] * patch)
+        return F.interpolate(depth, size=size, mode="bilinear")[:, 0].clamp(MIN_DEPTH, MAX_DEPTH)
+
+
+HEADS = {"classification": ClassificationHead, "segmentation": SegmentationHead, "depth": DepthHead}
+
+
+def predict(head: nn.Module, encoder: Encoder, cls: Tensor, patches: Tensor, size: tuple[int, int]) -> Tensor:
+    """Prediction of a head from tokens; a dense one loses the border that the encoder padded an image of `size` by."""
+    prediction = head(cls, patches, encoder.patch)
+    return prediction if prediction.ndim == 2 else encoder.unpad(prediction, size)
+
+
+class TaskModel(nn.Module):
+    """A frozen encoder and a head: images (B, 3, H, W) in [0,1] -> logits (B, C), (B, C, H, W) or depth (B, H, W).
+
+    Segmentation slides a window of the encoder's native px over the image with `stride` (a fraction of the window)
+    and averages the logits where windows overlap.
+    """
+
+    def __init__(self, task: str, encoder: Encoder, head: nn.Module, stride: float = 1.0) -> None:
+        super().__init__()
+        self.task, self.encoder, self.head = task, encoder, head.eval().requires_grad_(False)
+        self.stride = max(1, round(stride * encoder.native))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.task == "segmentation":
+            return slide(x, self.single, self.encoder.native, self.stride)
+        return self.single(x)
+
+    def single(self, x: Tensor) -> Tensor:
+        """Prediction without a window; what the encoder padded is cut off again."""
+        return predict(self.head, self.encoder, *self.encoder(x), x.shape[-2:])
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The embedding that EmbedAttack moves, (B, F): the CLS token, or all patch tokens of all windows."""
+        if self.task == "classification":
+            return self.encoder(x)[0]
+        if self.task == "depth":
+            return self.encoder(x)[1].flatten(1)
+        crops, _ = crop_windows(x, self.encoder.native, self.stride)
+        patches = self.encoder(crops)[1].flatten(1)  # (K * B, F)
+        return patches.unflatten(0, (-1, len(x))).transpose(0, 1).flatten(1)
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """First pixels of the windows along one side; the last window ends at the border."""
+    return [*range(0, max(length - window, 0), stride), max(length - window, 0)]
+
+
+def crop_windows(x: Tensor, window: int, stride: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """All windows of images (B, C, H, W) in one batch (K * B, C, window, window), and their K corners (top, left)."""
+    tops, lefts = (window_starts(side, window, stride) for side in x.shape[-2:])
+    corners = [(top, left) for top in tops for left in lefts]
+    return torch.cat([x[..., t : t + window, le : le + window] for t, le in corners]), corners
+
+
+def slide(x: Tensor, predict: Callable[[Tensor], Tensor], window: int, stride: int) -> Tensor:
+    """Dense prediction (B, C, H, W) of `predict` on windows, averaged where they overlap."""
+    crops, corners = crop_windows(x, window, stride)
+    parts = predict(crops).unflatten(0, (len(corners), len(x)))  # (K, B, C, window, window)
+    total = parts.new_zeros(*parts.shape[1:3], *x.shape[-2:])
+    count = torch.zeros_like(total[:1, :1])
+    for part, (top, left) in zip(parts, corners, strict=True):
+        here = (..., slice(top, top + window), slice(left, left + window))
+        total[here] += part
+        count[here] += 1
+    return total / count
+
+
+def depth_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """L_pixel + 0.5 L_grad per image (B,), from depths (B, H, W) in metres; appendix C.1, eq. 3 and 4."""
+    valid = metrics.valid_depth(target)
+    log_difference = torch.where(valid, prediction.clamp(min=1e-6).log() - target.clamp(min=1e-6).log(), 0.0)
+    return pixel_loss(log_difference, valid) + 0.5 * gradient_loss(log_difference, valid)
+
+
+def pixel_loss(g: Tensor, valid: Tensor, alpha: float = 1.0, lam: float = 0.85) -> Tensor:
+    """Eq. 4 per image: alpha * sqrt(mean(g^2) - lam * mean(g)^2) over the valid pixels of g (B, H, W)."""
+    pixels = valid.flatten(1).sum(1).clamp(min=1)
+    mean, square = g.flatten(1).sum(1) / pixels, (g**2).flatten(1).sum(1) / pixels
+    return alpha * (square - lam * mean**2).clamp(min=1e-12).sqrt()  # clamped: the root has no gradient at 0
+
+
+def gradient_loss(g: Tensor, valid: Tensor, scales: int = 4) -> Tensor:
+    """Eq. 3 per image: sum over 4 scales of |grad_x R| + |grad_y R|, divided by n = valid pixels.
+
+    R^k is g at every 2^k-th pixel. A difference counts where both of its pixels are valid.
+    """
+    total = g.new_zeros(len(g))
+    for k in range(scales):
+        r, v = g[:, :: 2**k, :: 2**k], valid[:, :: 2**k, :: 2**k]
+        for axis in (1, 2):
+            both = v.narrow(axis, 1, v.shape[axis] - 1) & v.narrow(axis, 0, v.shape[axis] - 1)
+            total = total + torch.where(both, r.diff(dim=axis).abs(), 0.0).flatten(1).sum(1)
+    return total / valid.flatten(1).sum(1).clamp(min=1)
+
+
+def training_loss(task: str, prediction: Tensor, target: Tensor) -> Tensor:
+    """What a head minimises, a scalar: cross-entropy over images or pixels, or the depth loss."""
+    if task == "depth":
+        return depth_loss(prediction, target).mean()
+    return F.cross_entropy(prediction, target.long(), ignore_index=IGNORE)
+
+
+def features(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Frozen tokens of all images: CLS (N, D), patches (N, D, h, w) (empty unless `dense`), targets (N, ...)."""
+    rows: list[tuple[Tensor, ...]] = []
+    for indices, images, targets in datasets.batches(subset, batch):
+        with torch.no_grad():
+            cls, patches = encoder(images.to(device))
+        rows.append((torch.tensor(indices), cls, patches if dense else cls[:, :0], targets.to(device)))
+    if len({r[2].shape[1:] for r in rows}) > 1:
+        raise BadInput(f"The images of {subset.name} differ in size; set 'size' of the task to one value they share.")
+    order, *tensors = (torch.cat(column) for column in zip(*rows, strict=True))
+    back = order.argsort()
+    return tuple(t[back.to(t.device)] for t in tensors)
+
+
+def make_optimizer(task: str, head: nn.Module, section: TaskSettings) -> torch.optim.Optimizer:
+    """Adam for classification, AdamW for the dense tasks (section 4.1)."""
+    kind = torch.optim.Adam if task == "classification" else torch.optim.AdamW
+    return kind(head.parameters(), lr=section.lr, weight_decay=section.weight_decay)
+
+
+def fit(
+    task: str, encoder: Encoder, train: Subset, val: Subset, section: TaskSettings, seed: int, device: str
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train one head on frozen tokens and keep the epoch that is best on `val` (held out of train).
+
+    Returns the head and its history: epoch, training loss, metric on the held-out images. `section.views` augmented
+    copies of each image are encoded once and reused; views = epochs is a fresh augmentation in every epoch.
+    """
+    dense = task != "classification"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = HEADS[task](encoder.dim, len(train.classes)).to(device)
+    optimizer = make_optimizer(task, head, section)
+    held_out = features(encoder, val, section.attack_batch, device, dense)
+    views: dict[int, tuple[Tensor, ...]] = {}
+    best, best_state, history = -float("inf"), head.state_dict(), []
+    for epoch in track(range(section.epochs), desc=f"{task} head on {train.name}"):
+        train.view = epoch % section.views
+        if train.view not in views:
+            kept = views if section.views < section.epochs else {}  # copies used once are not kept
+            views = {**kept, train.view: features(encoder, train, section.attack_batch, device, dense)}
+        loss = _epoch(task, head.train(), encoder, optimizer, views[train.view], section.batch, seed + epoch)
+        score = _held_out_metric(task, head.eval(), encoder, held_out, len(train.classes))
+        history.append({"epoch": epoch + 1, "loss": loss, "held_out": score})
+        gain = metrics.BETTER[metrics.METRIC[task]] * score
+        if gain > best:
+            best, best_state = gain, {k: v.clone() for k, v in head.state_dict().items()}
+    head.load_state_dict(best_state)
+    return head.eval(), history
+
+
+def _epoch(
+    task: str, head: nn.Module, encoder: Encoder, optimizer: torch.optim.Optimizer, data: tuple[Tensor, ...],
+    batch: int, seed: int,
+) -> float:  # fmt: skip
+    """One pass over cached tokens in an order drawn from `seed`; the mean loss."""
+    order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed))
+    losses = []
+    for chosen in order.split(batch):
+        if len(chosen) == 1 < len(order):
+            continue  # batch norm needs two images
+        cls, patches, target = (t[chosen.to(t.device)] for t in data)
+        loss = training_loss(task, predict(head, encoder, cls, patches, target.shape[-2:]), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean())
+
+
+@torch.no_grad()
+def _held_out_metric(task: str, head: nn.Module, encoder: Encoder, data: tuple[Tensor, ...], classes: int) -> float:
+    """Metric on cached tokens of the held-out images, 64 at a time."""
+    parts = zip(*(t.split(64) for t in data), strict=True)
+    stats = [
+        metrics.statistics(task, predict(head, encoder, cls, patches, target.shape[-2:]), target, classes)
+        for cls, patches, target in parts
+    ]
+    return metrics.value(task, torch.cat(stats))
+
+
+def head_path(profile: str, task: str, dataset: str, encoder: str, defense: str) -> Path:
+    """File of one trained head."""
+    return records.runs_dir(profile) / "heads" / f"{task}__{dataset}__{encoder}__{defense}.safetensors"
+
+
+def fitted(
+    task: str, dataset: str, encoder: Encoder, settings: Settings, defense: str = "standard"
+) -> tuple[TaskModel, list[dict[str, float]]]:
+    """The model of one table row: its head is read from disk if it was made from exactly these inputs, else trained.
+
+    Returns the model and the head's history (see fit). Raises BadInput if the data set is missing.
+    """
+    section, device = settings.task(task), records.pick_device(settings.device)
+    train, val = (datasets.load(task, dataset, split, settings, encoder.native) for split in ("train", "val"))
+    parts = [
+        section.model_dump(exclude={"datasets", "n_test", "attack_batch"}),
+        settings.seed,
+        encoder.hash,
+        train.hash,
+    ]
+    key = records.digest([*parts, val.hash, records.code_hash(*CODE)])
+    path = head_path(settings.profile, task, dataset, encoder.name, defense)
+    found = read_head(path, key)
+    if found is None:
+        head, history = fit(task, encoder.to(device), train, val, section, settings.seed, device)
+        metadata = {"key": key, "history": json.dumps(history)}
+        records.write_bytes(save({k: v.cpu() for k, v in head.state_dict().items()}, metadata), path)
+    else:
+        state, history = found
+        head = HEADS[task](encoder.dim, len(train.classes))
+        head.load_state_dict(state)
+    stride = getattr(section, "stride", 1.0)
+    return TaskModel(task, encoder.to(device), head.to(device), stride), history
+
+
+def fit_all(settings: Settings) -> pd.DataFrame:
+    """Heads of all encoders (Standard), tasks and data sets, read or trained: one row each with its held-out metric."""
+    rows = []
+    for row in settings.encoders:
+        encoder = encoders.load(row, settings.data_root)
+        for task, dataset in ((t, d) for t in TASKS if getattr(settings, t) for d in settings.task(t).datasets):
+            _, history = fitted(task, dataset, encoder, settings)
+            metric = metrics.METRIC[task]
+            best = max(history, key=lambda h: metrics.BETTER[metric] * h["held_out"])
+            losses = {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
+            rows.append({"task": task, "dataset": dataset, "encoder": row.name, "metric": metric, **best, **losses})
+    return pd.DataFrame(rows).drop(columns="loss")
+
+
+def labels(task: str, prediction: Tensor) -> Tensor:
+    """What a prediction says: class (B,), mask uint8 (B, H, W), or depth (B, H, W) itself."""
+    if task == "depth":
+        return prediction
+    return prediction.argmax(1) if task == "classification" else prediction.argmax(1).to(torch.uint8)
+
+
+def predictions(model: TaskModel, subset: Subset, count: int) -> dict[str, object]:
+    """`count` images of equal size with truth and prediction, as plots.prediction_panel shows them."""
+    _, x, target = next(datasets.batches(subset, count))
+    with torch.no_grad():
+        said = labels(model.task, model(x.to(model.encoder.mean.device)))
+    return {"images": x, "target": target, "pred_clean": said.cpu(), "classes": list(subset.classes)}
+
+
+def read_head(path: Path, key: str) -> tuple[dict[str, Tensor], list[dict[str, float]]] | None:
+    """Weights and history of a stored head; None if there is none, it is damaged or was made from something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(metadata["history"])  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None

@@ -1,0 +1,100 @@
+"""Writers of tables and pages: Markdown, LaTeX and one self-contained HTML page; whatever is given is escaped."""
+
+import base64
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+import pandas as pd
+
+TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--"}
+TEX |= {"^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+TEX |= {character: f"\\{character}" for character in "&%$#_{}"}
+
+STYLE = """
+:root { color-scheme: light; --ink: #1d2530; --soft: #5b6675; --rule: #d9dee5; --tint: #f5f7fa; --accent: #004488; }
+body { font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: var(--ink);
+  max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; background: #fff; }
+h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 .4rem; }
+h2 { font-size: 1.2rem; margin: 3rem 0 .8rem; padding-top: 1rem; border-top: 1px solid var(--rule); }
+p.lead { color: var(--soft); margin: 0 0 1.4rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; background: var(--tint);
+  padding: .9rem 1.1rem; border-radius: .5rem; margin: 0; font-size: .92rem; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 0; } figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
+figcaption, ul.notes { color: var(--soft); font-size: .88rem; } figcaption { margin-top: .6rem; }
+ul.notes { padding-left: 1.1rem; } ul.notes li { margin: .25rem 0; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; min-width: 100%; font-variant-numeric: tabular-nums;
+  border-top: 2px solid var(--ink); border-bottom: 2px solid var(--ink); }
+th, td { text-align: left; padding: .4rem .9rem .4rem 0; white-space: nowrap; }
+thead th { border-bottom: 1px solid var(--ink); } tbody tr:nth-child(even) { background: var(--tint); }
+details { margin-top: 3rem; } details table { font-size: .8rem; } summary { cursor: pointer; color: var(--accent); }
+a { color: var(--accent); }
+"""
+
+
+def markdown(title: str, text: pd.DataFrame, notes: list[str]) -> str:
+    """A data frame of text as a Markdown table between its title and its notes."""
+
+    def line(cells: Iterable[Any]) -> str:
+        return "| " + " | ".join(escape(str(cell), quote=False).replace("|", "\\|") for cell in cells) + " |"
+
+    body = [line(row) for row in text.itertuples(index=False)]
+    listed = [f"- {escape(note, quote=False)}" for note in notes]
+    return "\n".join([f"**{title}**", "", line(text.columns), "|" + "---|" * len(text.columns), *body, "", *listed, ""])
+
+
+def _tex(text: Any) -> str:
+    return str(text).translate(str.maketrans(TEX))
+
+
+def latex(title: str, text: pd.DataFrame, notes: list[str]) -> str:
+    """A data frame of text as a LaTeX table (package booktabs); 'Table 1.' is cut off, LaTeX numbers it."""
+    head, *body = [" & ".join(map(_tex, row)) + r" \\" for row in [text.columns, *text.itertuples(index=False)]]
+    return "\n".join(
+        [
+            r"\begin{table} % needs \usepackage{booktabs}",
+            r"\centering\footnotesize",
+            rf"\caption{{{_tex(title.partition('. ')[2])}}}",
+            rf"\begin{{tabular}}{{{'l' * len(text.columns)}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(rf"\par {_tex(note)}" for note in notes),
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def html_table(title: str, rows: pd.DataFrame, notes: list[str]) -> str:
+    """A data frame of text as an HTML table with its heading and its notes."""
+    grid = rows.to_html(index=False, border=0, escape=True, justify="left")
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<h2>{escape(title)}</h2>\n<div class="scroll">{grid}</div>\n<ul class="notes">{listed}</ul>'
+
+
+def html_figure(title: str, png: bytes, caption: str) -> str:
+    """A picture as part of the page, with its heading and caption."""
+    image = f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f"<h2>{escape(title)}</h2>\n<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def html_links(title: str, rows: list[tuple[str, str]]) -> str:
+    """A folded list of (what, relative address)."""
+    lines = (f'<tr><td>{escape(what)}</td><td><a href="{escape(to)}">{escape(to)}</a></td></tr>' for what, to in rows)
+    return f"<details><summary>{escape(title)}</summary><table>{''.join(lines)}</table></details>"
+
+
+def html_page(title: str, lead: str, facts: dict[str, str], sections: list[str]) -> str:
+    """The whole page; `sections` are HTML already, everything else is text."""
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
+    width = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{width}<title>{escape(title)}</title><style>{STYLE}</style>'
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>', f"<dl>{terms}</dl>", *sections]
+    body = "\n".join(parts)
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'

@@ -1,0 +1,53 @@
+"""Progress of long loops: a bar in JupyterLab, plain lines where nobody watches a bar (make, tests, scripts)."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+QUIET_SECONDS = 3.0  # a loop says nothing before it has run that long
+
+
+def _in_jupyter() -> bool:
+    """True in a kernel with a front end; run.py marks kernels without one by SSL_ROBUST_HEADLESS=1."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return "IPKernelApp" in getattr(shell, "config", {}) and os.environ.get("SSL_ROBUST_HEADLESS") != "1"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _line(desc: str, done: int, total: int, elapsed: float) -> str:
+    left = elapsed / done * (total - done)
+    time_words = f"about {_duration(left)} left" if done < total else f"took {_duration(elapsed)}"
+    return f"{desc} {done}/{total} ({100 * done // total} %), {time_words}".strip()
+
+
+def _lines(iterable: Iterable[T], total: int | None, desc: str) -> Iterator[T]:
+    """One line to stdout for each further tenth of `total`, once QUIET_SECONDS have passed."""
+    start, printed = time.monotonic(), 0
+    for done, item in enumerate(iterable, 1):
+        yield item
+        elapsed = time.monotonic() - start
+        if total and elapsed >= QUIET_SECONDS and 10 * done // total > printed:
+            printed = 10 * done // total
+            print(_line(desc, done, total, elapsed), flush=True)
+
+
+def track(iterable: Iterable[T], total: int | None = None, desc: str = "") -> Iterator[T]:
+    """The items of `iterable`, with progress shown under the name `desc`.
+
+    `total` is their number, needed for the plain lines if `iterable` has no length. Loops of less than three seconds
+    print nothing; without a total no plain line is printed.
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    if _in_jupyter():
+        return iter(tqdm(iterable, total=total, desc=desc, leave=False))
+    return _lines(iterable, total, desc)

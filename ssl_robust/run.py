@@ -1,0 +1,199 @@
+"""Executes a notebook with a profile's parameters: python -m ssl_robust.run 00_data --profile demo [--data FOLDER].
+
+The only module that knows papermill. Exit codes: 0 done, 1 the notebook failed, 2 bad input, 130 interrupted, 138 the
+kernel died; whatever goes wrong is said in one sentence on stderr.
+"""
+
+import argparse
+import ast
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+from . import records
+from .settings import BadInput, Settings, check, read_params
+
+NOTEBOOKS = records.PACKAGE.parent / "notebooks"
+PARAMS = records.PACKAGE.parent / "params"
+BAD_INPUT, INTERRUPTED, KERNEL_DIED = 2, 130, 138
+
+
+def read_profile(profile: str, data: str = "") -> Settings:
+    """Validated settings of params/<profile>.yaml, `data` (a folder, relative to where one is) in place of data_root.
+
+    Raises BadInput for an unknown profile or parameter, a bad value, or a data folder that does not exist.
+    """
+    settings = check(**read_params(PARAMS / f"{profile}.yaml"))
+    given = data or settings.data_root
+    if not given:
+        return settings
+    # A relative data_root in the YAML file means relative to the project; notebooks run in another folder than either.
+    folder = (Path() if data else PARAMS.parent) / Path(given).expanduser()
+    if not folder.is_dir():
+        remedy = "name an existing one (make: DATA=FOLDER; python -m ssl_robust.run: --data FOLDER)"
+        raise BadInput(f"The data folder '{given}' does not exist; {remedy}.")
+    return settings.model_copy(update={"data_root": str(folder.resolve())})
+
+
+def declared(notebook: Path) -> list[str]:
+    """Names that the notebook's parameters cell assigns; raises BadInput if there is no such notebook or cell."""
+    if not notebook.is_file():
+        known = ", ".join(sorted(p.stem for p in notebook.parent.glob("*.ipynb")))
+        raise BadInput(f"There is no notebook '{notebook.stem}' in notebooks/; choose one of: {known}.")
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except ValueError:
+        raise BadInput(f"notebooks/{notebook.name} is damaged (not a valid notebook); restore it.") from None
+    sources = [c.source for c in cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
+    if len(sources) != 1:
+        raise BadInput(f"notebooks/{notebook.name} has {len(sources)} cells tagged 'parameters'; it must have one.")
+    # Read as code, because papermill's own reader goes by lines and stumbles over '=' inside values.
+    assigned = (node.targets for node in ast.parse(sources[0]).body if isinstance(node, ast.Assign))
+    return [target.id for targets in assigned for target in targets if isinstance(target, ast.Name)]
+
+
+def parameters_for(notebook: str, settings: Settings) -> dict[str, object]:
+    """What the notebook declares of `settings`, defaults written out; raises BadInput if a section is not set."""
+    values = settings.model_dump()
+    chosen = {name: values[name] for name in declared(NOTEBOOKS / f"{notebook}.ipynb") if name in values}
+    missing = [name for name, value in chosen.items() if value is None]
+    if missing:  # the notebook's own default, the demo's, must not slip into another profile
+        raise BadInput(
+            f"Notebook {notebook} needs the section '{missing[0]}'; add it to params/{settings.profile}.yaml."
+        )
+    return chosen
+
+
+class _Terminal:
+    """Shows what a notebook prints as it comes: whole lines, after the notebook's name (two may run at once)."""
+
+    def __init__(self, notebook: str) -> None:
+        self.notebook, self.rest = notebook, ""
+
+    def write(self, text: str) -> None:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            print(f"{self.notebook} | {line}", flush=True)
+
+    def flush(self) -> None:
+        """Called by papermill after every write; lines are flushed when they are whole."""
+
+
+def executed_path(profile: str, notebook: str) -> Path:
+    """The executed copy of a notebook, with its outputs or the full traceback of its failure."""
+    return records.runs_dir(profile) / f"{notebook}.ipynb"
+
+
+def execute(notebook: str, settings: Settings) -> float:
+    """Run one notebook with `settings`; returns the seconds it took.
+
+    Leaves the executed copy and the seconds in runs/<profile>; its records and stage file are the notebook's own work.
+    The old stage file goes first, so that a failed stage is not taken for a finished one; records stay.
+    """
+    parameters = parameters_for(notebook, settings)
+    target, stage = executed_path(settings.profile, notebook), records.stage_path(settings.profile, notebook)
+    stage.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    papermill.execute_notebook(
+        NOTEBOOKS / f"{notebook}.ipynb",
+        target,
+        parameters,
+        kernel_name="python3",
+        cwd=NOTEBOOKS,
+        progress_bar=False,
+        stdout_file=_Terminal(notebook),
+        start_timeout=180,
+        config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else a warning about plain TCP
+        extra_arguments=["--IPKernelApp.log_level=50"],  # else an error message when a kernel is told to stop
+    )
+    if not stage.is_file() and not notebook.startswith("appendix"):
+        raise BadInput(f"Notebook {notebook} did not write {_shown(stage)}; let its last cell call records.finish.")
+    seconds = round(time.monotonic() - start, 1)
+    records.write_json({"seconds": seconds}, target.with_suffix(".time.json"))
+    return seconds
+
+
+def missing_things(settings: Settings) -> list[str]:
+    """One sentence for each data set or checkpoint of the profile that is not there."""
+    from . import datasets, encoders  # here, because their imports take seconds that no notebook's run needs
+
+    return [*datasets.check(settings), *encoders.check(settings)]
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(records.ROOT))
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(sentence, file=sys.stderr, flush=True)
+    return code
+
+
+def _failed_cell(error: PapermillExecutionError, notebook: str, profile: str) -> int:
+    """Says what a notebook's exception was: BadInput speaks for itself, others point at the traceback."""
+    message = " ".join(error.evalue.split()).rstrip(".")
+    if error.ename == BadInput.__name__:
+        return _fail(f"{message}.", BAD_INPUT)
+    place = _shown(executed_path(profile, notebook))
+    return _fail(f"Notebook {notebook} failed by {error.ename}: {message}; the full traceback is in {place}.", 1)
+
+
+def _run(notebook: str, settings: Settings) -> int:
+    os.environ["SSL_ROBUST_HEADLESS"] = "1"  # the kernel inherits it: lines instead of bars, see progress.py
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    print(f"{notebook} | profile {settings.profile}: started", flush=True)
+    try:
+        seconds = execute(notebook, settings)
+    except PapermillExecutionError as error:
+        return _failed_cell(error, notebook, settings.profile)
+    except RuntimeError as error:
+        if "Kernel died" not in str(error):
+            raise
+        remedy = f"ask for fewer images or a smaller attack_batch in params/{settings.profile}.yaml and repeat"
+        return _fail(f"The kernel of notebook {notebook} died, probably for lack of memory; {remedy}.", KERNEL_DIED)
+    print(f"{notebook} | profile {settings.profile}: done in {seconds:.0f} s", flush=True)
+    return 0
+
+
+def _check(settings: Settings) -> int:
+    missing = missing_things(settings)
+    if missing:
+        return _fail("\n".join(missing), BAD_INPUT)
+    print(f"Profile {settings.profile}: parameters, data and checkpoints are in place.")
+    return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ssl_robust.run", description="Execute one notebook of a profile.")
+    parser.add_argument("notebook", nargs="?", help="name in notebooks/ without .ipynb, e.g. 03_attack_classification")
+    parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
+    parser.add_argument("--data", default="", help="folder of the real data sets, in place of the profile's data_root")
+    parser.add_argument("--check", action="store_true", help="only say what is wrong or missing")
+    arguments = parser.parse_args(argv)
+    if bool(arguments.notebook) == arguments.check:
+        parser.error("name a notebook, or give --check without one")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments = _arguments(argv)
+    try:
+        settings = read_profile(arguments.profile, arguments.data)
+        return _check(settings) if arguments.check else _run(arguments.notebook, settings)
+    except BadInput as error:
+        return _fail(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("Interrupted; repeat the command to go on from what is computed.", INTERRUPTED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

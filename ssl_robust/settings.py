@@ -1,0 +1,166 @@
+"""The schema of params/*.yaml and of every notebook's parameters cell; each refusal of a bad parameter is made here."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+TASKS = ("classification", "segmentation", "depth")
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used; the message is one sentence that names the thing and the remedy."""
+
+
+class _Strict(BaseModel):
+    # strict: "8/255" or "1e-3" given as text is refused instead of being guessed at
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class EncoderRow(_Strict):
+    """One frozen encoder, a row in each of the three tables."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="the row's name in tables and file names")
+    source: str = Field("embedded", description="'embedded' for the encoder inside the package, else a timm model name")
+    checkpoint: str = Field("", description="local weight file; a relative path is looked up in the data folder")
+    native: int | None = Field(None, ge=8, description="native input side in px; default: model")
+    mean: list[float] | None = Field(None, min_length=3, max_length=3, description="normalisation mean; default: model")
+    std: list[float] | None = Field(None, min_length=3, max_length=3, description="normalisation std; default: model")
+    defenses: list[Literal["standard", "deacl"]] = Field(["standard"], min_length=1)
+
+
+class Attack(_Strict):
+    """L-infinity PGD in [0,1] pixel space (section 3.1): eps 8/255, step 2/255, 20 steps in the paper."""
+
+    eps: float = Field(8 / 255, ge=0, le=1, description="radius of the ball, in [0,1] pixel units")
+    step: float = Field(2 / 255, ge=0, le=1, description="step size, in [0,1] pixel units")
+    steps: int = Field(20, ge=1, le=10_000)
+    best: bool = Field(False, description="return the iterate of the largest loss instead of the last")
+
+
+class TaskSettings(_Strict):
+    """Data subset, head training (appendix C) and evaluation of one task."""
+
+    datasets: list[str] = Field(["scenes"], min_length=1)
+    n_train: int = Field(1200, ge=1, description="training images of the head; fewer if the data set has fewer")
+    n_val: int = Field(200, ge=1, description="images held out of train to select the head's epoch")
+    n_test: int = Field(128, ge=1, description="test images, the same for clean and attacked evaluation")
+    size: int | Literal["native", "original"] = Field("native", description="short side of the images in px")
+    epochs: int = Field(..., ge=1)
+    batch: int = Field(..., ge=1)
+    lr: float = Field(..., gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    views: int = Field(2, ge=1, description="augmented copies of each training image; epoch e uses copy e mod views")
+    attack_batch: int = Field(32, ge=1, description="images attacked at a time; no influence on the result")
+
+
+class Segmentation(TaskSettings):
+    """Segmentation adds the sliding window: its side is the encoder's native px."""
+
+    stride: float = Field(341 / 518, gt=0, le=1, description="stride as a fraction of the window")
+
+
+class DeACL(_Strict):
+    """Eq. 2 and appendix C.2; the defaults are the paper's."""
+
+    dataset: str = "scenes"
+    n_train: int = Field(1024, ge=1)
+    n_val: int = Field(64, ge=1, description="held-out images on which robustness is watched")
+    epochs: int = Field(100, ge=1)
+    warmup_epochs: float = Field(10, ge=0)
+    batch: int = Field(128, ge=1)
+    lr: float = Field(0.05, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    gamma: float = Field(2.0, ge=0, description="weight of the robustness term of eq. 2")
+    eps: float = Field(4 / 255, ge=0, le=1)
+    step: float = Field(2 / 255, ge=0, le=1)
+    steps: int = Field(5, ge=1)
+    attack_on: Literal["trained", "original"] = Field("trained", description="the encoder on which x' is made")
+    checkpoints: list[int] = Field([], description="epochs kept for Figure 2, besides the last")
+
+    @model_validator(mode="after")
+    def _checkpoints_inside(self) -> "DeACL":
+        outside = [e for e in self.checkpoints if not 0 < e <= self.epochs]
+        if outside:
+            raise ValueError(f"checkpoints {outside} lie outside 1..{self.epochs} epochs; remove them or train longer")
+        return self
+
+
+class Settings(_Strict):
+    """Everything a profile can set; sections that a notebook does not use stay None."""
+
+    profile: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data_root: str = Field("", description="folder that holds the real data sets; not needed for the scenes")
+    encoders: list[EncoderRow] = Field([], min_length=1)
+    classification: TaskSettings | None = None
+    segmentation: Segmentation | None = None
+    depth: TaskSettings | None = None
+    attack: Attack | None = None
+    deacl: DeACL | None = None
+
+    @model_validator(mode="after")
+    def _names_unique(self) -> "Settings":
+        names = [row.name for row in self.encoders]
+        if len(set(names)) < len(names):
+            raise ValueError(f"encoder names {names} are not unique; give each row its own name")
+        return self
+
+    def task(self, name: str) -> TaskSettings:
+        """Section of the task `name`; raises BadInput if this notebook did not set it."""
+        section = getattr(self, name, None) if name in TASKS else None
+        if section is None:
+            raise BadInput(f"The settings have no section '{name}'; add one (params/demo.yaml shows how).")
+        return section
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """One pydantic error as one sentence: the parameter, what is wrong, the remedy."""
+    name = ".".join(str(part) for part in error["loc"] if part not in ("function-after[_names_unique(), Settings]",))
+    given, kind = error.get("input"), error["type"]
+    if kind == "extra_forbidden":
+        return f"Unknown parameter '{name}'; remove it or correct its spelling (ssl_robust/settings.py lists all)."
+    if kind == "missing":
+        return f"Parameter '{name}' is missing; add it (params/demo.yaml shows how)."
+    if kind == "value_error":
+        return f"Parameter '{name or 'encoders'}': {error['ctx']['error']}."
+    if isinstance(given, str) and kind in ("float_type", "int_type"):
+        return f"Parameter '{name}' must be a number but is the text '{given}'; {_number_hint(given)}."
+    return f"Parameter '{name}' is {given!r}: {error['msg'][0].lower() + error['msg'][1:]}; correct it."
+
+
+def _number_hint(text: str) -> str:
+    """How to write the number that `text` seems to mean: '8/255' -> 'write 0.031372549'."""
+    try:
+        top, _, bottom = text.partition("/")
+        return f"write {float(top) / float(bottom or 1):.9g} instead"
+    except (ValueError, ZeroDivisionError):
+        return "write it as a plain decimal"
+
+
+def check(**parameters: Any) -> Settings:
+    """The validated settings of these parameters; raises BadInput with one sentence for the first bad one."""
+    try:
+        return Settings(**parameters)
+    except ValidationError as error:
+        raise BadInput(_sentence(error.errors()[0])) from None
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """The raw parameters of one YAML file; raises BadInput if it is missing or not a mapping of parameters."""
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
+        raise BadInput(f"There is no profile '{path.stem}': {path.name} is not in params/; choose one of: {known}.")
+    try:
+        parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
+        raise BadInput(f"params/{path.name} is not valid YAML near line {line}; correct that line.") from None
+    if not isinstance(parameters, dict):
+        raise BadInput(f"params/{path.name} holds no parameters; write 'name: value' lines as in params/demo.yaml.")
+    if parameters.get("profile") != path.stem:
+        raise BadInput(f"params/{path.name} must say 'profile: {path.stem}', its own name, so that results do not mix.")
+    return parameters

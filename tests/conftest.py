@@ -1,0 +1,22 @@
+"""What all tests share: one thread each (before torch is imported), no windows, a project folder of their own."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import matplotlib  # noqa: E402
+import pytest  # noqa: E402
+
+from ssl_robust import records  # noqa: E402
+
+# not by the variable MPLBACKEND, which kernels started by the tests would inherit, and then show no pictures
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temporary folder where this test, and kernels it starts, keep results/, runs/ and figures/."""
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setenv("SSL_ROBUST_ROOT", str(tmp_path))
+    return tmp_path

@@ -1,0 +1,212 @@
+"""Pretraining: augmentation, losses by hand, both objectives, taking up a killed run, the shipped weights."""
+
+import io
+import math
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from ssl_robust import pretrain
+from ssl_robust.encoders import EMBEDDED_WEIGHTS, embedded_backbone, load_weights, read_weights
+from ssl_robust.settings import BadInput
+
+
+def images(n: int = 24, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(tmp_path: Path, name: str = "run.pt", **changes: object) -> tuple[torch.nn.Module, list[dict]]:
+    # 24 images in batches of 8: three steps an epoch
+    options = {"checkpoint": tmp_path / name, "epochs": 1.0, "batch": 8, "objective": "contrastive"}
+    return pretrain.pretrain({"noise": images()}, **{**options, **changes})
+
+
+# --- augmentation ---
+
+
+def test_crops_keep_range_and_size() -> None:
+    views = pretrain.multi_crop(images(6), rng(), global_px=40, local_px=32)
+    assert [tuple(v.pixels.shape) for v in views] == [(6, 3, 40, 40)] * 2 + [(6, 3, 32, 32)] * 2
+    for view in views:
+        assert view.pixels.min() >= 0
+        assert view.pixels.max() <= 1
+        edges = view.box[:, 0].abs() + view.box[:, 1].abs()
+        assert edges.max() <= 1 + 1e-6  # no crop leaves the image
+
+
+def test_jitter_of_strength_zero_changes_only_the_grey_ones() -> None:
+    pixels = images(64).float() / 255
+    changed = (pretrain.jitter(pixels, 0.0, rng()) - pixels).abs().amax((1, 2, 3)) > 1e-4
+    assert 0 < changed.float().mean() < 0.4
+
+
+def test_a_flipped_full_crop_is_the_mirror_image() -> None:
+    pixels = images(1).float() / 255
+    box = torch.tensor([[[0.0, 0.0], [-1.0, 1.0]]])
+    assert torch.allclose(pretrain.cut(pixels, box, 64), pixels.flip(3), atol=1e-4)
+
+
+def test_shared_points_show_the_same_place_of_the_image() -> None:
+    ramp = torch.linspace(0, 1, 64).expand(4, 3, 64, 64)  # grows with x: a value tells the place
+    boxes = [pretrain.random_boxes(4, (0.4, 1.0), rng(s)) for s in (1, 2)]
+    cuts = [pretrain.cut(ramp, box, 64).flatten(2).transpose(1, 2) for box in boxes]
+    points = pretrain.shared_points(*boxes, 16, rng(3))
+    here, there = (pretrain.tokens_at(c, p) for c, p in zip(cuts, points, strict=True))
+    assert (here - there).abs().max() < 0.02
+
+
+# --- losses ---
+
+
+def test_contrastive_loss_by_hand() -> None:
+    first, second = [1.0, 0.0], [0.0, 1.0]
+    z = torch.tensor([[first, second], [first, second]])  # both views of an image agree, the images are orthogonal
+    assert math.isclose(pretrain.contrastive_loss(z, 0.5).item(), math.log(2) - 2, rel_tol=1e-5)
+
+
+def test_contrastive_loss_prefers_agreeing_views() -> None:
+    z = torch.nn.functional.normalize(torch.randn(2, 16, 8, generator=rng()), dim=2)
+    assert pretrain.contrastive_loss(torch.stack([z[0], z[0]])) < pretrain.contrastive_loss(z)
+
+
+def test_dino_loss_by_hand() -> None:
+    student = [torch.zeros(1, 4)] * 3  # uniform over four prototypes: log 4 against any target
+    teacher = [torch.tensor([[9.0, 0, 0, 0]])] * 2
+    assert math.isclose(pretrain.dino_loss(student, teacher, torch.zeros(4), 0.1).item(), math.log(4), rel_tol=1e-5)
+
+
+def test_dino_teacher_gets_no_gradient_and_moves() -> None:
+    learner = pretrain.new_run("dino", 1e-3, 0, "cpu").learner
+    before = learner.average.cls_token.clone()
+    learner.backbone.cls_token.data += 1
+    sum(learner(pretrain.multi_crop(images(4), rng()), 0.0, rng()).values()).backward()
+    learner.after_step(0.0)
+    assert all(p.grad is None for p in learner.average.parameters())
+    assert torch.allclose(learner.average.cls_token, before + 0.01, atol=1e-5)
+
+
+def test_learning_rate_follows_its_formula() -> None:
+    rates = [pretrain.learning_rate(p, 2.0) for p in (0.03, 0.515, 1.0)]
+    assert rates == pytest.approx([2.0, 1.0, 0.0], abs=1e-9)
+    assert 0 < pretrain.learning_rate(0.0, 2.0) < 0.1
+
+
+# --- runs ---
+
+
+@pytest.mark.parametrize("objective", sorted(pretrain.OBJECTIVES))
+def test_objectives_run_and_change_the_weights(objective: str, tmp_path: Path) -> None:
+    backbone, history = run(tmp_path, objective=objective, stop_after=2)
+    losses = [v for k, v in history[-1].items() if k not in ("seconds", "images", "progress")]
+    assert history[-1]["images"] == 16
+    assert all(math.isfinite(v) for v in losses)
+    assert not torch.equal(backbone.cls_token, pretrain.random_backbone().cls_token)
+
+
+def test_contrastive_loss_falls(tmp_path: Path) -> None:
+    first, last = (
+        run(tmp_path, epochs=4, stop_after=n)[1][-1] for n in (1, 8)
+    )  # the second call takes up the run after its first step
+    assert last["images"] == 9 * 8
+    assert last["cls"] < first["cls"]
+
+
+@pytest.mark.parametrize("objective", sorted(pretrain.OBJECTIVES))
+def test_a_run_taken_up_again_is_the_uninterrupted_one(objective: str, tmp_path: Path) -> None:
+    whole, _ = run(tmp_path, "whole.pt", objective=objective)
+    run(tmp_path, "parts.pt", objective=objective, stop_after=1)
+    parts, _ = run(tmp_path, "parts.pt", objective=objective)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"objective": "simsiam"}, "no objective 'simsiam'; choose one of: contrastive, dino"),
+        ({"minutes": 1.0}, "either in minutes or in epochs"),
+        ({"epochs": None}, "either in minutes or in epochs"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        run(tmp_path, **changes)
+
+
+def test_a_foreign_or_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    run(tmp_path, stop_after=1)
+    with pytest.raises(BadInput, match="run.pt is of a contrastive run"):
+        run(tmp_path, objective="dino")
+    (tmp_path / "run.pt").write_bytes((tmp_path / "run.pt").read_bytes()[:1000])
+    with pytest.raises(BadInput, match="run.pt is damaged"):
+        run(tmp_path)
+
+
+# --- data ---
+
+
+def zipped(path: Path, n: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, picture in enumerate(images(n)):
+            buffer = io.BytesIO()
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "JPEG")
+            archive.writestr(f"tiny-imagenet-200/train/n0/images/n0_{i}.JPEG", buffer.getvalue())
+            archive.writestr(f"tiny-imagenet-200/val/images/val_{i}.JPEG", buffer.getvalue())
+    return path
+
+
+def test_tiny_imagenet_is_read_from_several_zips_without_its_val_part(tmp_path: Path) -> None:
+    for part, n in (("train-00", 2), ("train-01", 3)):
+        zipped(tmp_path / "tiny-imagenet-200" / f"{part}.zip", n)
+    read = pretrain.load_tiny_imagenet(tmp_path)
+    assert read.shape == (5, 3, 64, 64)
+    assert read.dtype == torch.uint8
+
+
+def test_a_damaged_zip_is_named_in_one_sentence(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "tiny-imagenet-200" / "train-00.zip", 2)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BadInput, match=r"train-00.zip is damaged or no zip file; fetch it again.$"):
+        pretrain.load_tiny_imagenet(tmp_path)
+
+
+def test_missing_images_are_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no Tiny-ImageNet train images"):
+        pretrain.load_tiny_imagenet(tmp_path)
+
+
+def test_batches_hold_both_pools_in_their_shares() -> None:
+    pools = {"tiny-imagenet": torch.zeros_like(images(5)), "scenes": torch.ones_like(images(3))}
+    batch = pretrain.draw(pools, 40, rng())
+    assert batch.float().mean() == pytest.approx(pretrain.SCENES_SHARE)
+    assert pretrain.draw({"scenes": pools["scenes"]}, 7, rng()).shape == (7, 3, 64, 64)
+
+
+# --- weights ---
+
+
+def test_saved_weights_load_into_the_backbone(tmp_path: Path) -> None:
+    source, target = pretrain.random_backbone(1), embedded_backbone()
+    path = tmp_path / "weights.safetensors"
+    assert pretrain.save_weights(source, path, objective="none") == path.stat().st_size
+    load_weights(target, read_weights(path), "test")
+    assert torch.allclose(target.cls_token, source.cls_token, atol=1e-3)
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_shipped_weights_are_small_half_precision_and_say_what_they_are() -> None:
+    assert EMBEDDED_WEIGHTS.stat().st_size <= 12 * 2**20
+    state = read_weights(EMBEDDED_WEIGHTS)
+    load_weights(embedded_backbone(), state, "the embedded encoder")
+    assert {t.dtype for t in state.values()} == {torch.float16}
+    with safe_open(EMBEDDED_WEIGHTS, "pt") as file:
+        assert {"objective", "images_seen", "data"} <= set(file.metadata())

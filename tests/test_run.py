@@ -1,0 +1,322 @@
+"""The runner, the progress lines, the Makefile: bad input in one sentence, failures lose nothing, what is rebuilt."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat import v4
+
+from ssl_robust import progress, records, run
+from ssl_robust.settings import BadInput
+
+PROJECT = Path(__file__).resolve().parents[1]
+ATTACK = {"eps": 0.03, "step": 0.01, "steps": 3}
+PROFILE = {"profile": "tiny", "seed": 7, "encoders": [{"name": "embedded_vit"}], "attack": ATTACK}
+PARAMETERS = "profile = 'demo'  # name=value inside is no matter\nseed = 0  # start\nattack = {'eps': 1.0}  # ball"
+LOOP = """from ssl_robust import progress
+progress.QUIET_SECONDS = 0
+for _ in progress.track(range(20), desc='PGD'): pass"""
+LAST = """import os
+from pathlib import Path
+Path(os.environ['SSL_ROBUST_ROOT'], 'results', profile, '00_try.json').write_text(str([profile, seed, attack]))"""
+
+
+@pytest.fixture
+def project(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the profile 'tiny', no notebooks, and a record and a stage file of earlier runs."""
+    (root / "notebooks").mkdir()
+    write_profile(root, PROFILE)
+    monkeypatch.setattr(run, "NOTEBOOKS", root / "notebooks")
+    monkeypatch.setattr(run, "PARAMS", root / "params")
+    record = records.record_path("tiny", "depth", "scenes", "embedded_vit", "standard", "clean")
+    records.write_json({"key": "0"}, record)
+    records.write_json({"old": True}, records.stage_path("tiny", "00_try"))
+    return root
+
+
+def write_profile(root: Path, parameters: dict, name: str = "tiny") -> None:
+    (root / "params").mkdir(exist_ok=True)
+    (root / "params" / f"{name}.yaml").write_text(yaml.safe_dump(parameters))
+
+
+def write_notebook(root: Path, *sources: str, name: str = "00_try") -> None:
+    cells = [v4.new_code_cell(source) for source in (PARAMETERS, *sources)]
+    cells[0].metadata["tags"] = ["parameters"]
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(v4.new_notebook(cells=cells, metadata={"kernelspec": spec}), root / "notebooks" / f"{name}.ipynb")
+
+
+def outcome(capfd: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the runner."""
+    code = run.main([*arguments])
+    printed = capfd.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_notebook_gets_its_parameters_and_its_lines_are_shown(project: Path, capfd: pytest.CaptureFixture) -> None:
+    write_notebook(project, LOOP, LAST)
+    code, out, err = outcome(capfd, "00_try", "--profile", "tiny")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "00_try | profile tiny: started" and lines[-1].startswith("00_try | profile tiny: done in ")
+    tenths = [f"00_try | PGD {n}/20 ({5 * n} %)" for n in range(2, 21, 2)]
+    assert [line.partition(",")[0] for line in lines[1:-1]] == tenths
+    stored = records.stage_path("tiny", "00_try").read_text()
+    assert stored == str(["tiny", 7, ATTACK | {"best": False}])
+    assert records.read_json(project / "runs" / "tiny" / "00_try.time.json")["seconds"] > 0
+    executed = nbformat.read(project / "runs" / "tiny" / "00_try.ipynb", as_version=4)
+    assert "PGD 20/20" in "".join(output.text for output in executed.cells[2].outputs)
+
+
+FAILURES = {
+    "bad input": (
+        "from ssl_robust.settings import BadInput; raise BadInput('No such mask; add it.')",
+        2,
+        "No such mask; add it.",
+    ),
+    "crash": (
+        "1 / 0",
+        1,
+        "Notebook 00_try failed by ZeroDivisionError: division by zero; "
+        "the full traceback is in runs/tiny/00_try.ipynb.",
+    ),
+    "killed": (
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        138,
+        "The kernel of notebook 00_try died, probably for lack of memory; "
+        "ask for fewer images or a smaller attack_batch in params/tiny.yaml and repeat.",
+    ),
+    "no stage file": (
+        "pass",
+        2,
+        "Notebook 00_try did not write results/tiny/00_try.json; let its last cell call records.finish.",
+    ),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failure_is_one_sentence_and_keeps_records(failure: str, project: Path, capfd: pytest.CaptureFixture) -> None:
+    source, expected, sentence = FAILURES[failure]
+    write_notebook(project, source)
+    code, _, err = outcome(capfd, "00_try", "--profile", "tiny")
+    assert (code, err) == (expected, sentence + "\n")
+    assert not records.stage_path("tiny", "00_try").exists()
+    assert len(records.read_records(records.results_dir("tiny"))) == 1
+    assert (project / "runs" / "tiny" / "00_try.ipynb").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "words"),
+    [
+        ({"epsilon": 0.1}, (), ["Unknown parameter 'epsilon'"]),
+        ({"attack": {"eps": "8/255"}}, (), ["attack.eps", "text '8/255'", "0.0313725"]),
+        ({}, ("--profile", "nope"), ["no profile 'nope'", "choose one of: tiny"]),
+        ({}, ("--data", "not/there"), ["data folder 'not/there' does not exist", "DATA=FOLDER"]),
+        ({"data_root": "not/there"}, (), ["data folder 'not/there' does not exist"]),
+        ({"attack": None}, (), ["needs the section 'attack'", "params/tiny.yaml"]),
+    ],
+)
+def test_bad_profile_is_refused_before_anything_is_touched(
+    change: dict, arguments: tuple[str, ...], words: list[str], project: Path, capfd: pytest.CaptureFixture
+) -> None:
+    write_notebook(project, "raise SystemExit")
+    write_profile(project, PROFILE | change)
+    code, _, err = outcome(capfd, "00_try", "--profile", "tiny", *arguments)
+    assert code == 2 and err.count("\n") == 1 and err.endswith(".\n")
+    assert [word for word in words if word not in err] == [], err
+    assert records.read_json(records.stage_path("tiny", "00_try")) == {"old": True}
+    assert not (project / "runs").exists()
+
+
+def test_unknown_or_damaged_notebook_is_refused(project: Path) -> None:
+    write_notebook(project)
+    with pytest.raises(BadInput, match="no notebook '01_no'.*choose one of: 00_try"):
+        run.declared(run.NOTEBOOKS / "01_no.ipynb")
+    (run.NOTEBOOKS / "02_cut.ipynb").write_text('{"cells": [')
+    with pytest.raises(BadInput, match="02_cut.ipynb is damaged"):
+        run.declared(run.NOTEBOOKS / "02_cut.ipynb")
+    nbformat.write(v4.new_notebook(), run.NOTEBOOKS / "03_bare.ipynb")
+    with pytest.raises(BadInput, match="0 cells tagged"):
+        run.declared(run.NOTEBOOKS / "03_bare.ipynb")
+
+
+def test_data_folder_is_made_absolute(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "images").mkdir()
+    monkeypatch.chdir(project / "notebooks")
+    assert run.read_profile("tiny", "../images").data_root == str(project / "images")
+    write_profile(project, PROFILE | {"data_root": "images"})
+    assert run.read_profile("tiny").data_root == str(project / "images")
+
+
+def test_check_lists_all_missing_things(
+    project: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssl_robust import datasets, encoders
+
+    monkeypatch.setattr(datasets, "check", lambda settings: ["No cifar10.", "No voc."])
+    monkeypatch.setattr(encoders, "check", lambda settings: [f"No weights of {settings.encoders[0].name}."])
+    said = "No cifar10.\nNo voc.\nNo weights of embedded_vit.\n"
+    assert outcome(capfd, "--check", "--profile", "tiny")[::2] == (2, said)
+    monkeypatch.setattr(datasets, "check", lambda settings: [])
+    monkeypatch.setattr(encoders, "check", lambda settings: [])
+    assert outcome(capfd, "--check", "--profile", "tiny")[::2] == (0, "")
+
+
+def test_progress_estimates_and_keeps_quiet_when_short(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(progress.track(range(50), desc="quick")) == list(range(50))
+    assert capsys.readouterr().out == ""
+    clock = iter(range(0, 10_000, 2))  # every item takes two seconds
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    assert len(list(progress.track((i for i in range(100)), total=100, desc="slow"))) == 100
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "slow 10/100 (10 %), about 3 min left"
+    assert lines[8:] == ["slow 90/100 (90 %), about 20 s left", "slow 100/100 (100 %), took 3 min"]
+    assert len(list(progress.track(i for i in range(100)))) == 100 and capsys.readouterr().out == ""
+
+
+# ---- Makefile: a copy of the tree with empty files, where a script stands in for Python ----
+
+ATTACKS = ["03_attack_classification", "04_attack_segmentation", "05_attack_depth"]
+STAGES = ["00_data", "01_heads", "02_deacl", *ATTACKS, "06_figures"]
+FIGURES = ["table1.csv", "table2.csv", "table3.csv", "index.html", "fig1.png", "fig2.png"]
+FAKE_PYTHON = """#!/bin/sh
+for last; do :; done
+case $last in 0*) ;; *) exit 0 ;; esac
+echo "start $last" >> log; sleep 0.2
+if [ -e "fail_$last" ]; then exit 1; fi
+echo '{}' > "results/demo/$last.json"; echo "end $last" >> log
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Everything made, ten seconds apart in the order of the stages, an hour ago."""
+    package = [f"ssl_robust/{p.name}" for p in (PROJECT / "ssl_robust").iterdir() if p.is_file()]
+    sources = ["requirements.lock", "params/demo.yaml", *package, *(f"notebooks/{s}.ipynb" for s in STAGES)]
+    sources += ["ssl_robust/weights/w.safetensors"]
+    made = ["runs/demo/data_root", ".venv/.ready", *(f"figures/demo/{f}" for f in FIGURES)]
+    then = Path(__file__).stat().st_atime - 3600
+    for i, name in enumerate([*sources, *made, *(f"results/demo/{s}.json" for s in STAGES)]):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n")
+        os.utime(path, (then + i, then + i))
+    (tmp_path / "Makefile").write_text((PROJECT / "Makefile").read_text())
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def make(tree: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
+    command = ["make", "PY=./python", "STAMP=.venv/.ready", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "PROFILE", "DATA")}
+    return subprocess.run(command, cwd=tree, env=environment, input=stdin, capture_output=True, text=True, check=False)
+
+
+def would_run(tree: Path, *arguments: str) -> list[str]:
+    """Numbers of the notebooks that make would execute."""
+    done = make(tree, "-n", *arguments)
+    assert done.returncode == 0, done.stderr
+    last_words = [line.split()[-1] for line in done.stdout.splitlines() if "ssl_robust.run" in line]
+    return sorted(word[:2] for word in last_words if word != "--check")
+
+
+@pytest.mark.parametrize(
+    ("touched", "expected"),
+    [
+        ("README.md", ""),
+        ("ssl_robust/run.py", ""),
+        ("ssl_robust/pretrain.py", ""),
+        ("ssl_robust/scenes.py", "00 01 02 03 04 05 06"),
+        ("ssl_robust/plots.py", "00 01 02 03 04 05 06"),
+        ("ssl_robust/heads.py", "01 02 03 04 05 06"),
+        ("ssl_robust/weights/w.safetensors", "01 02 03 04 05 06"),
+        ("ssl_robust/attacks.py", "02 03 04 05 06"),
+        ("ssl_robust/deacl.py", "02 03 04 05 06"),
+        ("ssl_robust/report.py", "03 04 05 06"),
+        ("ssl_robust/reported.csv", "03 04 05 06"),
+        ("notebooks/04_attack_segmentation.ipynb", "04 06"),
+        ("notebooks/06_figures.ipynb", "06"),
+        ("params/demo.yaml", "00 01 02 03 04 05 06"),
+        ("params/other.yaml", ""),
+        (".venv/.ready", "00 01 02 03 04 05 06"),
+    ],
+)
+def test_make_rebuilds_just_what_depends(touched: str, expected: str, tree: Path) -> None:
+    assert would_run(tree, "paper") == []
+    (tree / touched).touch()
+    assert would_run(tree, "paper") == expected.split()
+
+
+def test_make_rebuilds_what_was_deleted_or_got_other_data(tree: Path) -> None:
+    assert would_run(tree, "paper", "DATA=images") == [s[:2] for s in STAGES]
+    make(tree, "paper", "DATA=images")
+    assert would_run(tree, "paper", "DATA=images") == []
+    (tree / "figures/demo/table2.csv").unlink()
+    assert would_run(tree, "paper", "DATA=images") == ["04", "06"]
+    (tree / "results/demo/05_attack_depth.json").unlink()
+    assert would_run(tree, "table3", "DATA=images") == ["05"]
+    assert would_run(tree, "table1", "DATA=images") == []
+
+
+def test_make_in_parallel_and_after_a_failure(tree: Path) -> None:
+    for stage in STAGES:
+        (tree / f"results/demo/{stage}.json").unlink()
+    (tree / "fail_04_attack_segmentation").touch()
+    assert make(tree, "-j2", "paper").returncode == 2
+    assert not (tree / "results/demo/04_attack_segmentation.json").exists()
+    log = (tree / "log").read_text().splitlines()
+    assert log[:6] == [f"{word} {stage}" for stage in STAGES[:3] for word in ("start", "end")]
+    assert set(log[6:8]) == {"start 03_attack_classification", "start 04_attack_segmentation"}
+    (tree / "fail_04_attack_segmentation").unlink()
+    (tree / "log").unlink()
+    assert make(tree, "-j2", "paper").returncode == 0
+    log = (tree / "log").read_text().splitlines()
+    assert "start 04_attack_segmentation" in log and "start 03_attack_classification" not in log
+    assert log[-2:] == ["start 06_figures", "end 06_figures"]
+
+
+def test_make_clean_asks(tree: Path) -> None:
+    assert "Nothing deleted" in make(tree, "clean", stdin="n\n").stdout and (tree / "results/demo").is_dir()
+    assert "Nothing deleted" in make(tree, "clean").stdout and (tree / "results/demo").is_dir()
+    (tree / "results/other").mkdir()
+    assert make(tree, "clean", "YES=1").returncode == 0
+    assert not (tree / "results/demo").exists() and not (tree / "runs/demo").exists()
+    assert (tree / "results/other").is_dir() and (tree / "figures/demo").is_dir()
+
+
+@pytest.mark.parametrize("profile", ["", "a b", "../params", "demo/.."])
+def test_make_refuses_a_profile_that_is_no_name(profile: str, tree: Path) -> None:
+    done = make(tree, "clean", "YES=1", f"PROFILE={profile}")
+    assert done.returncode == 2 and "PROFILE must be one name" in done.stderr
+    assert (tree / "results/demo").is_dir()
+
+
+def test_make_help_is_the_default_and_lists_every_target(tree: Path) -> None:
+    listed = make(tree).stdout
+    asked = {"help", "env", "paper", "table1", "table2", "table3", "fig1", "fig2", "lab", "test", "clean", "encoder"}
+    assert asked - set(listed.split()) == set()
+
+
+def test_make_wants_a_recent_python(tree: Path) -> None:
+    (tree / ".venv/.ready").unlink()
+    (tree / "requirements.lock").touch()
+    for wrong in ("python-that-is-not-there", "false"):
+        done = make(tree, "env", f"PYTHON={wrong}")
+        assert done.returncode == 2 and done.stderr.startswith(f"{wrong} is not Python 3.11 or later")
+        assert not (tree / ".venv/bin").exists()
+
+
+def test_make_paper_says_that_a_profile_or_folder_does_not_exist() -> None:
+    """With the real runner, in the real tree."""
+    for argument, words in (("PROFILE=nope", "There is no profile 'nope'"), ("DATA=nope", "The data folder 'nope'")):
+        done = make(PROJECT, f"PY={sys.executable}", "STAMP=", "paper", argument)
+        assert done.returncode == 2 and done.stderr.startswith(words), done.stderr
+        assert "Traceback" not in done.stderr and "No rule" not in done.stderr
+    assert not (PROJECT / "runs" / "nope").exists()
