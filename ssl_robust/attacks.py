@@ -34,21 +34,18 @@ def pgd(x: Tensor, loss_fn: LossFn, attack: Attack, start: Tensor | None = None)
     adv = (x if start is None else start).clamp(low, high)
     best, best_loss = adv, x.new_full((len(x),), -torch.inf)
     for t in range(1, attack.steps + 1):
-        adv.requires_grad_(True)
-        loss = loss_fn(adv, t)  # (B,)
-        (gradient,) = torch.autograd.grad(loss.sum(), adv)
-        adv = adv.detach()
         if attack.best:
-            best, best_loss = _better(adv, loss.detach(), best, best_loss)
-        adv = (adv + attack.step * gradient.sign()).clamp(low, high)
-    if attack.best:
-        with torch.no_grad():
-            adv, _ = _better(adv, loss_fn(adv, attack.steps), best, best_loss)
-    return adv
+            best, best_loss = _better(adv, loss_fn, attack.steps, best, best_loss)
+        adv = adv.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss_fn(adv, t).sum(), adv)
+        adv = (adv.detach() + attack.step * gradient.sign()).clamp(low, high)
+    return _better(adv, loss_fn, attack.steps, best, best_loss)[0] if attack.best else adv
 
 
-def _better(adv: Tensor, loss: Tensor, best: Tensor, best_loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Per image the iterate of the larger loss."""
+@torch.no_grad()
+def _better(adv: Tensor, loss_fn: LossFn, steps: int, best: Tensor, best_loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Per image the iterate of the larger loss; each is judged by the loss of the last step, as SegPGD's changes."""
+    loss = loss_fn(adv, steps)  # (B,)
     won = loss > best_loss
     return torch.where(won[:, None, None, None], adv, best), torch.where(won, loss, best_loss)
 

@@ -156,7 +156,10 @@ def select(name: str, task: str, split: str, n: int, n_val: int, seed: int, root
     items = list_items(name, task, "test" if split == "test" else "train", n, root)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     start = n_val if split == "train" else 0
-    return [items[i] for i in order[start : start + n]]
+    chosen = [items[i] for i in order[start : start + n]]
+    if not chosen:
+        raise BadInput(f"Data set '{name}' has {len(items)} training images and n_val takes them all; lower n_val.")
+    return chosen
 
 
 class Subset(torch.utils.data.Dataset):
@@ -235,6 +238,8 @@ def transform(task: str, split: str, size: int | str, native: int) -> v2.Compose
     sliding-window evaluation; its held-out images are cropped alike. Masks and depth maps are resized by nearest value.
     """
     side = {"native": native, "original": None}.get(size, size)
+    if task == "segmentation" and split == "train" and (side or native) < native:
+        raise BadInput(f"segmentation.size is {side} px, less than the encoder's window of {native} px; raise it.")
     steps: list[v2.Transform] = [_AtLeast(native)] if side is None else [v2.Resize(side, antialias=True)]
     if task in ("classification", "deacl"):
         steps.append(v2.CenterCrop(side or native))
@@ -307,7 +312,7 @@ def overview(settings: Settings) -> pd.DataFrame:
     wanted += [("deacl", settings.deacl.dataset, split) for split in ("train", "val")] if settings.deacl else []
     rows = []
     for task, name, split in wanted:
-        subset = load(task, name, split, settings, native=64)
+        subset = load(task, name, split, settings, native=8)  # nothing is read at any size here
         sizes = {"images": len(subset), "classes": len(subset.classes), "hash": subset.hash}
         rows.append({"task": task, "dataset": name, "split": split, **sizes})
     return pd.DataFrame(rows)

@@ -96,8 +96,8 @@ class Encoder(nn.Module):
 
     @cached_property
     def hash(self) -> str:
-        """Short hash of weights and normalisation: what results of this encoder are filed under."""
-        return records.state_hash(self.state_dict())
+        """Short hash of weights, normalisation and native px: what results of this encoder are filed under."""
+        return records.digest([records.state_hash(self.state_dict()), self.native])
 
 
 def load(row: EncoderRow, data_root: str = "", weights: Path | None = None) -> Encoder:
@@ -139,6 +139,8 @@ def _build(row: EncoderRow, pretrained: bool) -> tuple[nn.Module, tuple[float, .
             f"Encoder '{row.name}': the weights of {row.source} could not be fetched ({type(error).__name__}); "
             f"download them elsewhere and give the file as checkpoint."
         ) from None
+    if getattr(backbone, "cls_token", None) is None:
+        raise BadInput(f"Encoder '{row.name}': {row.source} has no CLS token; choose a vision transformer with one.")
     return backbone, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"]
 
 
@@ -149,15 +151,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"The checkpoint {path} does not exist; correct the path (relative ones start in the data folder)."
         )
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"The checkpoint {path} cannot be read ({type(error).__name__}: truncated?); fetch it again."
         ) from None
     except Exception as error:  # pickle errors have no common class that is public
         raise BadInput(f"The checkpoint {path} is no plain state dict ({type(error).__name__}); save one.") from None
+    if not isinstance(state, dict):
+        raise BadInput(f"The checkpoint {path} is no plain state dict but a {type(state).__name__}; save one.")
+    return state
 
 
 def load_weights(backbone: nn.Module, state: dict[str, Tensor], what: str) -> None:

@@ -180,7 +180,7 @@ def features(encoder: Encoder, subset: Subset, batch: int, device: str, dense: b
         with torch.no_grad():
             cls, patches = encoder(images.to(device))
         rows.append((torch.tensor(indices), cls, patches if dense else cls[:, :0], targets.to(device)))
-    if len({r[2].shape[1:] for r in rows}) > 1:
+    if len({(r[2].shape[1:], r[3].shape[1:]) for r in rows}) > 1:
         raise BadInput(f"The images of {subset.name} differ in size; set 'size' of the task to one value they share.")
     order, *tensors = (torch.cat(column) for column in zip(*rows, strict=True))
     back = order.argsort()
@@ -232,8 +232,8 @@ def _epoch(
     order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed))
     losses = []
     for chosen in order.split(batch):
-        if len(chosen) == 1 < len(order):
-            continue  # batch norm needs two images
+        if len(chosen) == 1 < min(batch, len(order)):
+            continue  # one image left over is too few for batch norm
         cls, patches, target = (t[chosen.to(t.device)] for t in data)
         loss = training_loss(task, predict(head, encoder, cls, patches, target.shape[-2:]), target)
         optimizer.zero_grad()

@@ -459,10 +459,13 @@ def _place(body: _Body, x: float, z: float) -> _Body:
 
 
 def _view(main: _Body, rng: np.random.Generator) -> tuple[Array, Array, float, float]:
-    """Camera that sees main in the wanted size: eye (3,), axes (3,3), slope, distance to main."""
-    slope, cover = np.tan(rng.uniform(0.32, 0.62)), min(rng.uniform(0.4, 0.68) / main.bulk**0.9, 0.95)
+    """Camera that sees main in the wanted size: eye (3,), axes (3,3), slope, distance to main.
+
+    Field of view and pitch vary little, as with one camera carried about, so that one image can tell metric distance.
+    """
+    slope, cover = np.tan(rng.uniform(0.45, 0.5)), min(rng.uniform(0.4, 0.68) / main.bulk**0.9, 0.95)
     distance = max(main.radius / np.sin(np.arctan(cover * slope)), main.radius + 0.55)
-    pitch, azimuth = rng.uniform(0.06, 0.75), rng.uniform(-0.6, 0.6)
+    pitch, azimuth = rng.uniform(0.28, 0.42), rng.uniform(-0.6, 0.6)
     away = np.array([np.sin(azimuth) * np.cos(pitch), np.sin(pitch), -np.cos(azimuth) * np.cos(pitch)])
     centre = main.centre[:, 0].astype(float)
     eye = centre + distance * away
@@ -511,9 +514,9 @@ def _design(split: str, index: int) -> _Room:
     main = _body(int(kind), rng)
     view = eye, axes, slope, distance = _view(main, rng)
     side = max(abs(eye[0]), main.radius)
-    back = main.radius + min(rng.uniform(0.3, 4.5), 6.8 - distance)
-    low = np.array([-side - rng.uniform(0.3, 2.2), 0, eye[2] - 0.6])
-    high = np.array([side + rng.uniform(0.3, 2.2), max(eye[1] + 0.4, rng.uniform(2.2, 3.2)), back])
+    back = main.radius + min(rng.uniform(2.4, 3.0), 6.8 - distance)
+    low = np.array([-side - rng.uniform(1.0, 1.6), 0, eye[2] - 0.6])
+    high = np.array([side + rng.uniform(1.0, 1.6), max(eye[1] + 0.4, rng.uniform(2.2, 3.2)), back])
     bodies = _clutter(main, view, low, high, rng)
     light = np.array([rng.uniform(-1.3, 1.3), rng.uniform(1.5, 2.6), rng.uniform(eye[2], 0.5)])
     light = np.clip(light, low + 0.1, high - 0.1)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 TASKS = ("classification", "segmentation", "depth")
 
@@ -15,7 +15,7 @@ class BadInput(ValueError):
 
 class _Strict(BaseModel):
     # strict: "8/255" or "1e-3" given as text is refused instead of being guessed at
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class EncoderRow(_Strict):
@@ -46,13 +46,20 @@ class TaskSettings(_Strict):
     n_train: int = Field(1200, ge=1, description="training images of the head; fewer if the data set has fewer")
     n_val: int = Field(200, ge=1, description="images held out of train to select the head's epoch")
     n_test: int = Field(128, ge=1, description="test images, the same for clean and attacked evaluation")
-    size: int | Literal["native", "original"] = Field("native", description="short side of the images in px")
+    size: int | str = Field("native", description="short side of the images in px, 'native' or 'original'")
     epochs: int = Field(..., ge=1)
     batch: int = Field(..., ge=1)
     lr: float = Field(..., gt=0)
     weight_decay: float = Field(0.0, ge=0)
     views: int = Field(2, ge=1, description="augmented copies of each training image; epoch e uses copy e mod views")
     attack_batch: int = Field(32, ge=1, description="images attacked at a time; no influence on the result")
+
+    @field_validator("size")
+    @classmethod
+    def _size_usable(cls, size: int | str) -> int | str:
+        if size not in ("native", "original") and (isinstance(size, str) or size < 8):
+            raise ValueError(f"{size!r} is no size; write 'native', 'original' or a number of pixels from 8 on")
+        return size
 
 
 class Segmentation(TaskSettings):
@@ -156,8 +163,8 @@ def read_params(path: Path) -> dict[str, Any]:
         raise BadInput(f"There is no profile '{path.stem}': {path.name} is not in params/; choose one of: {known}.")
     try:
         parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         raise BadInput(f"params/{path.name} is not valid YAML near line {line}; correct that line.") from None
     if not isinstance(parameters, dict):
         raise BadInput(f"params/{path.name} holds no parameters; write 'name: value' lines as in params/demo.yaml.")

@@ -6,9 +6,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import matplotlib  # noqa: E402
+import planted  # noqa: E402
 import pytest  # noqa: E402
 
-from ssl_robust import records  # noqa: E402
+from ssl_robust import datasets, records  # noqa: E402
 
 # not by the variable MPLBACKEND, which kernels started by the tests would inherit, and then show no pictures
 matplotlib.use("Agg")
@@ -20,3 +21,10 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(records, "ROOT", tmp_path)
     monkeypatch.setenv("SSL_ROBUST_ROOT", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def toys(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The temporary folder of `root`, and the data set 'toys' beside the real ones."""
+    monkeypatch.setitem(datasets.DATASETS, "toys", planted.TOYS)
+    return root

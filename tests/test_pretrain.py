@@ -25,9 +25,9 @@ def rng(seed: int = 0) -> torch.Generator:
 
 
 def run(tmp_path: Path, name: str = "run.pt", **changes: object) -> tuple[torch.nn.Module, list[dict]]:
-    # 24 images in batches of 8: three steps an epoch
+    # 16 images in batches of 8: two steps an epoch
     options = {"checkpoint": tmp_path / name, "epochs": 1.0, "batch": 8, "objective": "contrastive"}
-    return pretrain.pretrain({"noise": images()}, **{**options, **changes})
+    return pretrain.pretrain({"noise": images(16)}, **{**options, **changes})
 
 
 # --- augmentation ---
@@ -113,11 +113,9 @@ def test_objectives_run_and_change_the_weights(objective: str, tmp_path: Path) -
 
 
 def test_contrastive_loss_falls(tmp_path: Path) -> None:
-    first, last = (
-        run(tmp_path, epochs=4, stop_after=n)[1][-1] for n in (1, 8)
-    )  # the second call takes up the run after its first step
-    assert last["images"] == 9 * 8
-    assert last["cls"] < first["cls"]
+    histories = [run(tmp_path, epochs=4, stop_after=1)[1] for _ in range(6)]  # each takes up the one before
+    assert [line["images"] for line in histories[-1]] == [8, 16, 24, 32, 40, 48]
+    assert histories[-1][-1]["cls"] < histories[0][0]["cls"]
 
 
 @pytest.mark.parametrize("objective", sorted(pretrain.OBJECTIVES))
@@ -192,6 +190,14 @@ def test_batches_hold_both_pools_in_their_shares() -> None:
 
 
 # --- weights ---
+
+
+def test_linear_probe_reads_out_the_scenes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pretrain.PROBES, "classification", {"epochs": 2, "batch": 8, "lr": 0.003})
+    accuracy = pretrain.linear_probe(
+        pretrain.random_backbone(), "classification", "scenes", n_train=16, n_val=8, n_test=10
+    )
+    assert accuracy in [k / 10 for k in range(11)]
 
 
 def test_saved_weights_load_into_the_backbone(tmp_path: Path) -> None:

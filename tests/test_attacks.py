@@ -1,0 +1,207 @@
+"""Threat model and losses of the attacks, on models whose optimum is known in closed form."""
+
+import math
+
+import pytest
+import torch
+from planted import brightness_model, images, model, target
+
+from ssl_robust import attacks, datasets
+from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
+from ssl_robust.heads import HEADS, TaskModel
+from ssl_robust.settings import TASKS, Attack
+
+PAPER = Attack()
+EACH = pytest.mark.parametrize(("task", "kind"), [(t, k) for t in TASKS for k in ("embed", "task")])
+
+
+def _ids(count):
+    return [f"image-{i}" for i in range(count)]
+
+
+def _run(kind, planted, x, truth, attack=PAPER, seed=0):
+    return attacks.attacked(kind, planted, x, truth, _ids(len(x)), attack, seed)
+
+
+def _around_half(margins):
+    """Gray images whose brightness is one half plus the margin, and their classes under brightness_model."""
+    x = (0.5 + torch.tensor(margins))[:, None, None, None].expand(-1, 3, 16, 16).clone()
+    return x, (torch.tensor(margins) > 0).long()
+
+
+@EACH
+def test_budget_and_box_are_exact(task, kind):
+    x = images(3, 24).mul(3).sub(1).clamp(0, 1)  # a third of the pixels at each border
+    adv = _run(kind, model(task), x, target(task, x), Attack(steps=4, step=0.02))
+    assert adv.isfinite().all()
+    assert (adv >= (x - PAPER.eps).clamp(min=0)).all() and (adv <= (x + PAPER.eps).clamp(max=1)).all()
+    assert (adv - x).abs().max() == pytest.approx(PAPER.eps, abs=1e-7)
+
+
+@EACH
+def test_radius_zero_is_clean_bit_for_bit(task, kind):
+    x = images(2, 24)
+    assert torch.equal(_run(kind, model(task), x, target(task, x), Attack(eps=0.0, steps=3)), x)
+
+
+@EACH
+def test_no_weight_ever_gets_a_gradient(task, kind):
+    planted, x = model(task), images(2, 24)
+    before = {k: v.clone() for k, v in planted.state_dict().items()}
+    adv = _run(kind, planted, x, target(task, x), Attack(steps=2, best=True))
+    assert not adv.requires_grad and not x.requires_grad
+    assert all(not p.requires_grad and p.grad is None for p in planted.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in planted.state_dict().items())
+
+
+@EACH
+def test_loss_of_an_image_is_independent_of_the_others(task, kind):
+    planted, x = model(task), images(4, 24)
+    truth, adv = target(task, x), (x + 0.01).clamp(0, 1)
+    together = attacks.loss_for(kind, planted, x, truth, 5)(adv, 3)
+    assert together.shape == (4,) and (together > 0).all()
+    for i in range(4):
+        alone = attacks.loss_for(kind, planted, x[i : i + 1], truth[i : i + 1], 5)(adv[i : i + 1], 3)
+        assert float(alone) == pytest.approx(float(together[i]), rel=1e-5)
+
+
+@EACH
+def test_batch_size_does_not_matter(task, kind):
+    planted, x = model(task), images(8, 24)
+    truth, ids = target(task, x), _ids(8)
+    together = attacks.attacked(kind, planted, x, truth, ids, Attack(steps=3), 0)
+    alone = [
+        attacks.attacked(kind, planted, x[i : i + 1], truth[i : i + 1], ids[i : i + 1], Attack(steps=3), 0)
+        for i in range(8)
+    ]
+    # rounding turns the sign of a gradient that is all but zero, hence not every pixel
+    assert torch.isclose(torch.cat(alone), together, atol=1e-6).float().mean() > 0.999
+
+
+def test_starts_belong_to_images():
+    x = images(8)
+    together = attacks.random_start(x, 0.1, _ids(8), 0)
+    alone = [attacks.random_start(x[i : i + 1], 0.1, [f"image-{i}"], 0) for i in range(8)]
+    assert torch.equal(torch.cat(alone), together)
+    noise = together - x
+    assert 0.09 < noise.abs().max() <= 0.1 + 1e-6 and not torch.equal(noise[0], noise[1])
+    assert not torch.equal(attacks.random_start(x, 0.1, _ids(8), 1), together)
+
+
+def test_optimum_of_a_linear_loss():
+    x, w = images(3, low=0.2, high=0.8), torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    start = attacks.random_start(x, PAPER.eps, _ids(3), 0)
+    adv = attacks.pgd(x, lambda adv, t: (adv * w).flatten(1).sum(1), PAPER, start)
+    assert torch.equal(adv, torch.where(w > 0, x + PAPER.eps, x - PAPER.eps))
+
+
+def test_steps_bound_how_far_an_image_moves():
+    x = images(2, low=0.2, high=0.8)
+    adv = attacks.pgd(x, lambda adv, t: adv.flatten(1).sum(1), Attack(eps=0.1, step=0.01, steps=3))
+    assert torch.allclose(adv, x + 0.03)
+
+
+@pytest.mark.parametrize("eps", [0.0, 4 / 255, 8 / 255, 16 / 255, 1.0])
+def test_an_image_falls_exactly_when_the_boundary_is_within_reach(eps):
+    margins = [s * m for m in (0.005, 0.012, 0.02, 0.03, 0.05, 0.08, 0.3) for s in (1, -1)]
+    x, truth = _around_half(margins)
+    planted = brightness_model()
+    adv = _run("task", planted, x, truth, Attack(eps=eps, step=max(eps, 0.01), steps=5))
+    fallen = planted(adv).argmax(1) != truth
+    assert fallen.tolist() == [abs(m) < eps for m in margins]  # so radius 1 breaks everything
+
+
+def test_noise_of_the_same_radius_is_weaker():
+    x, truth = _around_half([0.02, -0.02, 0.028, -0.028])
+    planted = brightness_model()
+    noisy = attacks.random_start(x, PAPER.eps, _ids(4), 0)
+    assert (planted(noisy).argmax(1) == truth).all()
+    assert (planted(_run("task", planted, x, truth)).argmax(1) != truth).all()
+
+
+def test_segpgd_breaks_pixels_within_reach_and_no_others():
+    x, _ = _around_half([0.02, 0.04])
+    planted, truth = brightness_model("segmentation"), torch.ones(2, 16, 16)
+    wrong = planted(_run("task", planted, x, truth)).argmax(1) != 1
+    assert wrong[0].all() and not wrong[1].any()
+
+
+@pytest.mark.parametrize(("task", "tokens"), [("classification", 1), ("depth", 16), ("segmentation", 16)])
+def test_embed_attack_moves_its_tokens_as_far_as_possible(task, tokens):
+    planted = brightness_model("segmentation" if task == "segmentation" else "classification")
+    planted.task = task
+    x, _ = _around_half([0.2, -0.2])
+    adv = _run("embed", planted, x, torch.zeros(2))
+    moved = (planted.embed(adv) - planted.embed(x)).norm(dim=1)
+    assert planted.embed(x).shape == (2, tokens)
+    assert moved == pytest.approx(torch.full((2,), PAPER.eps * math.sqrt(tokens)), rel=1e-4)
+
+
+def test_embed_attack_on_segmentation_sees_all_windows():
+    planted, x = model("segmentation"), images(2, 24)
+    windows = [x[..., t : t + 16, le : le + 16] for t in (0, 8) for le in (0, 8)]
+    expected = torch.cat([planted.encoder(w)[1].flatten(1) for w in windows], 1)
+    assert torch.allclose(planted.embed(x), expected, atol=1e-6)
+
+
+def _by_hand(logits, mask, weight):
+    total = 0.0
+    for row in range(2):
+        for column in range(2):
+            scores, label = [float(logits[c][row][column]) for c in range(3)], mask[row][column]
+            if label == datasets.IGNORE:
+                continue
+            loss = math.log(sum(math.exp(s) for s in scores)) - scores[label]
+            total += ((1 - weight) if scores.index(max(scores)) == label else weight) * loss
+    return total / 4  # H W, whatever is ignored
+
+
+def test_segpgd_by_hand():
+    logits = torch.tensor([[[[2.0, 0.1], [1.0, -1.0]], [[0.5, 0.3], [-1.0, 3.0]], [[-1.0, 0.2], [0.0, 0.5]]]])
+    mask = [[0, 2], [datasets.IGNORE, 1]]  # right, wrong, ignored, right
+    for weight in (0.0, 0.25, 0.5, 1.0):
+        found = attacks.segpgd(logits, torch.tensor([mask]), weight)
+        assert float(found) == pytest.approx(_by_hand(logits[0], mask, weight), rel=1e-5)
+    loss = attacks.segpgd_loss(lambda x: x, torch.tensor([mask], dtype=torch.uint8), 4)
+    for t, weight in ((1, 0), (2, 1 / 8), (3, 2 / 8), (4, 3 / 8)):  # lambda(t) = (t - 1) / 2T
+        assert float(loss(logits, t)) == pytest.approx(_by_hand(logits[0], mask, weight), rel=1e-5)
+
+
+def _waves(adv, t):
+    return (60 * adv).sin().flatten(1).sum(1)  # hilly: steps jump over the tops
+
+
+def test_best_iterate_is_never_weaker_with_more_steps():
+    x = images(4)
+    start = attacks.random_start(x, 0.2, _ids(4), 0)
+
+    def reached(steps, best):
+        attack = Attack(eps=0.2, step=0.04, steps=steps, best=best)
+        return _waves(attacks.pgd(x, _waves, attack, start), 0)
+
+    best = torch.stack([reached(n, True) for n in range(1, 9)])
+    last = torch.stack([reached(n, False) for n in range(1, 9)])
+    assert (best.diff(dim=0) >= 0).all() and (best >= last).all()
+    assert (last.diff(dim=0) < 0).any()  # the last iterate alone would not do
+    assert (best[0] >= _waves(start, 0)).all()
+
+
+def test_best_iterate_is_judged_by_one_loss():
+    x, attack = images(2, low=0.2, high=0.8), Attack(steps=3, best=True)
+    adv = attacks.pgd(x, lambda adv, t: adv.flatten(1).sum(1) / t, attack)  # the weight of step 1 is the largest
+    assert torch.allclose(adv, x + 3 * attack.step)
+
+
+def test_clean_is_the_image_itself():
+    x = images(1)
+    assert attacks.attacked("clean", None, x, None, ["a"], None, 0) is x
+
+
+@pytest.mark.parametrize("kind", ["embed", "task"])
+def test_embedded_architecture_under_attack(kind):
+    encoder = Encoder(embedded_backbone(), "random", 64, IMAGENET_MEAN, IMAGENET_STD)
+    planted, x = TaskModel("classification", encoder, HEADS["classification"](encoder.dim, 3)), images(2, 64)
+    truth = planted(x).argmax(1)
+    loss = attacks.loss_for(kind, planted, x, truth, 4)
+    adv, noisy = _run(kind, planted, x, truth, Attack(steps=4)), attacks.random_start(x, PAPER.eps, _ids(2), 0)
+    assert (loss(adv, 4) > loss(noisy, 4)).all()

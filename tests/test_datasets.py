@@ -1,0 +1,376 @@
+"""Every layout from small files made here: what is read, split, resized and augmented, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+import torch
+from PIL import Image
+
+from ssl_robust import datasets
+from ssl_robust.datasets import IGNORE, Item, Subset
+from ssl_robust.settings import BadInput
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+RNG = np.random.default_rng(0)
+
+
+def _picture(path, size=(20, 26), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = size if mode == "L" else (*size, 3)
+    Image.fromarray(RNG.integers(256, size=shape, dtype=np.uint8), mode).save(path)
+
+
+def _image_folder(root):
+    for split, count in (("train", 6), ("test", 3)):
+        for name in datasets.CIFAR10_CLASSES:
+            for i in range(count):
+                _picture(root / "cifar10" / split / name / f"{i}.png", (8, 8))
+
+
+def _voc(root):
+    base = root / "VOCdevkit" / "VOC2012"
+    for split, count in (("train", 8), ("val", 4)):
+        names = [f"2007_{split}{i}" for i in range(count)]
+        (base / "ImageSets" / "Segmentation").mkdir(parents=True, exist_ok=True)
+        (base / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names))
+        for name in names:
+            _picture(base / "JPEGImages" / f"{name}.jpg")
+            mask = np.full((20, 26), 15, np.uint8)
+            mask[0], mask[:, 13:] = IGNORE, 3
+            picture = Image.fromarray(mask).convert("P")
+            picture.putpalette(RNG.integers(256, size=768, dtype=np.uint8).tobytes())
+            picture.putdata(mask.flatten().tolist())
+            (base / "SegmentationClass").mkdir(exist_ok=True)
+            picture.save(base / "SegmentationClass" / f"{name}.png")
+
+
+def _depth_folder(root, scale=1000):
+    for split, count in (("train", 8), ("val", 4)):
+        for i in range(count):
+            _picture(root / "sevenscenes" / "images" / split / f"{i}.jpg")
+            depth = np.full((20, 26), 2500, np.uint16)
+            depth[0], depth[1] = 0, 65535
+            (root / "sevenscenes" / "depth" / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(depth).save(root / "sevenscenes" / "depth" / split / f"{i}.png")
+    (root / "sevenscenes" / "meta.json").write_text(json.dumps({"depth_scale": scale}))
+
+
+def _flat_folder(root):
+    for i in range(16):
+        _picture(root / "imagenet_samples" / f"n{i}.jpg", (20, 20 + i))
+    (root / "imagenet_samples" / "README.txt").write_text("no image")
+
+
+REAL = {
+    "classification": ("cifar10", _image_folder),
+    "segmentation": ("voc2012", _voc),
+    "depth": ("sevenscenes", _depth_folder),
+    "deacl": ("imagenet_samples", _flat_folder),
+}
+EACH = pytest.mark.parametrize("task", REAL)
+
+
+def _settings(root, seed=0, **section):
+    section = {"n_train": 4, "n_val": 3, "n_test": 3, **section}
+    tasks = {t: {**section, "datasets": [REAL[t][0]]} for t in ("classification", "segmentation", "depth")}
+    sizes = {"n_train": section["n_train"], "n_val": section["n_val"], "dataset": "imagenet_samples"}
+    tasks["segmentation"] = {"size": "native"} | tasks["segmentation"]
+    return planted.settings(data_root=str(root), seed=seed, deacl=sizes, **tasks)
+
+
+def _load(task, split, root, native=8, seed=0, **section):
+    return datasets.load(task, REAL[task][0], split, _settings(root, seed, **section), native)
+
+
+# --- reading ---
+
+
+def test_image_folder(tmp_path):
+    _image_folder(tmp_path)
+    subset = _load("classification", "test", tmp_path, n_test=30)
+    assert subset.classes == datasets.CIFAR10_CLASSES and len(subset) == 30
+    for i in range(30):
+        image, label = subset[i]
+        path = tmp_path / subset.ids[i]
+        assert path.parent.name == subset.classes[label] and path.parent.parent.name == "test"
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(Image.open(path)))
+
+
+def test_voc_layout_keeps_the_ignored_pixels(tmp_path):
+    _voc(tmp_path)
+    subset = _load("segmentation", "test", tmp_path, size="original")
+    image, mask = subset[0]
+    assert image.shape == (3, 20, 26) and image.dtype == torch.uint8
+    assert mask.shape == (20, 26) and mask.dtype == torch.uint8
+    assert (mask[0, :13] == IGNORE).all() and (mask[1:, :13] == 15).all() and (mask[:, 13:] == 3).all()
+    assert all("_val" in i for i in subset.ids) and len(subset.classes) == 21
+    resized = _load("segmentation", "test", tmp_path, size=13)[0][1]
+    assert set(resized.unique().tolist()) <= {3, 15, IGNORE}  # nothing between
+
+
+@pytest.mark.parametrize(("scale", "metres"), [(1000, 2.5), (250, 10.0)])
+def test_depth_folder_in_metres(tmp_path, scale, metres):
+    _depth_folder(tmp_path, scale)
+    image, depth = _load("depth", "test", tmp_path, size="original")[0]
+    assert image.shape == (3, 20, 26) and depth.shape == (20, 26) and depth.dtype == torch.float32
+    assert (depth[0] == 0).all() and torch.allclose(depth[2:], torch.tensor(metres))
+    assert depth[1, 0] == pytest.approx(65535 / scale)  # 16 bits, unsigned
+    resized = _load("depth", "test", tmp_path, size=9)[0][1]
+    assert resized.shape == (9, 11) and set(resized.unique().tolist()) <= set(depth.unique().tolist())
+
+
+def test_flat_folder(tmp_path):
+    _flat_folder(tmp_path)
+    subset = _load("deacl", "train", tmp_path)
+    assert len(subset) == 4 and all(i.endswith(".jpg") for i in subset.ids)
+    assert subset[0][0].shape == (3, 8, 8) and subset[0][1] == 0
+
+
+def test_gray_images_become_colour(tmp_path):
+    _picture(tmp_path / "g.png", mode="L")
+    image, _ = datasets.read(Item("g", tmp_path / "g.png", 0), "classification")
+    assert image.shape == (3, 20, 26) and torch.equal(image[0], image[2])
+
+
+def test_scenes_serve_all_tasks_with_their_own_splits(root):
+    found = {}
+    for task in ("classification", "segmentation", "depth"):
+        settings = planted.settings(
+            **{task: {"datasets": ["scenes"], "n_train": 2, "n_val": 1, "n_test": 1, "size": 64}}
+        )
+        found[task] = {s: datasets.load(task, "scenes", s, settings, 64) for s in ("train", "val", "test")}
+    train = found["segmentation"]["train"]
+    assert len(train) == 2 and train[0][0].shape == (3, 64, 64) and train[0][1].shape == (64, 64)
+    assert found["classification"]["val"][0][1].ndim == 0 and len(found["classification"]["val"].classes) == 10
+    assert found["segmentation"]["val"].classes[0] == "background" and len(train.classes) == 11
+    assert found["depth"]["test"][0][1].dtype == torch.float32 and found["depth"]["test"].classes == ()
+    assert len({i for subset in found["depth"].values() for i in subset.ids}) == 4
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation", "depth"])
+def test_real_files(task):
+    name = REAL[task][0]
+    problems = [p for p in datasets.check(_settings(DATA)) if f"'{name}'" in p]
+    if problems:
+        pytest.skip(f"{name} is not in {DATA.parent.name}/data beside the project")
+    subset = _load(task, "test", DATA, native=32, n_test=5)
+    images, targets = zip(*(subset[i] for i in range(5)), strict=True)
+    assert all(min(i.shape[1:]) == 32 and i.float().std() > 5 for i in images)
+    if task == "classification":
+        assert {Path(i).parent.name for i in subset.ids} == {subset.classes[t] for t in targets}
+    elif task == "segmentation":
+        assert all(
+            int(m[m != IGNORE].max()) <= 20 and m.shape == i.shape[1:] for i, m in zip(images, targets, strict=True)
+        )
+    else:
+        assert all(0.3 < float(d[d > 0].median()) < 5 for d in targets)
+
+
+# --- splits ---
+
+
+@EACH
+def test_splits_are_disjoint_and_drawn_by_seed(task, tmp_path):
+    REAL[task][1](tmp_path)
+    splits = ("train", "val") if task == "deacl" else ("train", "val", "test")
+    ids = {split: _load(task, split, tmp_path).ids for split in splits}
+    everything = sum(ids.values(), [])
+    assert len(everything) == len(set(everything)) == sum({"train": 4}.get(s, 3) for s in splits)
+    assert {split: _load(task, split, tmp_path).ids for split in splits} == ids
+    assert all(_load(task, split, tmp_path, seed=1).ids != ids[split] for split in splits)
+
+
+def test_held_out_images_come_from_train_whatever_n_train_is(tmp_path):
+    _voc(tmp_path)
+    train, val = (_load("segmentation", s, tmp_path, n_train=100).ids for s in ("train", "val"))
+    assert len(train) == 5 and len(val) == 3 and all("train" in i for i in train + val)
+
+
+def test_hash_names_the_images_and_their_content(tmp_path):
+    _depth_folder(tmp_path)
+    first = _load("depth", "test", tmp_path)
+    assert _load("depth", "test", tmp_path).hash == first.hash
+    assert _load("depth", "test", tmp_path, n_test=2).hash != first.hash
+    _picture(first.items[0].image)
+    assert _load("depth", "test", tmp_path).hash != first.hash
+
+
+# --- sizes and augmentation ---
+
+
+def _item(size=(24, 40), seed=0):
+    """An image whose every channel equals its mask."""
+    mask = torch.randint(250, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Item(f"item-{seed}", mask.expand(3, -1, -1).clone(), mask)
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "size", "shape"),
+    [
+        ("classification", "test", "native", (16, 16)),  # a square of the short side
+        ("classification", "train", 20, (20, 20)),
+        ("classification", "test", "original", (16, 16)),
+        ("segmentation", "test", "native", (16, 26)),
+        ("segmentation", "test", "original", (24, 40)),
+        ("segmentation", "train", 20, (16, 16)),  # a window of native px
+        ("segmentation", "val", 20, (16, 16)),
+        ("depth", "test", 12, (12, 20)),
+        ("depth", "train", "original", (24, 40)),
+        ("deacl", "train", "native", (16, 16)),
+    ],
+)
+def test_sizes(task, split, size, shape, toys):
+    item = _item() if task in ("segmentation", "depth") else _item()._replace(target=1)
+    subset = Subset("toys", task, [item], datasets.transform(task, split, size, 16))
+    image, target = subset[0]
+    assert image.shape == (3, *shape) and target.shape == (shape if task in ("segmentation", "depth") else ())
+
+
+def test_small_originals_are_enlarged_to_the_window():
+    image, mask = datasets.transform("segmentation", "test", "original", 48)(*datasets.read(_item(), "segmentation"))
+    assert image.shape == (3, 48, 80) and mask.shape == (48, 80)
+
+
+def test_training_crops_larger_than_the_images_are_refused():
+    with pytest.raises(BadInput, match="segmentation.size is 32 px, less than the encoder's window of 64 px"):
+        datasets.transform("segmentation", "train", 32, 64)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
+def test_augmentation_moves_image_and_target_alike(task, toys):
+    items = [_item((16, 24), seed) for seed in range(8)]
+    subset = Subset("toys", task, items, datasets.transform(task, "train", "original", 16))
+    moved = 0
+    for i, item in enumerate(items):
+        image, target = subset[i]
+        assert torch.equal(image[0].float(), target.float())
+        moved += not torch.equal(target.float(), item.target[:, : target.shape[1]].float())
+    assert moved >= 2
+
+
+def test_augmentation_depends_on_image_and_view_not_on_order(toys):
+    subset = datasets.load("deacl", "toys", "train", planted.settings(), 16)
+    state = torch.random.get_rng_state()
+    forward = [subset[i][0] for i in range(6)]
+    backward = [subset[i][0] for i in reversed(range(6))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
+    subset.view = 1
+    assert sum(not torch.equal(subset[i][0], forward[i]) for i in range(6)) == 6
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_test_images_are_not_augmented(toys):
+    subset = datasets.load("segmentation", "toys", "test", planted.settings(), 16)
+    first = subset[3]
+    subset.view = 7
+    assert torch.equal(subset[3][0], first[0]) and torch.equal(subset[3][1], first[1])
+    assert torch.equal(first[0], subset.items[3].image)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_batches_hold_every_image_once_among_equal_shapes(size, toys):
+    items = [_item((16, 16 + 4 * (i % 3)), i) for i in range(10)]
+    subset = Subset("toys", "segmentation", items, datasets.transform("segmentation", "test", "original", 8))
+    seen = []
+    for indices, images, targets in datasets.batches(subset, size):
+        assert len(indices) == len(images) == len(targets) <= size
+        assert images.dtype == torch.float32 and images.max() <= 1
+        for i, image, target in zip(indices, images, targets, strict=True):
+            assert torch.equal(image, items[i].image.float() / 255) and torch.equal(target, items[i].target)
+        seen += indices
+    assert sorted(seen) == list(range(10))
+
+
+# --- refusals ---
+
+
+def test_a_missing_data_folder_is_said_with_the_remedy(tmp_path):
+    for root, words in (("", "no data folder: DATA is not set"), (tmp_path / "gone", f"data folder '{tmp_path}/gone'")):
+        with pytest.raises(BadInput) as refusal:
+            _load("segmentation", "test", root)
+        assert "'voc2012' (test) was not found" in str(refusal.value) and words in str(refusal.value)
+        assert "VOCdevkit/VOC2012" in str(refusal.value) and "DATA=FOLDER" in str(refusal.value)
+
+
+def test_check_lists_everything_that_is_missing(tmp_path):
+    assert len(datasets.check(_settings(tmp_path))) == 7  # train and test of three tasks, train of DeACL
+    for task in REAL:
+        REAL[task][1](tmp_path)
+    assert datasets.check(_settings(tmp_path)) == []
+    assert datasets.overview(_settings(tmp_path))["images"].tolist() == [4, 3, 3] * 3 + [4, 3]
+    (tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt").unlink()
+    (problem,) = datasets.check(_settings(tmp_path))
+    assert "'voc2012' (test)" in problem
+
+
+def test_unknown_names_list_what_there_is():
+    with pytest.raises(BadInput, match="no data set 'cifar' for classification; choose one of: scenes, cifar10"):
+        datasets.entry("cifar", "classification")
+    with pytest.raises(BadInput, match="no data set 'cifar10' for depth"):
+        datasets.entry("cifar10", "depth")
+
+
+def test_no_image_left_for_training_is_said(tmp_path):
+    _voc(tmp_path)
+    with pytest.raises(BadInput, match="'voc2012' has 8 training images and n_val takes them all; lower n_val"):
+        _load("segmentation", "train", tmp_path, n_val=8)
+
+
+def test_a_mask_of_another_size_is_named(tmp_path):
+    _voc(tmp_path)
+    subset = _load("segmentation", "test", tmp_path)
+    _picture(subset.items[1].target, (26, 20), "L")
+    with pytest.raises(BadInput, match=rf"target of {subset.ids[1]} has size \(26, 20\) but its image \(20, 26\)"):
+        subset[1]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_damaged_images_are_named(tmp_path, suffix):
+    path = tmp_path / f"image.{suffix}"
+    _picture(path, (40, 40))
+    whole = path.read_bytes()
+    hurt = [b"", b"text", whole[: len(whole) // 2], whole[:300]]
+    for content in hurt:
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match=f"{path} cannot be read"):
+            datasets.read(Item("i", path, 0), "classification")
+
+
+def test_scrambled_images_never_raise_anything_else(tmp_path):
+    path = tmp_path / "image.png"
+    _picture(path, (16, 16))
+    whole, refused = path.read_bytes(), 0
+    for position in range(0, len(whole), 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+        try:
+            datasets.read(Item("i", path, 0), "classification")
+        except BadInput:
+            refused += 1
+    assert refused > 5
+
+
+def test_missing_depth_files_are_named(tmp_path):
+    _depth_folder(tmp_path)
+    (tmp_path / "sevenscenes" / "depth" / "val" / "2.png").unlink()
+    with pytest.raises(BadInput, match=r"sevenscenes/depth/val lacks 2.png \(1 missing\)"):
+        _load("depth", "test", tmp_path)
+    (tmp_path / "sevenscenes" / "meta.json").unlink()
+    with pytest.raises(BadInput, match="sevenscenes/meta.json is missing; write one with 'depth_scale'"):
+        _load("depth", "train", tmp_path)[0]
+
+
+def test_a_missing_image_of_the_list_is_named(tmp_path):
+    _voc(tmp_path)
+    subset = _load("segmentation", "test", tmp_path)
+    subset.items[0].image.unlink()
+    with pytest.raises(BadInput, match=f"{subset.items[0].image.name} cannot be read"):
+        subset[0]
+
+
+def test_peek_gives_the_first_test_images(toys):
+    images, targets = datasets.peek("depth", "toys", planted.settings(), 3, side=24)
+    subset = datasets.load("depth", "toys", "test", planted.settings(), 24)
+    assert images.shape == (3, 3, 24, 24) and torch.equal(targets[2], subset[2][1])

@@ -1,0 +1,197 @@
+"""DeACL: the schedule, the two terms of eq. 2, one step, interrupted work, and what is evaluated of it."""
+
+import copy
+import math
+
+import planted
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssl_robust import datasets, deacl, records
+from ssl_robust.settings import BadInput, DeACL, EncoderRow
+
+ROW = EncoderRow(name="planted", defenses=["standard", "deacl"])
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rate"),
+    [(0, 0), (0.5, 0.0025), (5, 0.025), (10, 0.05), (32.5, 0.025 * (1 + math.sqrt(0.5))), (55, 0.025), (100, 0)],
+)
+def test_learning_rate_warms_up_and_falls_along_a_cosine(epoch, rate):
+    assert deacl.learning_rate(epoch, DeACL()) == pytest.approx(rate, abs=1e-12)
+
+
+def test_learning_rate_without_warm_up_starts_at_the_top():
+    assert deacl.learning_rate(0, DeACL(warmup_epochs=0)) == 0.05
+    assert deacl.learning_rate(1, DeACL(epochs=1, warmup_epochs=1)) == 0.05  # all warm-up, no division by zero
+
+
+def _pair_encoder(x):
+    return x.flatten(1)[:, :2], None  # the first two pixels are the embedding
+
+
+def _pairs(*rows):
+    return torch.tensor(rows).reshape(len(rows), 1, 1, 2).expand(-1, 3, 1, 2)
+
+
+def test_loss_terms_by_hand():
+    x, x_adv = _pairs([1.0, 0.0], [3.0, 4.0]), _pairs([0.0, 2.0], [4.0, 3.0])
+    target = torch.tensor([[1.0, 1.0], [3.0, 4.0]])
+    preserve, robust = deacl.loss_terms(_pair_encoder, target, x, x_adv)
+    assert float(preserve) == pytest.approx(-(math.sqrt(0.5) + 1) / 2)
+    assert float(robust) == pytest.approx(-(0 + 24 / 25) / 2)
+
+
+def test_adversarial_images_turn_the_embedding_within_the_ball():
+    encoder, x, cfg = planted.encoder(), planted.images(3), DeACL(eps=0.1, step=0.05, steps=4)
+    target = encoder(x)[0]
+    adv = deacl.adversarial_images(encoder, target, x, ["a", "b", "c"], cfg, 0)
+    cosine = torch.cosine_similarity(encoder(adv)[0], target)
+    noisy = deacl.attacks.random_start(x, 0.1, ["a", "b", "c"], 0)
+    assert (adv - x).abs().max() <= 0.1 + 1e-6 and adv.min() >= 0 and adv.max() <= 1
+    assert (cosine < torch.cosine_similarity(encoder(noisy)[0], target)).all()
+
+
+def _step(cfg, monkeypatch, shift=0.0):
+    """One training step; `shift` sets the student apart from its teacher. Returns both and what was attacked."""
+    teacher = planted.encoder()
+    student = copy.deepcopy(teacher)
+    student.backbone.proj.weight += shift
+    optimizer = torch.optim.SGD(student.backbone.parameters(), 0.1)
+    attacked, original = [], deacl.adversarial_images
+    monkeypatch.setattr(deacl, "adversarial_images", lambda enc, *args: attacked.append(enc) or original(enc, *args))
+    terms = deacl.train_step(student, teacher, planted.images(4), list("abcd"), optimizer, cfg, 0)
+    return student, teacher, attacked, terms
+
+
+def test_a_step_changes_the_student_and_never_the_teacher(monkeypatch):
+    student, teacher, _, (preserve, robust) = _step(DeACL(eps=0.02, step=0.01), monkeypatch)
+    assert teacher.hash == planted.encoder().hash
+    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in student.backbone.parameters())
+    assert not torch.equal(student.backbone.proj.weight, teacher.backbone.proj.weight)
+    assert preserve == pytest.approx(-1, abs=1e-5) and -1 < robust < -0.2  # the student began as the teacher
+
+
+def test_gamma_weighs_the_robustness_term(monkeypatch):
+    steps = {}
+    for gamma in (0.0, 1.0, 2.0):
+        student, teacher, *_ = _step(DeACL(gamma=gamma, eps=0.1, step=0.05), monkeypatch)
+        steps[gamma] = student.backbone.proj.weight.detach() - teacher.backbone.proj.weight
+    assert steps[0.0].abs().max() < 1e-6  # nothing but the term of the teacher, which is at its optimum
+    assert torch.allclose(steps[2.0], 2 * steps[1.0], atol=1e-6) and steps[1.0].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("attack_on", ["trained", "original"])
+def test_the_attacked_encoder_can_be_chosen(attack_on, monkeypatch):
+    cfg = DeACL(attack_on=attack_on)
+    student, teacher, attacked, _ = _step(cfg, monkeypatch, shift=0.3)
+    assert attacked == [student if attack_on == "trained" else teacher]
+
+
+def _finetune(profile, **changes):
+    settings = planted.settings(profile=profile, deacl={"eps": 0.1, "step": 0.05, "checkpoints": [1], **changes})
+    return deacl.finetune(ROW, planted.encoder(), settings)
+
+
+def _files(profile):
+    home = deacl.folder(profile, "planted")
+    return {p.name: p.read_bytes() for p in home.iterdir() if p.name != "state.pt"}
+
+
+def _die_in_epoch(number, monkeypatch):
+    """The process is killed at the end of epoch `number`, before it is stored."""
+    original = deacl.train_epoch
+
+    def train_epoch(*args):
+        terms = original(*args)
+        if args[5] == number:
+            raise KeyboardInterrupt
+        return terms
+
+    monkeypatch.setattr(deacl, "train_epoch", train_epoch)
+
+
+@pytest.fixture
+def epochs(toys, monkeypatch):
+    """The numbers of the epochs that are trained."""
+    found, original = [], deacl.train_epoch
+    monkeypatch.setattr(deacl, "train_epoch", lambda *args: found.append(args[5]) or original(*args))
+    return found
+
+
+def test_finetune_moves_the_encoder_and_writes_what_was_asked(epochs):
+    index = _finetune("a")
+    assert epochs == [0, 1, 2]
+    assert index["epochs"] == [1, 3] and [h["epoch"] for h in index["history"]] == [0, 1, 2, 3]
+    assert set(_files("a")) == {"deacl.json", "epoch_1.safetensors", "epoch_3.safetensors"}
+    first, last = (load_file(deacl.checkpoint_path("a", "planted", n))["proj.weight"] for n in (1, 3))
+    original = planted.encoder().backbone.proj.weight
+    assert not torch.equal(first, last) and not torch.equal(first, original)
+    assert index["history"][-1]["held_out_cosine"] > index["history"][0]["held_out_cosine"]
+
+
+def test_finished_work_is_not_repeated(epochs):
+    index, before = _finetune("a"), _files("a")
+    assert _finetune("a") == index and len(epochs) == 3
+    assert _finetune("a", lr=0.01) != index and len(epochs) == 6
+    deacl.checkpoint_path("a", "planted", 1).unlink()
+    _finetune("a", lr=0.01)
+    assert len(epochs) == 9 and set(_files("a")) == set(before)
+
+
+def test_killed_and_resumed_equals_uninterrupted(epochs, monkeypatch):
+    whole = _finetune("a")
+    with monkeypatch.context() as killed:
+        _die_in_epoch(1, killed)
+        with pytest.raises(KeyboardInterrupt):
+            _finetune("b")
+    assert not (deacl.folder("b", "planted") / "deacl.json").exists()
+    epochs.clear()
+    assert _finetune("b") == whole and epochs == [1, 2]  # epoch 0 was kept
+    assert _files("a") == _files("b")
+
+
+def test_damaged_state_starts_anew(epochs, monkeypatch):
+    whole = _finetune("a")
+    with monkeypatch.context() as killed:
+        _die_in_epoch(2, killed)
+        with pytest.raises(KeyboardInterrupt):
+            _finetune("b")
+    state = deacl.folder("b", "planted") / "state.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    epochs.clear()
+    assert _finetune("b") == whole and epochs == [0, 1, 2]
+
+
+def test_each_epoch_has_its_own_augmentation(toys, monkeypatch):
+    settings, seen = planted.settings(), []
+    train = datasets.load("deacl", "toys", "train", settings, 16)
+    monkeypatch.setattr(deacl, "train_step", lambda s, t, x, ids, *rest: seen.append((x, ids)) or (0.0, 0.0))
+    optimizer = torch.optim.SGD(planted.encoder().parameters(), 1)
+    for epoch in (0, 1):
+        deacl.train_epoch(None, None, train, optimizer, settings.deacl, epoch, "cpu")
+    views = [dict(zip(sum((ids for _, ids in part), []), torch.cat([x for x, _ in part]), strict=True))
+             for part in (seen[:3], seen[3:])]  # fmt: skip
+    assert set(views[0]) == set(views[1]) == set(train.ids) and list(views[0]) != list(views[1])
+    assert sum(not torch.equal(views[0][i], views[1][i]) for i in train.ids) == 12
+    assert optimizer.param_groups[0]["lr"] == deacl.learning_rate(1 + 2 / 3, settings.deacl)
+
+
+def test_variants_are_standard_then_deacl_by_epoch(toys):
+    with pytest.raises(BadInput, match="02_deacl has not run"):
+        deacl.variants(ROW, "a")
+    records.finish("a", "02_deacl")
+    with pytest.raises(BadInput, match="deacl.json is missing"):
+        deacl.variants(ROW, "a")
+    _finetune("a")
+    path = deacl.checkpoint_path
+    expected = [
+        ("standard", 0, None),
+        ("deacl-epoch1", 1, path("a", "planted", 1)),
+        ("deacl", 3, path("a", "planted", 3)),
+    ]
+    assert deacl.variants(ROW, "a") == expected
+    assert deacl.variants(EncoderRow(name="planted", defenses=["deacl"]), "a") == expected[1:]
+    assert deacl.variants(EncoderRow(name="other"), "a") == [("standard", 0, None)]

@@ -1,0 +1,198 @@
+"""Clean and attacked evaluation take one path; records say what they were made from and are reused only for that."""
+
+import json
+
+import planted
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, records
+from ssl_robust.settings import TASKS, Attack
+
+FIELDS = {
+    "schema", "key", "task", "dataset", "encoder", "defense", "epoch", "attack", "attack_name", "metric", "value", "se",
+    "n", "chance", "settings", "seed", "hashes", "max_perturbation", "nonfinite", "per_image", "seconds", "notebook",
+    "git", "versions", "device", "threads", "made",
+}  # fmt: skip
+NAMES = {"classification": "PGD", "segmentation": "SegPGD", "depth": "DepthPGD"}
+
+
+def _test_set(task, settings=None):
+    return datasets.load(task, "toys", "test", settings or planted.settings(), 16)
+
+
+def _cell(task, kind, defense="standard", **changes):
+    settings = planted.settings(**changes)
+    return evaluate.cell(planted.model(task), _test_set(task, settings), (defense, 0), kind, settings, "03_notebook")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_clean_and_attacked_take_one_path(task, toys):
+    model, test = planted.model(task), _test_set(task)
+    found = {
+        (kind, eps): evaluate.evaluate(model, test, kind, Attack(eps=eps, step=0.3, steps=2), 4, 0, "cpu")
+        for kind in evaluate.KINDS
+        for eps in (0.0, 0.3)
+    }
+    clean, largest, nonfinite = found["clean", 0.3]
+    assert largest == 0 and nonfinite == 0
+    for kind in ("embed", "task"):
+        assert torch.equal(found[kind, 0.0][0], clean) and found[kind, 0.0][1] == 0
+        assert found[kind, 0.3][1] == pytest.approx(0.3, abs=1e-6) and not torch.equal(found[kind, 0.3][0], clean)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_batch_size_does_not_matter(task, toys):
+    model, test = planted.model(task), _test_set(task)
+    one, eight = (evaluate.evaluate(model, test, "task", Attack(steps=2), size, 0, "cpu")[0] for size in (1, 8))
+    values = [metrics.value(task, stats) for stats in (one, eight)]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_statistics_are_in_the_order_of_the_images_whatever_their_sizes(toys):
+    items = datasets.list_items("toys", "segmentation", "test", 0, "")
+    items = [i._replace(image=i.image[:, n % 3 :], target=i.target[n % 3 :]) for n, i in enumerate(items)]
+    test = datasets.Subset("toys", "segmentation", items, datasets.transform("segmentation", "test", "original", 16))
+    model = planted.model("segmentation")
+    stats, *_ = evaluate.evaluate(model, test, "clean", None, 4, 0, "cpu")
+    for i in range(len(test)):
+        image, mask = test[i]
+        with torch.no_grad():
+            logits = model(image.float()[None] / 255)
+        assert torch.equal(stats[i], metrics.statistics("segmentation", logits, mask[None], 3)[0])
+
+
+def test_images_without_a_finite_prediction_are_counted(toys):
+    model = planted.model("classification")
+    model.head.linear.bias[0] = torch.nan
+    _, _, nonfinite = evaluate.evaluate(model, _test_set("classification"), "clean", None, 3, 0, "cpu")
+    assert nonfinite == 8
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", evaluate.KINDS)
+def test_a_record_says_all(task, kind, toys):
+    record = _cell(task, kind)
+    path = records.record_path("toy", task, "toys", "planted", "standard", kind)
+    assert records.read_json(path) == record and set(record) == FIELDS
+    assert record["attack_name"] == {"clean": "none", "embed": "EmbedAttack", "task": NAMES[task]}[kind]
+    assert (record["metric"], record["n"], record["nonfinite"]) == (metrics.METRIC[task], 8, 0)
+    assert record["settings"]["attack"] == (None if kind == "clean" else Attack(steps=3).model_dump())
+    assert record["settings"]["task"] == planted.settings().task(task).model_dump()
+    assert set(record["hashes"]) == {"weights", "head", "data", "code"} and len(record["key"]) == 16
+    assert len(record["per_image"]) == 8 and record["notebook"] == "runs/toy/03_notebook.ipynb"
+    assert record["max_perturbation"] == 0 if kind == "clean" else 0 < record["max_perturbation"] <= 8 / 255 + 1e-6
+    assert record["se"] >= 0 and record["chance"] > 0
+
+
+def test_a_record_holds_the_metric_of_its_images(toys):
+    record = _cell("classification", "clean")
+    model, test = planted.model("classification"), _test_set("classification")
+    with torch.no_grad():
+        right = [
+            float(model(image.float()[None] / 255).argmax() == label) for image, label in (test[i] for i in range(8))
+        ]
+    assert record["per_image"] == right and record["value"] == pytest.approx(sum(right) / 8)
+    labels = [int(test[i][1]) for i in range(8)]
+    assert record["chance"] == pytest.approx(max(labels.count(c) for c in range(3)) / 8)
+
+
+@pytest.fixture
+def evaluations(toys, monkeypatch):
+    """One entry, the kind, for each evaluation that is really done."""
+    found, original = [], evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: found.append(args[2]) or original(*args))
+    return found
+
+
+def test_a_record_is_reused_for_equal_inputs_alone(evaluations):
+    first = _cell("depth", "task")
+    assert _cell("depth", "task", depth={"attack_batch": 1, "lr": 1.0}) == first and len(evaluations) == 1
+    for count, change in enumerate([{"attack": {"steps": 2}}, {"seed": 1}, {"depth": {"n_test": 5}}], 2):
+        again = _cell("depth", "task", **change)
+        assert len(evaluations) == count and again["key"] != first["key"], change
+
+
+def test_the_attack_setting_is_no_part_of_a_clean_record(evaluations):
+    _cell("depth", "clean")
+    _cell("depth", "clean", attack={"steps": 2})
+    assert evaluations == ["clean"]
+
+
+def test_other_weights_head_or_native_size_make_another_record(evaluations):
+    settings, test = planted.settings(), _test_set("depth")
+    models = [planted.model("depth"), planted.model("depth", seed=1), planted.model("depth", native=20)]
+    models.append(planted.model("depth"))
+    models[-1].head.conv.bias += 0.01
+    for count, model in enumerate(models, 1):
+        evaluate.cell(model, test, ("standard", 0), "clean", settings, "n")
+        assert len(evaluations) == count
+
+
+def test_a_damaged_record_is_made_again(evaluations):
+    first = _cell("depth", "embed")
+    path = records.record_path("toy", "depth", "toys", "planted", "standard", "embed")
+    path.write_text(path.read_text()[:50])
+    again = _cell("depth", "embed")
+    assert len(evaluations) == 2 and again["value"] == first["value"] and records.read_json(path) == again
+
+
+@pytest.fixture
+def tuned(toys, monkeypatch):
+    """Planted encoders instead of rows, fine-tuned by DeACL with a checkpoint after epoch 1."""
+
+    def load(row, data_root="", weights=None):
+        encoder = planted.encoder()
+        if weights:
+            encoder.backbone.load_state_dict(load_file(weights))
+        return encoder
+
+    monkeypatch.setattr(encoders, "load", load)
+    settings = planted.settings(deacl={"checkpoints": [1], "n_train": 8, "epochs": 2})
+    deacl.finetune(settings.encoders[0], planted.encoder(), settings)
+    return settings
+
+
+def test_a_task_is_evaluated_in_all_variants_and_other_rows_are_removed(tuned):
+    found = evaluate.run_task("classification", tuned, "03_attack_classification")
+    rows = [(r["defense"], r["epoch"], r["attack"]) for r in found]
+    variants = [("standard", 0), ("deacl-epoch1", 1), ("deacl", 2)]
+    assert rows == [(*v, kind) for v in variants for kind in ("clean", "embed", "task")]
+    assert len({r["hashes"]["weights"] for r in found}) == 3
+    folder = records.results_dir("toy")
+    records.write_json({}, folder / "depth" / "toys__gone__standard__clean.json")  # of another task: stays
+    records.write_json({}, folder / "classification" / "toys__gone__standard__clean.json")
+    fewer = planted.settings(encoders=[{"name": "planted"}])
+    evaluate.run_task("classification", fewer, "03_attack_classification")
+    left = sorted(p.stem for p in (folder / "classification").iterdir())
+    assert left == [f"toys__planted__standard__{kind}" for kind in ("clean", "embed", "task")]
+    assert len(list((folder / "depth").iterdir())) == 1
+
+
+def test_checkpoints_between_are_evaluated_on_the_first_data_set_alone(tuned, monkeypatch):
+    monkeypatch.setitem(datasets.DATASETS, "toys2", planted.TOYS)
+    monkeypatch.setattr(evaluate, "KINDS", ("clean",))
+    settings = tuned.model_copy(update={"depth": tuned.depth.model_copy(update={"datasets": ["toys", "toys2"]})})
+    found = [(r["dataset"], r["defense"]) for r in evaluate.run_task("depth", settings, "n")]
+    assert found[:3] == [("toys", "standard"), ("toys", "deacl-epoch1"), ("toys", "deacl")]
+    assert found[3:] == [("toys2", "standard"), ("toys2", "deacl")]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_examples_hold_images_and_what_was_said_of_them(task, tuned):
+    path = evaluate.examples(task, tuned, 3)
+    with safe_open(path, "pt") as file:
+        about, shown = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    assert set(shown) == {"images", "target", "adv_embed", "adv_task", "pred_clean", "pred_embed", "pred_task"}
+    assert json.loads(about["classes"]) == ([] if task == "depth" else list(planted.CLASSES))
+    assert (float(about["eps"]), about["dataset"], about["encoder"]) == (8 / 255, "toys", "planted")
+    kind = {"classification": torch.int64, "segmentation": torch.uint8, "depth": torch.float32}[task]
+    assert (
+        shown["pred_task"].dtype == shown["target"].dtype == kind and shown["pred_task"].shape == shown["target"].shape
+    )
+    model, test = evaluate.prepare(task, "toys", tuned.encoders[0], tuned)
+    adv = attacks.attacked("task", model, shown["images"], shown["target"], test.ids[:3], tuned.attack, 0)
+    assert torch.equal(shown["adv_task"], adv)
+    assert torch.equal(shown["pred_task"], heads.labels(task, model(adv)))

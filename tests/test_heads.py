@@ -1,0 +1,318 @@
+"""Heads against direct transcriptions, losses by hand, the sliding window, and how heads are trained and kept."""
+
+import math
+
+import planted
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save_file
+
+from ssl_robust import datasets, heads, metrics, records
+from ssl_robust.heads import HEADS, TaskModel
+from ssl_robust.settings import TASKS, BadInput, TaskSettings
+
+
+def _tokens(count=2, dim=5, h=3, w=4):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, dim, generator=generator), torch.randn(count, dim, h, w, generator=generator)
+
+
+# --- the three heads ---
+
+
+def test_classification_head_is_linear_in_cls_alone():
+    cls, patches = _tokens()
+    head = HEADS["classification"](5, 3)
+    expected = cls @ head.linear.weight.T + head.linear.bias
+    assert torch.allclose(head(cls, patches, 8), expected, atol=1e-6)
+    assert torch.equal(head(cls, patches + 1, 8), head(cls, patches, 8))
+
+
+def test_segmentation_head_is_batch_norm_and_a_1x1_convolution_then_bilinear():
+    cls, patches = _tokens()
+    head = HEADS["segmentation"](5, 3)
+    normal = (patches - patches.mean((0, 2, 3), keepdim=True)) / patches.std((0, 2, 3), correction=0, keepdim=True)
+    low = torch.einsum("cd,bdhw->bchw", head.conv.weight[:, :, 0, 0], normal) + head.conv.bias[:, None, None]
+    expected = F.interpolate(low, size=(24, 32), mode="bilinear")
+    assert torch.allclose(head.train()(cls, patches, 8), expected, atol=1e-4)
+
+
+def _depth_as_written(head, cls, patches, patch):
+    """Section 4.1 in its own order: upsample tokens, linear, normalised bins, expectation, bilinear, clamp."""
+    h, w = patches.shape[2:]
+    tokens = torch.cat([patches, cls[:, :, None, None].repeat(1, 1, h, w)], 1)
+    bins = F.conv2d(F.interpolate(tokens, scale_factor=4, mode="bilinear"), head.conv.weight, head.conv.bias)
+    bins = bins.relu() + 0.1
+    width = (10 - 0.001) / 256
+    centres = torch.tensor([0.001 + (i + 0.5) * width for i in range(256)])
+    depth = (bins / bins.sum(1, keepdim=True) * centres[:, None, None]).sum(1, keepdim=True)
+    return F.interpolate(depth, size=(h * patch, w * patch), mode="bilinear")[:, 0].clamp(0.001, 10)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 14])
+def test_depth_head_equals_its_direct_transcription(patch):
+    cls, patches = _tokens()
+    head = HEADS["depth"](5)
+    found = head(cls, 5 * patches, patch)
+    assert found.shape == (2, 3 * patch, 4 * patch) and found.std() > 0.01
+    assert torch.allclose(found, _depth_as_written(head, cls, 5 * patches, patch), atol=1e-4)
+
+
+def test_depth_stays_in_range_where_one_bin_takes_all():
+    cls, patches = _tokens()
+    head = HEADS["depth"](5)
+    for chosen, low, high in ((0, 0.001, 0.1), (255, 9.9, 10)):
+        head.conv.bias.data = F.one_hot(torch.tensor(chosen), 256).float() * 1e5
+        assert low <= head(cls, patches, 4).min() and head(cls, patches, 4).max() <= high
+
+
+@pytest.mark.parametrize(("shape", "factor"), [((3, 4), 4), ((1, 5), 3), ((7, 2), 2)])
+def test_upsample_is_bilinear_interpolation(shape, factor):
+    x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(x, scale_factor=factor, mode="bilinear")
+    assert torch.allclose(heads.upsample(x, factor), expected, atol=1e-5)
+
+
+# --- windows and borders ---
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "stride"), [((37, 29), 16, 7), ((16, 16), 16, 5), ((40, 16), 16, 16), ((9, 50), 16, 11)]
+)
+def test_sliding_an_identity_returns_the_image(size, window, stride):
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(heads.slide(x, lambda crops: crops, window, stride), x, atol=1e-6)
+
+
+def test_overlaps_are_averaged():
+    x = torch.zeros(1, 1, 2, 6)
+
+    def predict(crops):
+        return torch.tensor([1.0, 3.0])[:, None, None, None].expand(len(crops), 1, 2, 4)
+
+    assert heads.slide(x, predict, 4, 2)[0, 0].tolist() == [[1, 1, 2, 2, 3, 3]] * 2
+
+
+def test_windows_cover_every_pixel_and_stay_inside():
+    for length in range(1, 60):
+        for window, stride in ((16, 16), (16, 11), (16, 1), (7, 5)):
+            starts = heads.window_starts(length, window, stride)
+            covered = {p for s in starts for p in range(s, min(s + window, length))}
+            assert covered == set(range(length)), (length, window, stride)
+            assert starts[-1] == max(length - window, 0) and len(set(starts)) == len(starts)
+
+
+def test_segmentation_of_one_window_is_the_plain_prediction():
+    model, x = planted.model("segmentation"), planted.images(2, 16)
+    assert torch.allclose(model(x), model.single(x), atol=1e-6)
+    assert model.stride == 8 and model(planted.images(1, 21)).shape == (1, 3, 21, 21)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
+def test_padded_images_come_back_in_their_own_size(task):
+    model, x = planted.model(task, patch=8), torch.rand(1, 3, 70, 51, generator=torch.Generator().manual_seed(0))
+    assert model.encoder.padding(70, 51) == (2, 3, 1, 1)  # 56 - 51 across, 72 - 70 down
+    padded = torch.full((1, 3, 72, 56), 0.5)  # the planted encoder's mean colour
+    padded[..., 1:71, 2:53] = x
+    assert torch.allclose(model.single(x), model.single(padded)[..., 1:71, 2:53], atol=1e-5)
+    assert model(x).shape[-2:] == (70, 51)
+
+
+# --- losses ---
+
+
+def test_pixel_loss_by_hand():
+    g = torch.tensor([[[1.0, 2.0], [3.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]])
+    valid = torch.tensor([[[True, True], [True, False]], [[True] * 2] * 2])
+    expected = [math.sqrt(14 / 3 - 0.85 * 2**2), math.sqrt(0.15) * 0.5]  # mean of squares, square of the mean
+    assert heads.pixel_loss(g, valid).tolist() == pytest.approx(expected, rel=1e-5)
+    assert heads.pixel_loss(g, valid, alpha=2, lam=0)[0] == pytest.approx(2 * math.sqrt(14 / 3), rel=1e-5)
+
+
+def test_gradient_loss_by_hand():
+    g = torch.tensor([[[0.0, 1.0, 3.0], [2.0, 9.0, 5.0], [4.0, 0.0, 1.0]]])
+    valid = torch.ones(1, 3, 3, dtype=torch.bool)
+    valid[0, 1, 1] = False
+    # scale 0: across 1 + 2 and 4 + 1, down 2 + 2 and 2 + 4; scale 1 (the corners): across 3 + 3, down 4 + 2
+    assert heads.gradient_loss(g, valid).tolist() == pytest.approx([(8 + 10 + 12) / 8])
+    assert heads.gradient_loss(g, valid, scales=1).tolist() == pytest.approx([18 / 8])
+
+
+def test_depth_loss_is_of_logarithms_and_ignores_invalid_pixels():
+    target = torch.full((1, 4, 4), 2.0)
+    target[0, 0, 0], target[0, 3, 3] = 0, 11  # unseen, out of range
+    prediction = target * math.exp(0.3)
+    prediction[0, 0, 0] = 7
+    assert float(heads.depth_loss(prediction, target)) == pytest.approx(math.sqrt(0.15) * 0.3, rel=1e-4)
+    prediction[0, 1, 1] = 2 * math.exp(0.7)
+    pixel = math.sqrt((13 * 0.09 + 0.49) / 14 - 0.85 * ((13 * 0.3 + 0.7) / 14) ** 2)
+    # scale 0 has 4 steps of 0.4 around that pixel, no coarser scale meets it
+    assert float(heads.depth_loss(prediction, target)) == pytest.approx(pixel + 0.5 * 4 * 0.4 / 14, rel=1e-4)
+
+
+def test_depth_loss_has_a_gradient_at_the_truth_and_without_valid_pixels():
+    for target in (torch.full((1, 4, 4), 2.0), torch.zeros(1, 4, 4)):
+        prediction = torch.full((1, 4, 4), 2.0, requires_grad=True)
+        heads.depth_loss(prediction, target).sum().backward()
+        assert prediction.grad.isfinite().all()
+
+
+def test_training_loss_leaves_ignored_pixels_out():
+    logits, mask = (
+        torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[[0, 255], [2, 1]]]),
+    )
+    rows = [(0, 0, 0), (1, 0, 2), (1, 1, 1)]
+    expected = -sum(logits[0, :, r, c].log_softmax(0)[label] for r, c, label in rows) / 3
+    assert torch.allclose(heads.training_loss("segmentation", logits, mask.to(torch.uint8)), expected)
+
+
+# --- training ---
+
+
+def test_protocol_of_the_optimisers():
+    section = TaskSettings(epochs=5, batch=16, lr=0.5, weight_decay=0.01)
+    kinds = {"classification": torch.optim.Adam, "segmentation": torch.optim.AdamW, "depth": torch.optim.AdamW}
+    for task, kind in kinds.items():
+        optimizer = heads.make_optimizer(task, HEADS[task](4, 3), section)
+        assert type(optimizer) is kind
+        assert optimizer.defaults["lr"] == 0.5 and optimizer.defaults["weight_decay"] == 0.01
+
+
+def _subsets(task, settings, encoder):
+    return [datasets.load(task, "toys", split, settings, encoder.native) for split in ("train", "val")]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_learns_and_leaves_the_encoder_alone(task, toys):
+    lr = 0.5 if task == "classification" else 0.05
+    settings, encoder = planted.settings(**{task: {"epochs": 25, "n_train": 18, "lr": lr}}), planted.encoder()
+    before = records.state_hash(encoder.state_dict())
+    train, val = _subsets(task, settings, encoder)
+    head, history = heads.fit(task, encoder, train, val, settings.task(task), 0, "cpu")
+    assert records.state_hash(encoder.state_dict()) == before
+    assert all(not p.requires_grad and p.grad is None for p in encoder.parameters())
+    scores = [h["held_out"] for h in history]
+    best = min(scores) if task == "depth" else max(scores)
+    held_out = heads.features(encoder, val, 4, "cpu", dense=True)
+    assert heads._held_out_metric(task, head, encoder, held_out, 3) == pytest.approx(best)
+    assert [h["epoch"] for h in history] == list(range(1, 26))
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"] and best != scores[0]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_head_of_the_best_held_out_epoch_is_kept(task, toys, monkeypatch):
+    settings, encoder = planted.settings(), planted.encoder()
+    sign = -1 if task == "depth" else 1
+
+    def fit(scores):
+        told = iter(scores)
+        monkeypatch.setattr(heads, "_held_out_metric", lambda *args: sign * next(told))
+        section = settings.task(task).model_copy(update={"epochs": len(scores)})
+        head, _ = heads.fit(task, encoder, *_subsets(task, settings, encoder), section, 0, "cpu")
+        return records.state_hash(head.state_dict())
+
+    assert fit([0.1, 0.9, 0.2]) == fit([0.1, 0.2]) != fit([0.1, 0.2, 0.9])
+
+
+def test_training_is_deterministic_and_leaves_global_randomness_alone(toys):
+    settings, encoder = planted.settings(), planted.encoder()
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    fits = [
+        heads.fit("depth", encoder, *_subsets("depth", settings, encoder), settings.depth, seed, "cpu")
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    first, again, other = (records.state_hash(head.state_dict()) for head, _ in fits)
+    assert first == again != other
+
+
+@pytest.mark.parametrize("batch", [1, 11, 100])  # of 12 images; 11 leaves one over
+def test_any_batch_size_trains(batch, toys):
+    settings, encoder = planted.settings(segmentation={"batch": batch, "epochs": 1}), planted.encoder()
+    _, history = heads.fit(
+        "segmentation", encoder, *_subsets("segmentation", settings, encoder), settings.segmentation, 0, "cpu"
+    )
+    assert math.isfinite(history[0]["loss"])
+
+
+def test_features_are_in_the_order_of_the_images(toys):
+    encoder = planted.encoder()
+    subset = datasets.load("segmentation", "toys", "test", planted.settings(), 16)
+    cls, patches, target = heads.features(encoder, subset, 3, "cpu", dense=True)
+    image, mask = subset[5]
+    alone = encoder(image.float()[None] / 255)
+    assert torch.allclose(cls[5], alone[0][0], atol=1e-5) and torch.allclose(patches[5], alone[1][0], atol=1e-5)
+    assert torch.equal(target[5], mask)
+
+
+def test_training_on_images_of_different_sizes_is_refused(toys):
+    items = datasets.list_items("toys", "depth", "train", 0, "")[:2]
+    items[1] = items[1]._replace(image=items[1].image[:, 1:], target=items[1].target[1:])  # same grid of patches, 23 px
+    subset = datasets.Subset("toys", "depth", items, datasets.transform("depth", "test", "original", 16))
+    with pytest.raises(BadInput, match="images of toys differ in size; set 'size'"):
+        heads.features(planted.encoder(), subset, 2, "cpu", dense=True)
+
+
+# --- heads on disk ---
+
+
+@pytest.fixture
+def trainings(toys, monkeypatch):
+    """One entry for each head that is trained."""
+    found, fit = [], heads.fit
+    monkeypatch.setattr(heads, "fit", lambda *args: found.append(args[0]) or fit(*args))
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_head_is_trained_once(task, trainings):
+    first, history = heads.fitted(task, "toys", planted.encoder(), planted.settings())
+    again, history_again = heads.fitted(task, "toys", planted.encoder(), planted.settings(**{task: {"n_test": 1}}))
+    assert trainings == [task] and history_again == history
+    assert records.state_hash(first.head.state_dict()) == records.state_hash(again.head.state_dict())
+    x = planted.images(2, 24)
+    assert torch.equal(first(x), again(x)) and again.stride == first.stride
+    assert isinstance(again, TaskModel) and all(not p.requires_grad for p in again.parameters())
+
+
+def test_a_head_is_trained_again_for_other_inputs(trainings):
+    def fitted(native=16, seed=0, **section):
+        encoder = planted.encoder(native=native, seed=seed)
+        return heads.fitted("classification", "toys", encoder, planted.settings(classification=section))
+
+    for count, change in enumerate([{}, {"lr": 0.02}, {"n_train": 11}, {"size": 12}, {"native": 20}, {"seed": 1}], 1):
+        fitted(**change)
+        assert len(trainings) == count, change
+        fitted(**change)
+        assert len(trainings) == count, change
+
+
+def test_a_damaged_head_is_trained_again(trainings):
+    heads.fitted("depth", "toys", planted.encoder(), planted.settings())
+    path = heads.head_path("toy", "depth", "toys", "planted", "standard")
+    whole, trained = path.read_bytes(), load(path.read_bytes())
+    for content in (whole[:-10], whole[:5], b""):
+        path.write_bytes(content)
+        heads.fitted("depth", "toys", planted.encoder(), planted.settings())
+        assert all(torch.equal(v, trained[k]) for k, v in load(path.read_bytes()).items())
+    save_file({"conv.bias": torch.zeros(1)}, path)  # a foreign file without a key
+    heads.fitted("depth", "toys", planted.encoder(), planted.settings())
+    assert len(trainings) == 5
+
+
+def test_fit_all_lists_every_head(toys, monkeypatch):
+    monkeypatch.setattr(heads.encoders, "load", lambda row, root: planted.encoder())
+    table = heads.fit_all(planted.settings())
+    assert table["task"].tolist() == list(TASKS)
+    assert table["metric"].tolist() == [metrics.METRIC[t] for t in TASKS]
+    assert (table["epoch"].between(1, 3)).all() and table["held_out"].notna().all()
+
+
+def test_predictions_for_pictures(toys):
+    subset = datasets.load("segmentation", "toys", "test", planted.settings(), 16)
+    shown = heads.predictions(planted.model("segmentation"), subset, 4)
+    assert shown["pred_clean"].shape == shown["target"].shape == (4, 24, 24)
+    assert shown["pred_clean"].dtype == torch.uint8 and shown["classes"] == list(planted.CLASSES)
