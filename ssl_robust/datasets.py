@@ -65,8 +65,13 @@ def _scenes(root: Path, task: str, split: str, n: int) -> list[Item]:
 
 def _image_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
     def items(root: Path, task: str, split: str, n: int) -> list[Item]:
-        samples = tv_datasets.ImageFolder(root / name / split).samples
-        return [Item(str(Path(path).relative_to(root)), Path(path), label) for path, label in samples]
+        folder = tv_datasets.ImageFolder(root / name / split)
+        wrong = sorted(set(folder.classes) ^ set(DATASETS[name].classes["classification"]))
+        if wrong:  # labels are numbers of sorted folders, so one folder more or less would shift them silently
+            raise BadInput(
+                f"{name}/{split} has class folders missing or too many: {', '.join(wrong[:5])}; correct them."
+            )
+        return [Item(str(Path(path).relative_to(root)), Path(path), label) for path, label in folder.samples]
 
     return items
 
@@ -306,13 +311,19 @@ def peek(task: str, name: str, settings: Settings, count: int, side: int = 64) -
 
 
 def overview(settings: Settings) -> pd.DataFrame:
-    """What each task uses: images, classes and hash of every data set and split; raises BadInput if one is missing."""
+    """What each task uses: images, classes and hash of every data set and split.
+
+    Every image and target is read once, so a missing data set, a damaged file or a mask of another size than its image
+    is found (BadInput names it) before any long work.
+    """
     used = [(t, name) for t in TASKS if getattr(settings, t) for name in settings.task(t).datasets]
     wanted = [(task, name, split) for task, name in used for split in SPLITS]
     wanted += [("deacl", settings.deacl.dataset, split) for split in ("train", "val")] if settings.deacl else []
     rows = []
     for task, name, split in wanted:
-        subset = load(task, name, split, settings, native=8)  # nothing is read at any size here
+        subset = load(task, name, split, settings, native=8)  # files are read as they are, so any size will do
+        for item in track(subset.items, desc=f"reading {name} ({split})"):
+            read(item, task)
         sizes = {"images": len(subset), "classes": len(subset.classes), "hash": subset.hash}
         rows.append({"task": task, "dataset": name, "split": split, **sizes})
     return pd.DataFrame(rows)

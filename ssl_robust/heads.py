@@ -176,15 +176,13 @@ def training_loss(task: str, prediction: Tensor, target: Tensor) -> Tensor:
 def features(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Frozen tokens of all images: CLS (N, D), patches (N, D, h, w) (empty unless `dense`), targets (N, ...)."""
     rows: list[tuple[Tensor, ...]] = []
-    for indices, images, targets in datasets.batches(subset, batch):
+    for _, images, targets in datasets.batches(subset, batch):
         with torch.no_grad():
             cls, patches = encoder(images.to(device))
-        rows.append((torch.tensor(indices), cls, patches if dense else cls[:, :0], targets.to(device)))
-    if len({(r[2].shape[1:], r[3].shape[1:]) for r in rows}) > 1:
+        rows.append((cls, patches if dense else cls[:, :0], targets.to(device)))
+    if len({(patches.shape[1:], targets.shape[1:]) for _, patches, targets in rows}) > 1:
         raise BadInput(f"The images of {subset.name} differ in size; set 'size' of the task to one value they share.")
-    order, *tensors = (torch.cat(column) for column in zip(*rows, strict=True))
-    back = order.argsort()
-    return tuple(t[back.to(t.device)] for t in tensors)
+    return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
 
 def make_optimizer(task: str, head: nn.Module, section: TaskSettings) -> torch.optim.Optimizer:

@@ -29,7 +29,8 @@ def statistics(task: str, prediction: Tensor, target: Tensor, classes: int) -> T
         return (prediction.argmax(1) == target).double().unsqueeze(1).cpu()
     if task == "depth":
         valid = valid_depth(target)
-        squares = torch.where(valid, (prediction - target).double() ** 2, 0.0)
+        error = torch.where(prediction.isfinite(), prediction - target, MAX_DEPTH)  # NaN is as wrong as can be
+        squares = torch.where(valid, error.double() ** 2, 0.0)
         return torch.stack([squares.flatten(1).sum(1), valid.flatten(1).sum(1).double()], 1).cpu()
     labels = prediction.argmax(1)
     pairs = zip(labels, target.long(), strict=True)

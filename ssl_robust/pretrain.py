@@ -465,14 +465,19 @@ def random_backbone(seed: int = 0) -> nn.Module:
     return new_run("contrastive", 0.0, seed, "cpu").learner.average.eval()
 
 
-def probe_table(backbones: dict[str, nn.Module], data_root: str = "", split: str = "test") -> pd.DataFrame:
-    """One row per probe, one column per backbone: the scenes' three tasks, and CIFAR-10 if a data folder is given."""
-    wanted = [(task, "scenes", 1500, 300) for task in PROBES]
+def probe_table(
+    backbones: dict[str, nn.Module], data_root: str = "", n_scenes: int = 1500, n_photos: int = 3500
+) -> pd.DataFrame:
+    """One row per probe, one column per backbone: the scenes' three tasks, and CIFAR-10 if a data folder is given.
+
+    The heads train on `n_scenes` and `n_photos` images, a fifth as many and 500 select their epoch.
+    """
+    wanted = [(task, "scenes", n_scenes, n_scenes // 5) for task in PROBES]
     if data_root:
-        wanted.append(("classification", "cifar10", 3500, 500))
+        wanted.append(("classification", "cifar10", n_photos, 500))
     rows = []
     for task, dataset, n_train, n_val in track(wanted, desc="linear probes"):
-        options = {"data_root": data_root, "split": split, "n_train": n_train, "n_val": n_val}
+        options = {"data_root": data_root, "n_train": n_train, "n_val": n_val}
         values = {name: linear_probe(backbone, task, dataset, **options) for name, backbone in backbones.items()}
         rows.append({"data set": dataset, "metric": metrics.METRIC[task], **values})
     return pd.DataFrame(rows)

@@ -10,11 +10,12 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .settings import BadInput
+
+if TYPE_CHECKING:
+    import torch  # imported where it is used: the runner needs none of it, and it takes seconds
 
 # The project's folder follows from the package, so notebooks work from any working directory; tests set the variable.
 ROOT = Path(os.environ.get("SSL_ROBUST_ROOT", Path(__file__).resolve().parents[1]))
@@ -87,8 +88,10 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def state_hash(state: dict[str, torch.Tensor]) -> str:
+def state_hash(state: "dict[str, torch.Tensor]") -> str:
     """Short hash of names, shapes and exact values of a state dict."""
+    import torch
+
     hasher = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -125,6 +128,8 @@ def git_revision() -> str:
 
 def pick_device(device: str) -> str:
     """'cpu' or 'cuda' for the setting 'auto', 'cpu' or 'cuda'; raises BadInput if a GPU is asked for in vain."""
+    import torch
+
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("The setting device is 'cuda' but no CUDA GPU is usable here; write device: auto or cpu.")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -132,6 +137,8 @@ def pick_device(device: str) -> str:
 
 def provenance(device: str) -> dict[str, Any]:
     """Where and with what a result was computed."""
+    import torch
+
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     return {
         "git": git_revision(),

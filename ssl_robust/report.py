@@ -193,15 +193,10 @@ def copy_records(profile: str) -> int:
     return len(paths)
 
 
-def _time(profile: str, records: list[Record]) -> str:
-    """'01_heads 80 s, ...': what each stage says it took, else the sum over its records."""
-    seconds: dict[str, float] = {}
-    for record in records:
-        stage = Path(record["notebook"]).stem
-        seconds[stage] = seconds.get(stage, 0) + record["seconds"]
-    for path in disk.results_dir(profile).glob("*.json"):
-        seconds[path.stem] = disk.read_json(path).get("seconds") or seconds.get(path.stem, 0)
-    return ", ".join(f"{stage} {spent:.0f} s" for stage, spent in sorted(seconds.items()) if spent)
+def _time(profile: str) -> str:
+    """'01_heads 80 s, ...': what the runner measured for each notebook; empty if they were run by hand."""
+    paths = sorted(disk.runs_dir(profile).glob("*.time.json"))
+    return ", ".join(f"{path.name.split('.')[0]} {disk.read_json(path)['seconds']:.0f} s" for path in paths)
 
 
 def _facts(profile: str, records: list[Record]) -> dict[str, str]:
@@ -210,7 +205,7 @@ def _facts(profile: str, records: list[Record]) -> dict[str, str]:
         "Profile": profile,
         "Hardware": ", ".join(_unique(f"{r['device']}, {r['threads']} threads" for r in records)),
         "Seed": ", ".join(_unique(str(r["seed"]) for r in records)),
-        "Time": _time(profile, records),
+        "Time": _time(profile) or "not measured",
         "Code": ", ".join(_unique(r["git"] for r in records)),
         "Versions": ", ".join(f"{name} {number}" for name, number in records[0]["versions"].items()),
     }

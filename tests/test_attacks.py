@@ -186,10 +186,11 @@ def test_best_iterate_is_never_weaker_with_more_steps():
     assert (best[0] >= _waves(start, 0)).all()
 
 
-def test_best_iterate_is_judged_by_one_loss():
+@pytest.mark.parametrize(("weights", "moved"), [((9, 2, 1), 3), ((-1, 1, 1), 1), ((1, 1, -1), 0)])
+def test_best_iterate_is_judged_by_the_loss_of_the_last_step(weights, moved):
     x, attack = images(2, low=0.2, high=0.8), Attack(steps=3, best=True)
-    adv = attacks.pgd(x, lambda adv, t: adv.flatten(1).sum(1) / t, attack)  # the weight of step 1 is the largest
-    assert torch.allclose(adv, x + 3 * attack.step)
+    adv = attacks.pgd(x, lambda adv, t: weights[t - 1] * adv.flatten(1).sum(1), attack)
+    assert torch.allclose(adv, x + moved * attack.step)
 
 
 def test_clean_is_the_image_itself():

@@ -285,11 +285,10 @@ def test_the_page_is_self_contained_and_escapes_names(project):
 
 
 def test_the_page_shows_tables_claims_and_how_it_was_made(project):
-    records.finish("test", "01_heads", seconds=81.4)
+    records.write_json({"seconds": 81.4}, records.runs_dir("test") / "01_heads.time.json")
     page = report.write_index("test").read_text()
     for words in ("Table 1.", "Table 2.", "Table 3.", "0.80 ± 0.02", "cpu (x86_64), 1 threads", "01_heads 81 s"):
         assert words in page
-    assert "03_attack_classification 14 s" in page  # seven records of two seconds
     assert page.count("hardly helps against") == 3
     assert 'href="../../runs/test/04_attack_segmentation.ipynb"' in page
 
