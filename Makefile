@@ -66,7 +66,7 @@ check: | $(STAMP)
 
 # Each stage names the earlier stages it reads and the modules it is the first to use; later ones inherit them.
 $(call stages,00_data):    $(call modules,settings records progress scenes datasets plots tiles claims)
-$(call stages,01_heads):   $(call stages,00_data) $(call modules,encoders metrics heads) $(wildcard ssl_robust/weights/*)
+$(call stages,01_heads):   $(call stages,00_data) $(call modules,encoders metrics heads) $(wildcard ssl_robust/weights/*.safetensors)
 $(call stages,02_deacl):   $(call stages,01_heads) $(call modules,attacks deacl evaluate)
 $(call stages,$(ATTACKS)): $(call stages,01_heads 02_deacl) $(call modules,report layout) ssl_robust/reported.csv
 $(call stages,06_figures): $(call stages,$(ATTACKS))
