@@ -33,8 +33,8 @@ def evaluate(
     """
     rows, largest, nonfinite = {}, 0.0, 0
     name = f"{attack_name(model.task, kind)} on {model.encoder.name}, {test.name}"
-    parts = -(-len(test) // batch)
-    for indices, x, target in track(datasets.batches(test, batch), total=parts, desc=name):
+    parts = datasets.batches(test, batch)
+    for indices, x, target in track(parts, total=len(test), desc=name, size=lambda part: len(part[0])):
         x, target = x.to(device), target.to(device)
         adv = attacks.attacked(kind, model, x, target, [test.ids[i] for i in indices], attack, seed)
         with torch.no_grad():

@@ -319,3 +319,12 @@ def test_make_paper_says_that_a_profile_does_not_exist() -> None:
     assert done.returncode == 2 and done.stderr.startswith("There is no profile 'nope'"), done.stderr
     assert "Traceback" not in done.stderr and "No rule" not in done.stderr
     assert not (PROJECT / "runs" / "nope").exists()
+
+
+def test_progress_counts_what_the_items_hold(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    assert list(progress.track(["ab", "c"], total=3, desc="letters", size=len)) == ["ab", "c"]
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "letters 2/3 (66 %)",
+        "letters 3/3 (100 %)",
+    ]
