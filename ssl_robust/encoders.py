@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -106,10 +107,25 @@ def load(row: EncoderRow, data_root: str = "", weights: Path | None = None) -> E
     Raises BadInput if the model is unknown, a file is missing or damaged, or its tensors are not those of the model.
     """
     backbone, mean, std = _build(row, pretrained=not row.checkpoint and weights is None)
-    if row.source == "embedded" or row.checkpoint or weights:
+    if model_name(row) == "embedded_vit" or row.checkpoint or weights:
         path = weights or (Path(data_root) / row.checkpoint if row.checkpoint else EMBEDDED_WEIGHTS)
-        load_weights(backbone, read_weights(path), f"{row.source} ({path.name})")
-    return Encoder(backbone, row.name, row.native or backbone.patch_embed.img_size[0], row.mean or mean, row.std or std)
+        load_weights(backbone, read_weights(path), f"{model_name(row)} ({path.name})")
+    return Encoder(backbone, row.name, row.native or backbone.patch_embed.img_size[0], *normalisation(row, mean, std))
+
+
+def model_name(row: EncoderRow) -> str:
+    """timm's name of the row's model."""
+    return row.timm or row.name
+
+
+def normalisation(row: EncoderRow, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
+    """Mean and standard deviation of the row; `mean`, `std`: its model's own."""
+    named = {
+        "model": (mean, std), "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "inception": ((0.5,) * 3, (0.5,) * 3),
+        "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), "none": ((0.0,) * 3, (1.0,) * 3),
+    }  # fmt: skip
+    given = row.normalise
+    return named[given] if isinstance(given, str) else (given.mean, given.std)
 
 
 def random_init(row: EncoderRow, seed: int = 0) -> Encoder:
@@ -118,29 +134,33 @@ def random_init(row: EncoderRow, seed: int = 0) -> Encoder:
         torch.manual_seed(seed)
         backbone, mean, std = _build(row, pretrained=False)
     return Encoder(
-        backbone, f"{row.name}_random", row.native or backbone.patch_embed.img_size[0], row.mean or mean, row.std or std
+        backbone, f"{row.name}_random", row.native or backbone.patch_embed.img_size[0], *normalisation(row, mean, std)
     )
 
 
 def _build(row: EncoderRow, pretrained: bool) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
     """Backbone of a row with its normalisation; timm's pretrained weights come from its hub."""
-    if row.source == "embedded":
+    if model_name(row) == "embedded_vit":
         return embedded_backbone(), IMAGENET_MEAN, IMAGENET_STD
-    if not timm.is_model(row.source):
-        raise BadInput(f"Encoder '{row.name}': timm has no model '{row.source}'; timm.list_models() shows the names.")
+    if not timm.is_model(model_name(row)):
+        raise BadInput(
+            f"Encoder '{row.name}': timm has no model '{model_name(row)}'; timm.list_models() shows the names."
+        )
     try:
-        backbone = timm.create_model(row.source, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+        backbone = timm.create_model(model_name(row), pretrained=pretrained, num_classes=0, dynamic_img_size=True)
     except TypeError:
         raise BadInput(
-            f"Encoder '{row.name}': {row.source} gives no patch tokens; choose a vision transformer."
+            f"Encoder '{row.name}': {model_name(row)} gives no patch tokens; choose a vision transformer."
         ) from None
     except (OSError, RuntimeError) as error:
         raise BadInput(
-            f"Encoder '{row.name}': the weights of {row.source} could not be fetched ({type(error).__name__}); "
+            f"Encoder '{row.name}': the weights of {model_name(row)} could not be fetched ({type(error).__name__}); "
             f"download them elsewhere and give the file as checkpoint."
         ) from None
     if getattr(backbone, "cls_token", None) is None:
-        raise BadInput(f"Encoder '{row.name}': {row.source} has no CLS token; choose a vision transformer with one.")
+        raise BadInput(
+            f"Encoder '{row.name}': {model_name(row)} has no CLS token; choose a vision transformer with one."
+        )
     return backbone, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"]
 
 
@@ -178,7 +198,7 @@ def load_weights(backbone: nn.Module, state: dict[str, Tensor], what: str) -> No
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise BadInput(
-            f"The checkpoint does not fit {what}: {'; '.join(sorted(wrong)[:3])}{more}; name its own model as source."
+            f"The checkpoint does not fit {what}: {'; '.join(sorted(wrong)[:3])}{more}; name its own model as timm."
         )
     backbone.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
 
@@ -188,7 +208,7 @@ def check(settings: Settings) -> list[str]:
     problems = []
     for row in settings.encoders:
         try:
-            if row.source == "embedded" or row.checkpoint:
+            if model_name(row) == "embedded_vit" or row.checkpoint:
                 load(row, settings.data_root)
             else:
                 _build(row, pretrained=False)

@@ -7,6 +7,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 TASKS = ("classification", "segmentation", "depth")
+# where the authors' released code departs from the paper's text; ssl_robust/released.py says how, one entry each
+DIFFERENCES = (
+    "embed_mse", "pgd_scaled_logits", "segpgd_two_means", "window_probabilities", "class0_ignored", "depth_warmup",
+    "depth_unmasked", "depth_flipped", "depth_mean_of_images", "head_recipe", "native_input", "dense_stride",
+)  # fmt: skip
 
 
 class BadInput(ValueError):
@@ -18,16 +23,32 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Normalise(_Strict):
+    """Mean and standard deviation of each colour, in [0,1] pixel units."""
+
+    mean: list[float] = Field(min_length=3, max_length=3)
+    std: list[float] = Field(min_length=3, max_length=3)
+
+
 class EncoderRow(_Strict):
-    """One frozen encoder, a row in each of the three tables."""
+    """One frozen encoder, a row in each of the three tables: a timm model or a Python callable."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="the row's name in tables and file names")
-    source: str = Field("embedded", description="'embedded' for the encoder inside the package, else a timm model name")
+    timm: str = Field("", description="timm model; default: the model that the name stands for (encoders.KNOWN)")
+    call: str = Field("", description="'module:function' of an encoder of your own: images -> (cls, patches)")
     checkpoint: str = Field("", description="local weight file; a relative path is looked up in the data folder")
+    normalise: Literal["model", "imagenet", "inception", "clip", "none"] | Normalise = "model"
     native: int | None = Field(None, ge=8, description="native input side in px; default: model")
-    mean: list[float] | None = Field(None, min_length=3, max_length=3, description="normalisation mean; default: model")
-    std: list[float] | None = Field(None, min_length=3, max_length=3, description="normalisation std; default: model")
     defenses: list[Literal["standard", "deacl"]] = Field(["standard"], min_length=1)
+    deacl_checkpoint: str = Field("", description="a robust encoder made elsewhere, in place of fine-tuning here")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "EncoderRow":
+        if self.call and (self.timm or self.checkpoint or "deacl" in self.defenses):
+            raise ValueError(f"'{self.name}' has a 'call'; remove its timm, checkpoint and defense deacl")
+        if self.deacl_checkpoint and "deacl" not in self.defenses:
+            raise ValueError(f"'{self.name}' has a deacl_checkpoint but not the defense deacl; add it to defenses")
+        return self
 
 
 class Attack(_Strict):
@@ -68,6 +89,12 @@ class Segmentation(TaskSettings):
     stride: float = Field(341 / 518, gt=0, le=1, description="stride as a fraction of the window")
 
 
+class Depth(TaskSettings):
+    """Depth adds the part of the image on which the error counts."""
+
+    crop: Literal["none", "eigen"] = Field("none", description="eigen: the centre crop of NYU-Depth-v2 by Eigen et al.")
+
+
 class DeACL(_Strict):
     """Eq. 2 and appendix C.2; the defaults are the paper's."""
 
@@ -102,10 +129,14 @@ class Settings(_Strict):
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data_root: str = Field("", description="folder that holds the real data sets; not needed for the scenes")
+    protocol: Literal["paper", "released"] | list[Literal[DIFFERENCES]] = Field(
+        "paper", description="the paper's text, its released code, or single differences of the latter"
+    )
+    missing: Literal["stop", "skip"] = Field("stop", description="stop at missing data or weights, or skip those rows")
     encoders: list[EncoderRow] = Field([], min_length=1)
     classification: TaskSettings | None = None
     segmentation: Segmentation | None = None
-    depth: TaskSettings | None = None
+    depth: Depth | None = None
     attack: Attack | None = None
     deacl: DeACL | None = None
 
@@ -126,7 +157,7 @@ class Settings(_Strict):
 
 def _sentence(error: dict[str, Any]) -> str:
     """One pydantic error as one sentence: the parameter, what is wrong, the remedy."""
-    name = ".".join(str(part) for part in error["loc"] if part not in ("function-after[_names_unique(), Settings]",))
+    name = ".".join(str(part) for part in error["loc"] if not _is_union_tag(part))
     given, kind = error.get("input"), error["type"]
     if kind == "extra_forbidden":
         return f"Unknown parameter '{name}'; remove it or correct its spelling (ssl_robust/settings.py lists all)."
@@ -137,6 +168,11 @@ def _sentence(error: dict[str, Any]) -> str:
     if isinstance(given, str) and kind in ("float_type", "int_type"):
         return f"Parameter '{name}' must be a number but is the text '{given}'; {_number_hint(given)}."
     return f"Parameter '{name}' is {given!r}: {error['msg'][0].lower() + error['msg'][1:]}; correct it."
+
+
+def _is_union_tag(part: int | str) -> bool:
+    """Whether pydantic put `part` into an error's place to say which alternative of a union it tried."""
+    return isinstance(part, str) and (not part.isidentifier() or part == Normalise.__name__)
 
 
 def _number_hint(text: str) -> str:
@@ -153,7 +189,11 @@ def check(**parameters: Any) -> Settings:
     try:
         return Settings(**parameters)
     except ValidationError as error:
-        raise BadInput(_sentence(error.errors()[0])) from None
+        # of a union's alternatives the one that came furthest is the one that was meant: the deepest place
+        first = error.errors()[0]
+        same = [e for e in error.errors() if e["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+        meant = max(same, key=lambda e: len(e["loc"])) if first["loc"] and _is_union_tag(first["loc"][-1]) else first
+        raise BadInput(_sentence(meant)) from None
 
 
 def read_params(path: Path) -> dict[str, Any]:

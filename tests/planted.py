@@ -100,7 +100,7 @@ def settings(**changes: object) -> schema.Settings:
     base = {
         "profile": "toy",
         "device": "cpu",
-        "encoders": [{"name": "planted", "defenses": ["standard", "deacl"]}],
+        "encoders": [{"name": "planted", "timm": "embedded_vit", "defenses": ["standard", "deacl"]}],
         "classification": {**section, "attack_batch": 3},
         "segmentation": {**section, "size": 24, "stride": 0.5},
         "depth": section,

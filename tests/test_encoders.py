@@ -80,7 +80,7 @@ def test_frozen_means_frozen(embedded):
 
 
 def test_hash_names_weights_normalisation_and_native_size():
-    row = {"name": "e", "source": "embedded"}
+    row = {"name": "e", "timm": "embedded_vit"}
     rows = [row, {**row, "mean": [0.5] * 3}, {**row, "std": [0.5] * 3}, {**row, "native": 96}]
     hashes = [encoders.load(EncoderRow(**r)).hash for r in rows]
     assert len(set(hashes)) == 4
@@ -97,7 +97,7 @@ def test_random_initialisation_is_reproducible_and_not_the_trained_one(embedded)
 
 # --- local checkpoints ---
 
-VIT = {"name": "vit", "source": "vit_tiny_patch16_224", "mean": [0.5] * 3, "std": [0.5] * 3}
+VIT = {"name": "vit", "timm": "vit_tiny_patch16_224", "normalise": "inception"}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def vit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model(VIT["source"], pretrained=False, num_classes=7).eval()
+        model = timm.create_model(VIT["timm"], pretrained=False, num_classes=7).eval()
     save_file(model.state_dict(), folder / "vit.safetensors")
     torch.save(model.state_dict(), folder / "vit.pth")
     return model, folder
@@ -202,9 +202,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     ("row", "words"),
     [
         ({"checkpoint": "gone.safetensors"}, "data/gone.safetensors does not exist"),
-        ({"source": "vit_tiny_patch61"}, "'e': timm has no model 'vit_tiny_patch61'"),
-        ({"source": "resnet18"}, "'e': resnet18 gives no patch tokens"),
-        ({"source": "test_vit2", "checkpoint": "gone.pth"}, "test_vit2 has no CLS token"),  # a register token instead
+        ({"timm": "vit_tiny_patch61"}, "'e': timm has no model 'vit_tiny_patch61'"),
+        ({"timm": "resnet18"}, "'e': resnet18 gives no patch tokens"),
+        ({"timm": "test_vit2", "checkpoint": "gone.pth"}, "test_vit2 has no CLS token"),  # a register token instead
     ],
 )
 def test_rows_that_cannot_be_loaded_are_named(row, words):
@@ -218,10 +218,14 @@ def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(BadInput, match=r"could not be fetched \(OSError\); download them elsewhere"):
-        encoders.load(EncoderRow(name="e", source="vit_tiny_patch16_224"))
+        encoders.load(EncoderRow(name="e", timm="vit_tiny_patch16_224"))
 
 
 def test_check_lists_every_bad_row():
-    rows = [{"name": "a"}, {"name": "b", "source": "nothing"}, {"name": "c", "checkpoint": "gone.pth"}]
+    rows = [
+        {"name": "a", "timm": "embedded_vit"},
+        {"name": "b", "timm": "nothing"},
+        {"name": "c", "timm": "embedded_vit", "checkpoint": "gone.pth"},
+    ]
     problems = encoders.check(check(profile="x", encoders=rows))
     assert len(problems) == 2 and "'b'" in problems[0] and "gone.pth" in problems[1]
