@@ -132,6 +132,7 @@ class Settings(_Strict):
     protocol: Literal["paper", "released"] | list[Literal[DIFFERENCES]] = Field(
         "paper", description="the paper's text, its released code, or single differences of the latter"
     )
+    counts: Literal["official", "any"] = Field("official", description="any: data sets that were cut down are accepted")
     missing: Literal["stop", "skip"] = Field("stop", description="stop at missing data or weights, or skip those rows")
     encoders: list[EncoderRow] = Field([], min_length=1)
     classification: TaskSettings | None = None
