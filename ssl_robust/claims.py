@@ -14,13 +14,15 @@ Cells = dict[tuple[str, str, str, str], Record]
 TASK_ATTACK = {"classification": "PGD", "segmentation": "SegPGD", "depth": "DepthPGD"}
 PART = 1 / 3  # recovering more than this share of what an attack took is 'much', less is 'hardly'
 MOST = 1 / 2
+FEW = 6  # so many cases are listed with their numbers, more are counted
 EARLY = 10  # epochs; of a run shorter than twice that, the first half is looked at instead
 
 
 class Row(NamedTuple):
-    """One judged case: whether the claim holds in it (None: undecided), and the numbers or the reason."""
+    """One judged case: whether the claim holds in it (None: undecided), its name, the numbers or the reason."""
 
     holds: bool | None
+    name: str
     words: str
 
 
@@ -68,12 +70,12 @@ def _breaks(cells: Cells, task_attack: str) -> list[Row]:
         for attack, name in (("embed", "EmbedAttack"), ("task", task_attack)):
             row, attacked = f"{dataset}/{encoder} {name}", cells.get((dataset, encoder, "standard", attack))
             if attacked is None:
-                rows.append(Row(None, f"{row} has not been run"))
+                rows.append(Row(None, row, " has not been run"))
             elif _sign(clean) * (clean["value"] - clean["chance"]) <= 2 * clean["se"]:
-                rows.append(Row(None, f"{row}: the clean value {_show(clean)} is no better than a constant"))
+                rows.append(Row(None, row, f": the clean value {_show(clean)} is no better than a constant"))
             else:
-                words = f"{row} {clean['value']:.2f} to {_show(attacked)}, best constant {clean['chance']:.2f}"
-                rows.append(Row(_broken(clean, attacked), words))
+                words = f" {clean['value']:.2f} to {_show(attacked)}, best constant {clean['chance']:.2f}"
+                rows.append(Row(_broken(clean, attacked), row, words))
     return rows
 
 
@@ -87,13 +89,13 @@ def _recovers(cells: Cells, attack: str, name: str, much: bool) -> list[Row]:
         clean, hit, robust = (cells.get((dataset, encoder, *key)) for key in keys)
         row = f"{dataset}/{encoder}"
         if clean is None or hit is None:
-            rows.append(Row(None, f"{row} has no complete Standard row"))
+            rows.append(Row(None, row, " has no complete Standard row"))
         elif (share := _share(hit, robust, clean)) is None:
-            rows.append(Row(None, f"{row}: {name} takes nothing measurable, {_show(clean)} to {_show(hit)}"))
+            rows.append(Row(None, row, f": {name} takes nothing measurable, {_show(clean)} to {_show(hit)}"))
         else:
-            words = f"{row} {_show(hit)} to {_show(robust)}, {share[0]:.0%} ± {share[1]:.0%} of the loss recovered"
+            words = f" {_show(hit)} to {_show(robust)}, {share[0]:.0%} ± {share[1]:.0%} of the loss recovered"
             above = _above(*share, PART)
-            rows.append(Row(above if above is None else above == much, words + _undecided(above)))
+            rows.append(Row(above if above is None else above == much, row, words + _undecided(above)))
     return rows
 
 
@@ -104,8 +106,8 @@ def _costs(cells: Cells) -> list[Row]:
         if kind == ["deacl", "clean"] and clean is not None:
             gain, se = _gain(clean, robust)
             holds = _above(-gain, se, 0)
-            change = f"{dataset}/{encoder} {_show(clean)} to {_show(robust)}, worse by {-gain:.2f} ± {se:.2f}"
-            rows.append(Row(holds, change + _undecided(holds)))
+            change = f" {_show(clean)} to {_show(robust)}, worse by {-gain:.2f} ± {se:.2f}"
+            rows.append(Row(holds, f"{dataset}/{encoder}", change + _undecided(holds)))
     return rows
 
 
@@ -116,26 +118,44 @@ def _early(cells: Cells) -> list[Row]:
         if kind != ["deacl", "embed"] or start is None:
             continue
         limit, row = min(EARLY, last["epoch"] / 2), f"{dataset}/{encoder}"
+        if limit < 0:
+            unfollowed.append(Row(None, row, " comes from a given checkpoint, its epochs are unknown"))
+            continue
         path = [r for key, r in cells.items() if key[:2] == (dataset, encoder) and key[3] == "embed"]
         soon = max((r for r in path if 0 < r["epoch"] <= limit), key=lambda r: r["epoch"], default=None)
         if soon is None:
-            unfollowed.append(Row(None, f"{row} has no checkpoint in the first {limit:g} epochs"))
+            unfollowed.append(Row(None, row, f" has no checkpoint in the first {limit:g} epochs"))
         elif (share := _share(start, soon, last)) is None:
-            rows.append(Row(None, f"{row} gains nothing measurable, {_show(start)} to {_show(last)}"))
+            rows.append(Row(None, row, f" gains nothing measurable, {_show(start)} to {_show(last)}"))
         else:
             holds = _above(*share, MOST)
             when = f"after {soon['epoch']} of {last['epoch']} epochs"
-            rows.append(Row(holds, f"{row} {share[0]:.0%} ± {share[1]:.0%} of the gain {when}{_undecided(holds)}"))
+            rows.append(Row(holds, row, f" {share[0]:.0%} ± {share[1]:.0%} of the gain {when}{_undecided(holds)}"))
     return rows or unfollowed  # epochs between are evaluated on some data sets only
+
+
+def _details(rows: list[Row]) -> str:
+    """Every case with its numbers; of more than FEW their count and the names of the exceptions."""
+    if len(rows) <= FEW:
+        return "; ".join(row.name + row.words for row in rows) or "the rows it needs were not run"
+    against, undecided = ([row.name for row in rows if row.holds is kind] for kind in (False, None))
+    if len(undecided) == len(rows):
+        return f"undecided in all {len(rows)} cases"
+    words = [f"in {len(rows) - len(against) - len(undecided)} of {len(rows)} cases"]
+    if 0 < len(against) < len(rows):
+        words.append(f"not in {', '.join(against)}")
+    if undecided:
+        words.append(f"undecided in {', '.join(undecided)}")
+    return "; ".join(words)
 
 
 def _verdict(rows: list[Row]) -> str:
     """Over all rows: 'shows' needs every one, 'does not show' at least one against and none for."""
     judged = [row.holds for row in rows if row.holds is not None]
     if not judged:
-        return "cannot be judged (" + ("; ".join(row.words for row in rows) or "the rows it needs were not run") + ")"
+        return f"cannot be judged ({_details(rows)})"
     verdict = "shows" if len(judged) == len(rows) and all(judged) else "shows in part"
-    return f"{verdict if any(judged) else 'does not show'} ({'; '.join(row.words for row in rows)})"
+    return f"{verdict if any(judged) else 'does not show'} ({_details(rows)})"
 
 
 def claims(records: list[Record], task: str) -> list[tuple[str, str]]:

@@ -1,13 +1,18 @@
-"""Writers of tables and pages: Markdown, LaTeX and one self-contained HTML page; whatever is given is escaped."""
+"""Writers of tables and pages: Markdown, LaTeX and one self-contained HTML page; whatever is given is escaped.
+
+A cell may have a second line, after a newline: HTML and LaTeX set it below the first, Markdown goes on with a blank.
+"""
 
 import base64
 from collections.abc import Iterable
 from html import escape
+from itertools import zip_longest
 from typing import Any
 
 import pandas as pd
 
 TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--"}
+TEX |= {"−": "$-$", "≈": r"$\approx$", "≠": r"$\neq$", "|": r"\textbar{}"}
 TEX |= {"^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 TEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
@@ -27,10 +32,21 @@ ul.notes { padding-left: 1.1rem; } ul.notes li { margin: .25rem 0; overflow-wrap
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; min-width: 100%; font-variant-numeric: tabular-nums;
   border-top: 2px solid var(--ink); border-bottom: 2px solid var(--ink); }
-th, td { text-align: left; padding: .4rem .9rem .4rem 0; white-space: nowrap; }
+th, td { text-align: left; padding: .4rem .9rem .4rem .3rem; vertical-align: top; }
+td small { color: var(--soft); font-size: .82em; } td small b { color: #882255; font-size: 1.25em; line-height: 1; }
 thead th { border-bottom: 1px solid var(--ink); } tbody tr:nth-child(even) { background: var(--tint); }
 details { margin-top: 3rem; } details table { font-size: .8rem; } summary { cursor: pointer; color: var(--accent); }
 a { color: var(--accent); }
+@media (max-width: 46rem) { /* a phone: each row is a block of two lines, names and values; wide figures scroll */
+  body { padding: 1.5rem .9rem 3rem; } dl { grid-template-columns: 1fr; } dt { margin-top: .4rem; }
+  .rows table { font-size: .8rem; } .rows thead { border-bottom: 1px solid var(--ink); }
+  .rows tr { display: grid; grid-template-columns: repeat(34, minmax(0, 1fr)); padding: .25rem 0; }
+  .rows :is(th, td) { grid-column: span 10; padding: .1rem .2rem; white-space: normal; border: 0; }
+  .rows :is(th, td):nth-child(2) { grid-column: span 15; overflow-wrap: anywhere; }
+  .rows :is(th, td):nth-child(3) { grid-column: span 9; } .rows :is(th, td):nth-child(7) { grid-column: span 4; }
+  .rows td:nth-child(-n+3) { font-weight: 600; } .rows td small { white-space: nowrap; }
+  figure { overflow-x: auto; } figure img.wide { max-width: none; width: 44rem; }
+}
 """
 
 
@@ -38,7 +54,8 @@ def markdown(title: str, text: pd.DataFrame, notes: list[str]) -> str:
     """A data frame of text as a Markdown table between its title and its notes."""
 
     def line(cells: Iterable[Any]) -> str:
-        return "| " + " | ".join(escape(str(cell), quote=False).replace("|", "\\|") for cell in cells) + " |"
+        texts = (escape(str(cell), quote=False).replace("|", "\\|").replace("\n", " ") for cell in cells)
+        return "| " + " | ".join(texts) + " |"
 
     body = [line(row) for row in text.itertuples(index=False)]
     listed = [f"- {escape(note, quote=False)}" for note in notes]
@@ -49,9 +66,15 @@ def _tex(text: Any) -> str:
     return str(text).translate(str.maketrans(TEX))
 
 
+def _tex_row(cells: Iterable[Any]) -> list[str]:
+    """One line of the table for each line in the longest of these cells."""
+    lines = zip_longest(*(str(cell).split("\n") for cell in cells), fillvalue="")
+    return [" & ".join(map(_tex, line)) + r" \\" for line in lines]
+
+
 def latex(title: str, text: pd.DataFrame, notes: list[str]) -> str:
     """A data frame of text as a LaTeX table (package booktabs); 'Table 1.' is cut off, LaTeX numbers it."""
-    head, *body = [" & ".join(map(_tex, row)) + r" \\" for row in [text.columns, *text.itertuples(index=False)]]
+    body = [line for row in text.itertuples(index=False) for line in _tex_row(row)]
     return "\n".join(
         [
             r"\begin{table} % needs \usepackage{booktabs}",
@@ -59,7 +82,7 @@ def latex(title: str, text: pd.DataFrame, notes: list[str]) -> str:
             rf"\caption{{{_tex(title.partition('. ')[2])}}}",
             rf"\begin{{tabular}}{{{'l' * len(text.columns)}}}",
             r"\toprule",
-            head,
+            *_tex_row(text.columns),
             r"\midrule",
             *body,
             r"\bottomrule",
@@ -71,16 +94,25 @@ def latex(title: str, text: pd.DataFrame, notes: list[str]) -> str:
     )
 
 
+def _html_row(cells: Iterable[Any]) -> str:
+    """Cells as td elements; the second line of a cell is small, a '≠' in it stands out."""
+    lines = (escape(str(cell)).replace("≠", "<b>≠</b>").partition("\n") for cell in cells)
+    tds = (f"<td>{first}{f'<br><small>{second}</small>' if second else ''}</td>" for first, _, second in lines)
+    return f"<tr>{''.join(tds)}</tr>"
+
+
 def html_table(title: str, rows: pd.DataFrame, notes: list[str]) -> str:
     """A data frame of text as an HTML table with its heading and its notes."""
-    grid = rows.to_html(index=False, border=0, escape=True, justify="left")
+    head, *body = (_html_row(cells) for cells in [rows.columns, *rows.itertuples(index=False)])
+    grid = f"<table><thead>{head.replace('td>', 'th>')}</thead>\n<tbody>{chr(10).join(body)}</tbody></table>"
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<h2>{escape(title)}</h2>\n<div class="scroll">{grid}</div>\n<ul class="notes">{listed}</ul>'
+    return f'<h2>{escape(title)}</h2>\n<div class="scroll rows">{grid}</div>\n<ul class="notes">{listed}</ul>'
 
 
 def html_figure(title: str, png: bytes, caption: str) -> str:
     """A picture as part of the page, with its heading and caption."""
-    image = f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    wide = ' class="wide"' if png[16:20] > png[20:24] else ""  # width and height in the header, big-endian
+    image = f'<img{wide} alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
     return f"<h2>{escape(title)}</h2>\n<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 

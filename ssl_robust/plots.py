@@ -43,7 +43,8 @@ from .tiles import save as save
 RIGHT, WRONG = "#117733", "#882255"
 METRIC = {"classification": "Accuracy ↑", "segmentation": "mIoU ↑", "depth": "RMSE [m] ↓"}
 ATTACK = {"clean": "clean", "embed": "EmbedAttack", "task": "task attack"}
-DASHES = {"-": "──", "--": "– –", "-.": "– ·", ":": "····"}  # line styles of several data sets, as drawn in a title
+# line styles of several data sets in one panel
+DASHES = ["-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1)), (0, (10, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3))]
 CHANCE = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
 
 Example = dict[str, Any]  # as load_example returns it
@@ -163,7 +164,7 @@ def prediction_panel(example: Example, columns: int = 6) -> Figure:
     Of `example` it needs images, target, pred_clean and classes; one caption a prediction says how good it is.
     """
     count = min(columns, len(example["images"]))
-    fig, axes = tiles(3, count, example["images"].shape)
+    fig, axes = tiles([example["images"].shape] * 3, count, least=0.7)
     for index in range(count):
         show_image(example["images"][index], axes[0, index])
         _show_target(example, index, axes[1, index])
@@ -208,7 +209,7 @@ def attack_panel(example: Example, attack: str = "task", rows: int = 4) -> Figur
     right' below a prediction are those of the one image.
     """
     rows = min(rows, len(example["images"]))
-    fig, axes = tiles(rows, 4, example["images"].shape)
+    fig, axes = tiles([example["images"].shape] * rows, 4)
     for index, line in enumerate(axes):
         drawn = _attack_row(example, attack, index, line)
     _headings(example, axes[0], fig)
@@ -230,7 +231,7 @@ def figure1(examples: dict[str, Example]) -> Figure:
     `examples` maps task names to examples. The image is not chosen by hand: it is the first one, for classification the
     first that is classified right.
     """
-    fig, axes = tiles(2 * len(examples), 4, next(iter(examples.values()))["images"].shape)
+    fig, axes = tiles([e["images"].shape for e in examples.values() for _ in range(2)], 4, least=0.75)
     for (task, example), lines in zip(examples.items(), np.split(axes, len(examples)), strict=True):
         index = _first_right(example)
         for attack, line in zip(("embed", "task"), lines, strict=True):
@@ -242,33 +243,55 @@ def figure1(examples: dict[str, Example]) -> Figure:
     return fig
 
 
-def metric_curves(tidy: pd.DataFrame, ax: Axes) -> Axes:
+def metric_curves(tidy: pd.DataFrame, ax: Axes, key: bool = False) -> Axes:
     """One task's metric against DeACL epoch: a colour for each attack, a dash for each data set.
 
     `tidy` has the columns of fig2.csv. Error bars are drawn if it has `se` too and, if it has `chance`, dots where the
-    best constant prediction lies.
+    best constant prediction lies. Data sets are named below the panel if there are several or if `key` asks for it,
+    else in the title.
     """
-    dashes = dict(zip(tidy["dataset"].unique(), list(DASHES) * len(tidy), strict=False))
+    dashes = dict(zip(tidy["dataset"].unique(), DASHES * len(tidy), strict=False))
+    thin = {"linewidth": 1.1, "markersize": 3} if len(dashes) > 2 else {"markersize": 4.5}
     for (dataset, attack), line in tidy.sort_values("epoch").groupby(["dataset", "attack"]):
-        look = {"color": COLOURS[attack], "marker": MARKERS[attack], "linestyle": dashes[dataset], "markersize": 4.5}
-        ax.errorbar(line["epoch"], line["value"], yerr=line.get("se"), elinewidth=1, capsize=2, **look)
+        look = {"color": COLOURS[attack], "marker": MARKERS[attack], "linestyle": dashes[dataset], **thin}
+        ax.errorbar(line["epoch"], line["value"], yerr=line.get("se"), elinewidth=0.8, capsize=1.5, **look)
     for chance in tidy["chance"].round(3).unique() if "chance" in tidy else ():
         ax.axhline(chance, zorder=0, **CHANCE)
-    task = tidy["task"].iloc[0]
-    names = [f"{DASHES[dash]} {name}" if len(dashes) > 1 else name for name, dash in dashes.items()]
-    ax.set(title="\n".join([task.capitalize(), *names]), xlabel="DeACL epoch", ylabel=METRIC[task], ylim=(0, None))
+    task, key = tidy["task"].iloc[0], key or len(dashes) > 1
+    ax.set(
+        title=task.capitalize() + ("" if key else f"\n{next(iter(dashes))}"),
+        xlabel="DeACL epoch",
+        ylabel=METRIC[task],
+        ylim=(0, None),
+    )
     ax.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+    if key:
+        keys = [Line2D([], [], color="0.2", linestyle=dash, label=name) for name, dash in dashes.items()]
+        ax.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.22), handlelength=2.6, labelspacing=0.2)
     sns.despine(ax=ax)
     return ax
 
 
+def _no_curves() -> Figure:
+    fig, axes = panels(1, 6.3, 0.8)
+    words = "No DeACL fine-tuning was followed here: rows are Standard, or their robust weights were given."
+    axes[0].text(0.5, 0.5, words, ha="center", va="center", fontsize=9)
+    axes[0].set_axis_off()
+    return fig
+
+
 @plt.rc_context(STYLE)
 def figure2(tidy: pd.DataFrame) -> Figure:
-    """Figure 2: a panel for each task, its metric clean and attacked along DeACL fine-tuning (report.figure2_table)."""
-    tasks = list(tidy["task"].unique())
-    fig, axes = panels(len(tasks), 2.1, 2.7)
+    """Figure 2: a panel for each task, its metric clean and attacked along DeACL fine-tuning (report.figure2_table).
+
+    If there is no row, the figure says so.
+    """
+    if tidy.empty:
+        return _no_curves()
+    tasks, most = list(tidy["task"].unique()), tidy.groupby("task")["dataset"].nunique().max()
+    fig, axes = panels(len(tasks), 2.1 if most == 1 else 2.6, 2.7 if most == 1 else 3.2 + 0.19 * most)
     for task, ax in zip(tasks, axes, strict=True):
-        metric_curves(tidy[tidy["task"] == task], ax)
+        metric_curves(tidy[tidy["task"] == task], ax, key=most > 1)
     lines = [Line2D([], [], color=COLOURS[a], marker=MARKERS[a], markersize=4.5, label=ATTACK[a]) for a in COLOURS]
     lines.append(Line2D([], [], label="best constant", **CHANCE))
     fig.legend(handles=lines, loc="outside lower center", ncols=4, columnspacing=1.2, handletextpad=0.5)

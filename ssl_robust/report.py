@@ -1,7 +1,7 @@
 """Tables 1-3, the data of Figure 2, the page that shows everything and the closing lines, all made from the records."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ KEYS = ["dataset", "encoder", "defense"]
 ATTACKS = ["clean", "embed", "task"]
 MEASURED = [*KEYS, *ATTACKS, *(f"{attack}_se" for attack in ATTACKS), "n", "metric"]
 COLUMNS = [*MEASURED, *(f"reported_{attack}" for attack in ATTACKS)]
+REPORTED_COLUMNS = ["table", *KEYS, "attack", "reported", "ours", "se", "n", "difference", "inside"]
 FIG2_COLUMNS = ["task", "dataset", "epoch", "attack", "metric", "value", "n"]
 # RMSE is better when lower, so each heading says where better is
 METRIC = {"classification": "accuracy ↑", "segmentation": "mIoU ↑", "depth": "RMSE [m] ↓"}
@@ -33,6 +34,7 @@ CAPTION = {
 }
 DEFENSE = {"standard": "Standard", "deacl": "DeACL"}
 SMALL = ("demo", "samples", "test")
+ROUNDING = 0.005  # the paper prints two decimals
 
 
 def _rank(column: pd.Series) -> pd.Series:
@@ -41,11 +43,30 @@ def _rank(column: pd.Series) -> pd.Series:
     return column.map(lambda name: f"{order.index(name) if name in order else len(order):02d} {name}")
 
 
-def table(task: str, records: Iterable[Record]) -> pd.DataFrame:
-    """Table of one task, a row for each (dataset, encoder, defense) that was run, with exactly the columns COLUMNS.
+def _ordered(records: list[Record]) -> list[Record]:
+    """Records in the order of the tables' rows, so that sentences name them in that order."""
+    rows = pd.DataFrame([[r[key] for key in KEYS] for r in records], columns=KEYS)
+    return [records[i] for i in rows.sort_values(KEYS, key=_rank, kind="stable").index]
+
+
+def read_skipped(folder: Path) -> list[Record]:
+    """Rows that were asked for but could not be run: {task, dataset, encoder, defense, why}, from */skipped.json.
+
+    `folder` is results/<profile> or figures/<profile>/records; empty if nothing was skipped.
+    """
+    return [{"task": path.parent.name, **row} for path in _skipped_paths(folder) for row in disk.read_json(path)]
+
+
+def _skipped_paths(folder: Path) -> list[Path]:
+    return [path for path in (folder / task / "skipped.json" for task in TASKS) if path.is_file()]
+
+
+def table(task: str, records: Iterable[Record], skipped: Sequence[Record] = ()) -> pd.DataFrame:
+    """Table of one task, a row for each (dataset, encoder, defense), with exactly the columns COLUMNS.
 
     `clean`, `embed`, `task` are values of the metric (accuracy and mIoU in 0..1, RMSE in metres), `*_se` their standard
     errors, `n` the number of test images, `reported_*` the paper's value where it has that row; NaN: not run.
+    `skipped` (read_skipped) gives rows without values.
     """
     rows: dict[tuple[str, ...], Record] = {}
     for record in records:
@@ -53,18 +74,60 @@ def table(task: str, records: Iterable[Record]) -> pd.DataFrame:
             row = rows.setdefault(tuple(record[key] for key in KEYS), {key: record[key] for key in [*KEYS, "metric"]})
             row |= {record["attack"]: record["value"], f"{record['attack']}_se": record["se"]}
             row["n"] = min(record["n"], row.get("n", record["n"]))
-    measured = pd.DataFrame(list(rows.values()), columns=MEASURED)
+    for row in (row for row in skipped if row["task"] == task):
+        empty = {key: row[key] for key in KEYS} | {"metric": METRIC[task].split()[0], "n": None}
+        rows.setdefault(tuple(row[key] for key in KEYS), empty)
+    measured = pd.DataFrame(list(rows.values()), columns=MEASURED).astype({"n": "Int64"})
+    values = [c for c in MEASURED if c.removesuffix("_se") in ATTACKS]
+    measured[values] = measured[values].astype(float)
     paper = REPORTED[REPORTED["task"] == task].drop(columns="task")
     paper.columns = [*KEYS, *(f"reported_{attack}" for attack in ATTACKS)]
     return measured.merge(paper, on=KEYS, how="left").sort_values(KEYS, key=_rank, ignore_index=True)[COLUMNS]
 
 
+def _inside(difference: Any, se: Any) -> Any:
+    """Whether a difference from the paper lies within 2 standard errors of ours, the paper's rounding allowed."""
+    return abs(difference) <= 2 * se + ROUNDING + 1e-9
+
+
+def comparison(task: str, records: Iterable[Record], skipped: Sequence[Record] = ()) -> pd.DataFrame:
+    """A row for each value of a task that the paper reports too: REPORTED_COLUMNS; `difference` is ours - reported.
+
+    `inside`: the difference is at most 2 standard errors of ours + 0.005. What was not run has no `ours`.
+    """
+    numbers = table(task, records, skipped)
+    parts = [
+        numbers[[*KEYS, "n"]].assign(
+            attack=attack, reported=numbers[f"reported_{attack}"], ours=numbers[attack], se=numbers[f"{attack}_se"]
+        )
+        for attack in ATTACKS
+    ]
+    tidy = pd.concat(parts).sort_index(kind="stable").dropna(subset="reported")
+    tidy = tidy.assign(table=TASKS.index(task) + 1, difference=tidy["ours"] - tidy["reported"])
+    inside = _inside(tidy["difference"], tidy["se"]).astype("boolean")
+    return tidy.assign(inside=inside.where(tidy["ours"].notna())).reset_index(drop=True)[REPORTED_COLUMNS]
+
+
+def _signed(difference: float) -> str:
+    """'+0.03', '−0.01', '0.00'."""
+    rounded = round(difference, 2)
+    return f"{rounded:+.2f}".replace("-", "−") if rounded else "0.00"
+
+
 def _cell(row: pd.Series, attack: str) -> str:
-    """'0.71 ± 0.04 (0.94)': value, standard error, the paper's value if it has one; '–' if not run."""
-    if pd.isna(row[attack]):
-        return "–"
-    reported = row[f"reported_{attack}"]
-    return f"{row[attack]:.2f} ± {row[f'{attack}_se']:.2f}" + ("" if pd.isna(reported) else f" ({reported:.2f})")
+    """Value and standard error; on a second line the paper's value, the difference and whether it is inside (≈) or not.
+
+    '0.91 ± 0.01', or where the paper has the row '0.91 ± 0.01\\n(0.94, −0.03 ≠)', or 'not run\\n(0.94)'.
+    """
+    run, reported = not pd.isna(row[attack]), row[f"reported_{attack}"]
+    value = f"{row[attack]:.2f} ± {row[f'{attack}_se']:.2f}" if run else "not run"
+    if pd.isna(reported):
+        return value
+    if not run:
+        return f"{value}\n({reported:.2f})"
+    difference = row[attack] - reported
+    sign = "≈" if _inside(difference, row[f"{attack}_se"]) else "≠"
+    return f"{value}\n({reported:.2f}, {_signed(difference)} {sign})"
 
 
 def _readable(numbers: pd.DataFrame, task: str) -> pd.DataFrame:
@@ -73,7 +136,7 @@ def _readable(numbers: pd.DataFrame, task: str) -> pd.DataFrame:
     text.columns = ["Dataset", "Encoder", "Defense"]
     for attack, name in zip(ATTACKS, ["Clean", "EmbedAttack", TASK_ATTACK[task]], strict=True):
         text[f"{name}, {METRIC[task]}"] = [_cell(row, attack) for _, row in numbers.iterrows()]
-    return text.assign(n=numbers["n"].astype(str))
+    return text.assign(n=["–" if pd.isna(n) else str(n) for n in numbers["n"]])
 
 
 def _pixels(budget: float) -> str:
@@ -91,22 +154,60 @@ def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def notes(task: str, records: list[Record]) -> list[str]:
+def _protocol_words(protocol: str | list[str]) -> str:
+    if protocol == "released":
+        return "Protocol: the authors' released code (all differences)."
+    if protocol == "paper" or not protocol:
+        return "Protocol: the paper's text."
+    return f"Protocol: the paper's text, but as in the authors' released code: {', '.join(protocol)}."
+
+
+def _data_words(kept: list[Record]) -> list[str]:
+    """What sets the images apart from the whole official test set."""
+    parts = ", ".join(_unique(r["dataset"] for r in kept if r.get("counts") == "any"))
+    cropped = ", ".join(_unique(r["dataset"] for r in kept if r["settings"]["task"].get("crop") == "eigen"))
+    words = [f"Rows on parts of the official data sets (counts: any): {parts}."] if parts else []
+    return words + ([f"Errors count inside the centre crop of Eigen et al. on {cropped}."] if cropped else [])
+
+
+def _comparison_words(compared: pd.DataFrame) -> str:
+    """What the brackets mean and how often the value lies inside."""
+    if compared.empty:
+        return "The paper has none of these rows."
+    rule = "≈ if it is at most 2 standard errors of ours (+ 0.005, as the paper rounds to 0.01), ≠ if it is more"
+    judged = compared["inside"].dropna()
+    count = f"{judged.sum()} of {len(judged)} values are ≈" if len(judged) else "none of them was run"
+    return f"In brackets: the paper's value, then the difference (ours − the paper's), {rule}; {count}."
+
+
+def _skipped_words(task: str, kept: list[Record], skipped: Sequence[Record]) -> list[str]:
+    """One sentence for each reason, with the rows it stopped; rows that have values are not among them."""
+    run = {tuple(r[key] for key in KEYS) for r in kept}
+    stopped: dict[str, list[str]] = {}
+    for row in skipped:
+        if row["task"] == task and tuple(row[key] for key in KEYS) not in run:
+            name = f"{row['dataset']}/{row['encoder']} {DEFENSE.get(row['defense'], row['defense'])}"
+            stopped.setdefault(row["why"].rstrip("."), []).append(name)
+    return [f"Not run: {', '.join(names)}, because: {why}." for why, names in stopped.items()]
+
+
+def notes(task: str, records: list[Record], skipped: Sequence[Record] = ()) -> list[str]:
     """Sentences below a table: how it was measured, what to compare with, and the claims as they show here."""
+    records = _ordered(records)
     kept = [r for r in records if r["task"] == task and r["defense"] in DEFENSE]
     attacked = [r for r in kept if r["attack"] != "clean"]
-    chances = ", ".join(_unique(f"{r['chance']:.2f} on {r['dataset']}" for r in kept))
-    sentences = [
-        "Value ± standard error over n test images, the same ones clean and attacked.",
-        f"The best constant prediction scores {chances}.",
-        *_unique(_attack_words(r["settings"]["attack"]) for r in attacked),
-    ]
+    sentences = ["Value ± standard error over n test images, the same ones clean and attacked."]
+    if chances := ", ".join(_unique(f"{r['chance']:.2f} on {r['dataset']}" for r in kept)):
+        sentences.append(f"The best constant prediction scores {chances}.")
+    sentences += _unique(_protocol_words(r.get("protocol", "paper")) for r in kept)
+    sentences += _unique(_attack_words(r["settings"]["attack"]) for r in attacked)
     if attacked:
         sentences.append(f"Largest change of any pixel: {_pixels(max(r['max_perturbation'] for r in attacked))}.")
     if nonfinite := sum(r["nonfinite"] for r in kept):
         sentences.append(f"Warning: {nonfinite} values were not finite.")
-    paper = table(task, kept)["reported_clean"].notna().any()
-    sentences.append("In brackets: the paper's value." if paper else "The paper has none of these rows.")
+    sentences += _data_words(kept)
+    sentences.append(_comparison_words(comparison(task, records, skipped)))
+    sentences += _skipped_words(task, kept, skipped)
     return sentences + [f"({letter}) {sentence}" for letter, sentence in claims(records, task)]
 
 
@@ -114,55 +215,76 @@ def _csv(numbers: pd.DataFrame) -> str:
     return numbers.to_csv(index=False, float_format="%.6f", lineterminator="\n")
 
 
-def table_files(number: int, records: list[Record]) -> dict[str, str]:
+def table_files(number: int, records: list[Record], skipped: Sequence[Record] = ()) -> dict[str, str]:
     """Content of table<number> as {'csv', 'md', 'tex'}, the same bytes for the same records.
 
-    Raises BadInput if `number` is not 1, 2 or 3 or if its task has no record.
+    Raises BadInput if `number` is not 1, 2 or 3 or if its task has neither a record nor a skipped row.
     """
     if number not in (1, 2, 3):
         raise BadInput(f"There is no table {number}; ask for 1 (classification), 2 (segmentation) or 3 (depth).")
     task = TASKS[number - 1]
-    numbers = table(task, records)
+    numbers = table(task, records, skipped)
     if numbers.empty:
         raise BadInput(
             f"Table {number} has no records; run notebook 0{number + 2}_attack_{task} first, or 'make paper'."
         )
-    shown = TITLE[task], _readable(numbers, task), notes(task, records)
+    shown = TITLE[task], _readable(numbers, task), notes(task, records, skipped)
     return {"csv": _csv(numbers), "md": layout.markdown(*shown), "tex": layout.latex(*shown)}
 
 
-def _records(profile: str, folder: Path | None = None) -> list[Record]:
-    records = disk.read_records(folder or disk.results_dir(profile))
-    if not records:
+def _read(profile: str, folder: Path | None = None) -> tuple[list[Record], list[Record]]:
+    """Records and skipped rows of `profile`, or those below `folder`."""
+    folder = folder or disk.results_dir(profile)
+    records, skipped = disk.read_records(folder), read_skipped(folder)
+    if not records and not skipped:
         raise BadInput(f"Profile '{profile}' has no records yet; run the notebooks first, or 'make paper'.")
-    return records
+    return records, skipped
 
 
 def write_table(number: int, profile: str, folder: Path | None = None) -> pd.DataFrame:
     """Write figures/<profile>/table<number>.{csv,md,tex} from the records of `profile`, or below `folder`; the table.
 
-    Raises BadInput as table_files does.
+    Also writes reported.csv (write_reported). Raises BadInput as table_files does.
     """
-    records = _records(profile, folder)
-    for suffix, content in table_files(number, records).items():
+    records, skipped = _read(profile, folder)
+    for suffix, content in table_files(number, records, skipped).items():
         disk.write_bytes(content.encode(), disk.figures_dir(profile) / f"table{number}.{suffix}")
-    return table(TASKS[number - 1], records)
+    write_reported(profile, folder)
+    return table(TASKS[number - 1], records, skipped)
+
+
+def write_reported(profile: str, folder: Path | None = None) -> pd.DataFrame:
+    """Write figures/<profile>/reported.csv, each value of the three tables beside the paper's: see `comparison`.
+
+    Without a row that the paper has there is no such file, and an old one is removed.
+    """
+    tidy = pd.concat([comparison(task, *_read(profile, folder)) for task in TASKS], ignore_index=True)
+    path = disk.figures_dir(profile) / "reported.csv"
+    if tidy.empty:
+        path.unlink(missing_ok=True)
+    else:
+        disk.write_bytes(_csv(tidy).encode(), path)
+    return tidy
+
+
+def _curve(record: Record) -> tuple[str, str, str]:
+    return record["task"], record["dataset"], record["encoder"]
 
 
 def figure2_table(records: list[Record]) -> pd.DataFrame:
     """Metrics along DeACL fine-tuning, epoch 0 being Standard: FIG2_COLUMNS, then `se` and `chance` for the picture.
 
-    Encoders without DeACL are left out; if several have it, the data set's name says which one a row belongs to.
+    Encoders without DeACL, or with a given DeACL checkpoint of unknown epoch, are left out; if several are left, the
+    data set's name says which one a row belongs to.
     """
-    tuned = [r for r in records if r["defense"] != "standard"]
-    encoders = {r["encoder"] for r in tuned}
-    between = {(r["task"], r["dataset"]) for r in tuned if r["defense"] != "deacl"}
-    # without epochs in between a line would be straight by construction, so such data sets stay out if others have some
-    drawn = between or {(r["task"], r["dataset"]) for r in tuned}
-    kept = [r for r in records if r["encoder"] in encoders and (r["task"], r["dataset"]) in drawn]
+    known = [r for r in records if r["epoch"] >= 0]
+    tuned = [r for r in known if r["defense"] != "standard"]
+    between = {_curve(r) for r in tuned if r["defense"] != "deacl"}
+    # without epochs in between a line would be straight by construction, so such ones stay out if others have some
+    drawn = between or {_curve(r) for r in tuned}
     columns = [*FIG2_COLUMNS, "se", "chance", "encoder"]
-    tidy = pd.DataFrame([{c: r[c] for c in columns} for r in kept], columns=columns)
-    if len(encoders) > 1:
+    tidy = pd.DataFrame([{c: r[c] for c in columns} for r in known if _curve(r) in drawn], columns=columns)
+    if tidy["encoder"].nunique() > 1:
         tidy["dataset"] += " (" + tidy["encoder"] + ")"
     order = {name: f"{i} {name}" for i, name in enumerate([*TASKS, *ATTACKS])}
     by = ["task", "dataset", "attack", "epoch"]
@@ -170,10 +292,8 @@ def figure2_table(records: list[Record]) -> pd.DataFrame:
 
 
 def write_figure2(profile: str, folder: Path | None = None) -> pd.DataFrame:
-    """Write figures/<profile>/fig2.csv, columns FIG2_COLUMNS; returns figure2_table. BadInput if it has no row."""
-    tidy = figure2_table(_records(profile, folder))
-    if tidy.empty:
-        raise BadInput("Figure 2 has no DeACL records; give an encoder 'defenses: [standard, deacl]' and run again.")
+    """Write figures/<profile>/fig2.csv, columns FIG2_COLUMNS; returns figure2_table, empty if no DeACL was followed."""
+    tidy = figure2_table(_read(profile, folder)[0])
     disk.write_bytes(_csv(tidy[FIG2_COLUMNS]).encode(), disk.figures_dir(profile) / "fig2.csv")
     return tidy
 
@@ -181,22 +301,25 @@ def write_figure2(profile: str, folder: Path | None = None) -> pd.DataFrame:
 def copy_records(profile: str) -> int:
     """Make figures/<profile>/records an exact copy of the records of `profile`; returns how many there are.
 
-    Raises BadInput, and leaves an old copy alone, if there is none.
+    Lists of skipped rows are copied too; the stages' seconds become figures/<profile>/times.json. Raises BadInput, and
+    leaves an old copy alone, if there is nothing to copy.
     """
     source, target = disk.results_dir(profile), disk.figures_dir(profile) / "records"
-    _records(profile)
+    records, _ = _read(profile)
     paths = {p.relative_to(source) for p in source.glob("*/*__*__*__*.json")}
+    paths |= {p.relative_to(source) for p in _skipped_paths(source)}
     for path in paths:
         disk.write_bytes((source / path).read_bytes(), target / path)
     for stale in {p.relative_to(target) for p in target.glob("*/*.json")} - paths:
         (target / stale).unlink()
-    return len(paths)
+    disk.write_json(_times(profile), target.with_name("times.json"))
+    return len(records)
 
 
-def _time(profile: str) -> str:
-    """'01_heads 80 s, ...': what the runner measured for each notebook; empty if they were run by hand."""
+def _times(profile: str) -> dict[str, float]:
+    """Seconds that the runner measured for each notebook; empty if they were run by hand."""
     paths = sorted(disk.runs_dir(profile).glob("*.time.json"))
-    return ", ".join(f"{path.name.split('.')[0]} {disk.read_json(path)['seconds']:.0f} s" for path in paths)
+    return {path.name.split(".")[0]: disk.read_json(path)["seconds"] for path in paths}
 
 
 def _facts(profile: str, records: list[Record]) -> dict[str, str]:
@@ -205,9 +328,9 @@ def _facts(profile: str, records: list[Record]) -> dict[str, str]:
         "Profile": profile,
         "Hardware": ", ".join(_unique(f"{r['device']}, {r['threads']} threads" for r in records)),
         "Seed": ", ".join(_unique(str(r["seed"]) for r in records)),
-        "Time": _time(profile) or "not measured",
+        "Time": ", ".join(f"{name} {seconds:.0f} s" for name, seconds in _times(profile).items()) or "not measured",
         "Code": ", ".join(_unique(r["git"] for r in records)),
-        "Versions": ", ".join(f"{name} {number}" for name, number in records[0]["versions"].items()),
+        "Versions": ", ".join(_unique(f"{name} {number}" for r in records for name, number in r["versions"].items())),
     }
 
 
@@ -216,16 +339,16 @@ def write_index(profile: str) -> Path:
 
     Raises BadInput if `profile` has no records.
     """
-    records, folder = _records(profile), disk.figures_dir(profile)
+    (records, skipped), folder = _read(profile), disk.figures_dir(profile)
     pictures = {name: folder / f"{name}.png" for name in CAPTION}
     sections = [
         layout.html_figure(f"Figure {name[-1]}", path.read_bytes(), CAPTION[name])
         for name, path in pictures.items()
         if path.is_file()
     ]
-    for task in _unique(r["task"] for r in sorted(records, key=lambda r: TASKS.index(r["task"]))):
-        shown = _readable(table(task, records), task)
-        sections.append(layout.html_table(TITLE[task], shown, notes(task, records)))
+    for task in (task for task in TASKS if any(r["task"] == task for r in [*records, *skipped])):
+        shown = _readable(table(task, records, skipped), task)
+        sections.append(layout.html_table(TITLE[task], shown, notes(task, records, skipped)))
     names = [*KEYS, "attack"]
     links = _unique((" ".join([r["task"], *(r[name] for name in names)]), f"../../{r['notebook']}") for r in records)
     sections.append(layout.html_links("The executed notebook behind each value", links))
@@ -242,7 +365,10 @@ def summary(profile: str) -> str:
     Raises BadInput if nothing has been made.
     """
     folder = disk.figures_dir(profile)
-    made = [folder / name for name in ("index.html", "fig1.png", "fig2.png", *(f"table{i}.md" for i in (1, 2, 3)))]
+    made = [
+        folder / name
+        for name in ("index.html", "reported.csv", "fig1.png", "fig2.png", *(f"table{i}.md" for i in (1, 2, 3)))
+    ]
     there = [path.relative_to(disk.ROOT).as_posix() for path in made if path.is_file()]
     if not there:
         raise BadInput(f"Profile '{profile}' has no tables or figures yet; run 'make paper PROFILE={profile}'.")
@@ -251,8 +377,9 @@ def summary(profile: str) -> str:
         *(f"  {p}" for p in there),
     ]
     if profile in SMALL:
-        larger = "write params/<name>.yaml and run 'make paper PROFILE=<name> DATA=...' on a machine with a CUDA GPU"
-        lines.append(f"This is the small profile '{profile}'; GPU profiles use the same schema: {larger}.")
+        before = "'make plan PROFILE=quick DATA=FOLDER' and 'make data PROFILE=quick DATA=FOLDER'"
+        larger = "'make paper PROFILE=quick DATA=FOLDER' (one GPU, about an hour) or PROFILE=paper (all of the paper)"
+        lines.append(f"This is the small profile '{profile}'; on a GPU, after {before}, run {larger}.")
     return "\n".join(lines)
 
 

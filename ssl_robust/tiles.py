@@ -58,10 +58,16 @@ def panels(count: int, width: float, height: float) -> tuple[Figure, np.ndarray]
     return fig, axes[0]
 
 
-def tiles(rows: int, columns: int, shape: Sequence[int], side: float = 1.1) -> tuple[Figure, np.ndarray]:
-    """A figure of rows x columns empty tiles for pictures of this shape (..., H, W), `side` inches wide."""
-    size = side * columns, (side * shape[-2] / shape[-1] + 0.22) * rows
-    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+def tiles(
+    shapes: Sequence[Sequence[int]], columns: int, side: float = 1.1, least: float = 0
+) -> tuple[Figure, np.ndarray]:
+    """A figure of empty tiles, a row for each of the picture shapes (..., H, W), `side` inches wide.
+
+    `least` is the smallest height of a row in inches, where a heading at its left needs room.
+    """
+    heights = [max(side * shape[-2] / shape[-1], least) + 0.22 for shape in shapes]
+    look = {"squeeze": False, "layout": "constrained", "height_ratios": heights}
+    fig, axes = plt.subplots(len(shapes), columns, figsize=(side * columns, sum(heights)), **look)
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], frame_on=False)
@@ -71,7 +77,7 @@ def tiles(rows: int, columns: int, shape: Sequence[int], side: float = 1.1) -> t
 
 def grid(count: int, columns: int, shape: Sequence[int]) -> tuple[Figure, np.ndarray]:
     """Tiles for `count` pictures, row by row."""
-    fig, axes = tiles(-(-count // columns), min(columns, count), shape)
+    fig, axes = tiles([shape] * -(-count // columns), min(columns, count))
     return fig, axes.ravel()
 
 
@@ -104,12 +110,24 @@ def background_of(classes: Sequence[str]) -> int | None:
     return 0 if classes[0] == "background" else None
 
 
+def _columns_that_fit(names: Sequence[str], columns: int, width: float) -> int:
+    """How many columns (at most `columns`) of a legend with these names fit into `width` inches; matplotlib fills them
+    one after another.
+    """
+    for count in range(min(columns, len(names)), 1, -1):
+        rows = -(-len(names) // count)
+        longest = [max(map(len, names[i : i + rows])) for i in range(0, len(names), rows)]
+        if sum(0.4 + 0.07 * length for length in longest) <= width:  # patch, gaps, a letter at 9 pt
+            return count
+    return 1
+
+
 def class_legend(masks: Sequence[Array], classes: Sequence[str], fig: Figure, columns: int) -> None:
     """Names of the classes that occur in these masks, in room added below the figure."""
     numbers = np.unique(np.concatenate([np.asarray(m).ravel() for m in masks])).astype(int)
     shown = [n for n in numbers if n not in (background_of(classes), IGNORED)]
     patches = [Patch(color=class_colour(n), label=classes[n]) for n in shown]
-    rows = max(1, -(-len(shown) // columns))
+    rows = max(1, -(-len(shown) // _columns_that_fit([classes[n] for n in shown], columns, fig.get_figwidth())))
     fig.set_figheight(fig.get_figheight() + 0.1 + 0.2 * rows)
     look = {"handlelength": 1, "handleheight": 1, "columnspacing": 1.2, "handletextpad": 0.5}
     fig.legend(handles=patches, loc="outside lower center", ncols=max(1, -(-len(shown) // rows)), **look)

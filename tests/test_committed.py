@@ -11,7 +11,8 @@ COMMITTED = records.read_records(DEMO / "records")
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_tables_are_rebuilt_from_the_committed_records(number):
-    for suffix, content in report.table_files(number, COMMITTED).items():
+    skipped = report.read_skipped(DEMO / "records")
+    for suffix, content in report.table_files(number, COMMITTED, skipped).items():
         assert (DEMO / f"table{number}.{suffix}").read_bytes() == content.encode(), suffix
 
 
@@ -24,6 +25,17 @@ def test_every_file_of_the_demo_is_there_and_the_page_needs_no_other():
     for name in ("fig1.png", "fig1.pdf", "fig2.png", "fig2.pdf", "index.html"):
         assert (DEMO / name).stat().st_size > 1000
     assert 'src="data:image/png;base64,' in (DEMO / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_times_of_the_stages_are_there():
+    times = records.read_json(DEMO / "times.json")
+    stages = {path.stem for path in (PROJECT / "notebooks").glob("0[0-5]_*.ipynb")}
+    assert stages <= set(times) and all(seconds > 0 for seconds in times.values())
+
+
+def test_the_demo_has_no_row_of_the_paper():
+    assert all(report.comparison(task, COMMITTED).empty for task in settings.TASKS)
+    assert not (DEMO / "reported.csv").exists()
 
 
 def test_records_were_made_with_the_demo_parameters():

@@ -86,6 +86,30 @@ def test_class_zero_is_drawn_where_it_is_no_background():
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ["wall"]
 
 
+def test_a_legend_of_many_long_names_stays_inside_its_figure():
+    names = ["background"] + ["television receiver"[: 8 + i] for i in range(12)]
+    for columns in (2, 4, 8):
+        masks = torch.arange(13, dtype=torch.uint8)[None, None].repeat(columns, 4, 1)
+        fig = plots.mask_grid(torch.zeros(columns, 3, 4, 13), masks, names, columns)
+        fig.draw_without_rendering()
+        legend = fig.legends[0].get_window_extent()
+        assert legend.x0 >= 0 and legend.x1 <= fig.bbox.x1, columns
+        assert legend.y1 <= min(ax.get_window_extent().y0 for ax in fig.axes) + 2
+        assert [text.get_text() for text in fig.legends[0].get_texts()] == names[1:]
+
+
+def test_rows_of_figure_1_have_the_heights_of_their_images():
+    wide = {**example("segmentation"), "images": torch.zeros(3, 3, 8, 16)}
+    wide |= {name: torch.zeros(3, 3, 8, 16) for name in ("adv_embed", "adv_task")}
+    wide |= {name: torch.ones(3, 8, 16) for name in ("target", "pred_clean", "pred_embed", "pred_task")}
+    wide["target"] = wide["target"].to(torch.uint8)
+    fig = plots.figure1({"classification": example(), "segmentation": wide})
+    fig.draw_without_rendering()
+    boxes = [ax.get_window_extent() for ax in fig.axes[:16:4]]
+    assert boxes[0].width == pytest.approx(boxes[2].width, rel=0.1)
+    assert boxes[2].height == pytest.approx(boxes[0].height / 2, rel=0.1)
+
+
 def test_class_colours_are_distinct_and_fixed():
     colours = [to_hex(tiles.class_colour(number)) for number in range(1, 51)]
     assert len(set(colours)) == 50 and colours[0] == tiles.CLASSES[0].lower()
@@ -183,10 +207,36 @@ def test_figure2_draws_each_attack_in_its_colour_against_epoch():
     assert said == ["clean", "EmbedAttack", "task attack", "best constant"]
 
 
-def test_several_data_sets_differ_in_dashes_and_are_named():
-    ax = plots.figure2(tidy(["depth"], ["a", "b"])).axes[0]
-    assert ax.get_title() == "Depth\n── a\n– – b"
-    assert len({container.lines[0].get_linestyle() for container in ax.containers}) == 2
+def test_several_data_sets_differ_in_dashes_and_are_named_below_their_panel():
+    many = [f"data_set_{i} (an_encoder)" for i in range(6)]
+    fig = plots.figure2(pd.concat([tidy(["segmentation"], many), tidy(["depth"], ["only"])]))
+    first, second = fig.axes
+    assert [ax.get_title() for ax in fig.axes] == ["Segmentation", "Depth"]
+    assert [text.get_text() for text in first.get_legend().get_texts()] == many
+    assert [text.get_text() for text in second.get_legend().get_texts()] == ["only"]
+    looks = {handle.get_label(): str(handle._dash_pattern) for handle in first.get_legend().get_lines()}
+    assert len(set(looks.values())) == 6
+    drawn = {str(container.lines[0]._unscaled_dash_pattern) for container in first.containers}
+    assert len(drawn) == 6 and len(first.containers) == 18
+
+
+def test_names_of_many_data_sets_overlap_neither_axes_nor_key():
+    names = {"classification": ["cifar10 (dinov2_vits14)", "b", "c", "d", "e", "f"], "depth": ["nyuv2"]}
+    fig = plots.figure2(pd.concat([tidy([task], found) for task, found in names.items()]))
+    fig.draw_without_rendering()
+    key = fig.legends[0].get_window_extent()
+    for ax in fig.axes:
+        below = ax.get_legend().get_window_extent()
+        assert key.y1 <= below.y0 + 2 and below.y1 <= ax.xaxis.label.get_window_extent().y0
+        assert ax.get_window_extent().height > fig.bbox.height * 0.4
+        assert fig.bbox.x0 <= below.x0 and below.x1 <= fig.bbox.x1
+
+
+def test_without_a_followed_run_figure_2_says_so():
+    fig = plots.figure2(tidy().iloc[:0])
+    assert "No DeACL fine-tuning was followed" in fig.axes[0].texts[0].get_text()
+    fig.draw_without_rendering()
+    assert fig.axes[0].texts[0].get_window_extent().width < fig.bbox.width
 
 
 def test_curves_draw_on_given_axes_without_errors_or_chance():
