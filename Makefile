@@ -21,13 +21,19 @@ modules  = $(patsubst %,ssl_robust/%.py,$(1))
 made     = $(if $(filter-out $(notdir $(wildcard figures/$(PROFILE)/*)),$(1)),FORCE)
 
 .DELETE_ON_ERROR:
-.PHONY: help env paper table1 table2 table3 fig1 fig2 lab test reference encoder lock clean check FORCE
+.PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook lab test reference encoder lock clean check FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9 ]+:.*## / { printf "make %-26s %s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: PROFILE=$(PROFILE) (a file in params/), DATA=$(DATA) (folder of real images), PYTHON=$(PYTHON)'
 
 env: $(STAMP) ## the environment in .venv, alone
+
+plan: $(STAMP) ## what PROFILE would do: rows, minutes, memory, disk, what is missing
+	@$(RUN) --plan
+
+data: $(STAMP) ## fetch the data sets of PROFILE into DATA
+	@$(PY) -m ssl_robust.fetch --profile $(PROFILE) --data "$(DATA)"
 
 paper: $(call stages,06_figures) ## Tables 1-3, Figures 1-2 and index.html in figures/PROFILE
 	@$(PY) -m ssl_robust.report $(PROFILE)
@@ -38,6 +44,9 @@ table3: $(call stages,05_attack_depth) ## Table 3, depth
 fig1 fig2: $(call stages,06_figures) ## Figure 1, the attacks; Figure 2, along DeACL
 table1 table2 table3 fig1 fig2:
 	@echo "made: $$(ls figures/$(PROFILE)/$@.* | tr '\n' ' ')"
+
+notebook: $(if $(NAME),$(STAMP) check) ## one notebook with PROFILE: NAME=appendix_protocols
+	@$(if $(NAME),$(RUN) $(NAME),echo 'NAME is empty; write for example: make notebook NAME=appendix_protocols' >&2; exit 2)
 
 lab: $(STAMP) ## JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks
@@ -65,8 +74,8 @@ check: | $(STAMP)
 	@$(RUN) --check
 
 # Each stage names the earlier stages it reads and the modules it is the first to use; later ones inherit them.
-$(call stages,00_data):    $(call modules,settings records progress scenes datasets plots tiles claims)
-$(call stages,01_heads):   $(call stages,00_data) $(call modules,encoders metrics heads) $(wildcard ssl_robust/weights/*.safetensors)
+$(call stages,00_data):    $(call modules,settings records progress scenes catalogue datasets plots tiles claims)
+$(call stages,01_heads):   $(call stages,00_data) $(call modules,checkpoints encoders metrics released heads) $(wildcard ssl_robust/weights/*.safetensors)
 $(call stages,02_deacl):   $(call stages,01_heads) $(call modules,attacks deacl evaluate)
 $(call stages,$(ATTACKS)): $(call stages,01_heads 02_deacl) $(call modules,report layout) ssl_robust/reported.csv
 $(call stages,06_figures): $(call stages,$(ATTACKS))

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import released
 from .datasets import IGNORE, image_seed
-from .heads import TaskModel, depth_loss
+from .heads import PixelLoss, TaskModel, depth_loss, pixel_loss
 from .settings import Attack
 
 LossFn = Callable[[Tensor, int], Tensor]
+PairLoss = Callable[[Tensor, Tensor], Tensor]  # (embedding or logits, clean embedding or label) -> (B,)
 NAMES = {"classification": "PGD", "segmentation": "SegPGD", "depth": "DepthPGD"}
 
 
@@ -50,16 +52,26 @@ def _better(adv: Tensor, loss_fn: LossFn, steps: int, best: Tensor, best_loss: T
     return torch.where(won[:, None, None, None], adv, best), torch.where(won, loss, best_loss)
 
 
-def embed_loss(model: TaskModel, x: Tensor) -> LossFn:
+def l2(embedding: Tensor, clean: Tensor) -> Tensor:
+    """L2 distance of embeddings (B, F) -> (B,)."""
+    return torch.linalg.vector_norm(embedding - clean, dim=1)
+
+
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy (B,) of logits (B, C) and labels (B,)."""
+    return F.cross_entropy(logits, label, reduction="none")
+
+
+def embed_loss(model: TaskModel, x: Tensor, distance: PairLoss = l2) -> LossFn:
     """EmbedAttack: || f(x') - f(x) ||_2 in the CLS token (classification) or the patch tokens (dense tasks)."""
     with torch.no_grad():
         clean = model.embed(x)
-    return lambda adv, t: torch.linalg.vector_norm(model.embed(adv) - clean, dim=1)
+    return lambda adv, t: distance(model.embed(adv), clean)
 
 
-def cross_entropy_loss(model: TaskModel, label: Tensor) -> LossFn:
+def cross_entropy_loss(model: TaskModel, label: Tensor, loss: PairLoss = cross_entropy) -> LossFn:
     """PGD for classification: the cross-entropy of the true label (B,)."""
-    return lambda adv, t: F.cross_entropy(model(adv), label, reduction="none")
+    return lambda adv, t: loss(model(adv), label)
 
 
 def segpgd(logits: Tensor, mask: Tensor, weight: float) -> Tensor:
@@ -72,24 +84,27 @@ def segpgd(logits: Tensor, mask: Tensor, weight: float) -> Tensor:
     return torch.where(right, (1 - weight) * pixel, weight * pixel).flatten(1).mean(1)
 
 
-def segpgd_loss(model: TaskModel, mask: Tensor, steps: int) -> LossFn:
+def segpgd_loss(model: TaskModel, mask: Tensor, steps: int, loss: Callable[..., Tensor] = segpgd) -> LossFn:
     """SegPGD: eq. 1 with lambda(t) = (t-1)/(2T), first the right pixels alone, later nearly both alike."""
     mask = mask.long()
-    return lambda adv, t: segpgd(model(adv), mask, (t - 1) / (2 * steps))
+    return lambda adv, t: loss(model(adv), mask, (t - 1) / (2 * steps))
 
 
-def depth_pgd_loss(model: TaskModel, depth: Tensor) -> LossFn:
-    """DepthPGD: the training loss of the depth head, eq. 3 and 4."""
-    return lambda adv, t: depth_loss(model(adv), depth)
+def depth_pgd_loss(model: TaskModel, depth: Tensor, early: PixelLoss = pixel_loss) -> LossFn:
+    """DepthPGD: the training loss of the depth head, eq. 3 and 4; `early`: L_pixel of the first 100 steps."""
+    return lambda adv, t: depth_loss(model(adv), depth, early if t <= released.WARM_UP else pixel_loss)
 
 
 def loss_for(kind: str, model: TaskModel, x: Tensor, target: Tensor, steps: int) -> LossFn:
-    """Loss of the attack `kind` ('embed' or 'task') on the model's task."""
+    """Loss of the attack `kind` ('embed' or 'task') on the model's task, in the model's protocol."""
+    other = released.attack_loss(kind, model.task, model.protocol)
     if kind == "embed":
-        return embed_loss(model, x)
+        return embed_loss(model, x, *other)
     if model.task == "classification":
-        return cross_entropy_loss(model, target)
-    return segpgd_loss(model, target, steps) if model.task == "segmentation" else depth_pgd_loss(model, target)
+        return cross_entropy_loss(model, target, *other)
+    if model.task == "segmentation":
+        return segpgd_loss(model, target, steps, *other)
+    return depth_pgd_loss(model, target, *other)
 
 
 def attacked(

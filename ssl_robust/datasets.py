@@ -1,4 +1,4 @@
-"""Data sets, one entry each in DATASETS: where the files lie, classes, how an image and its target are read.
+"""From the catalogue to tensors: which images of a data set are used, how they are resized, augmented and batched.
 
 Every image is uint8 (3, H, W) until it is batched as float in [0,1]. Targets: a class index, a mask uint8 (H, W) whose
 value 255 (IGNORE) counts nowhere, or a depth map float32 (H, W) in metres whose value 0 is invalid.
@@ -6,159 +6,106 @@ value 255 (IGNORE) counts nowhere, or a depth map float32 (H, W) in metres whose
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision import datasets as tv_datasets
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from . import records, scenes
+from . import catalogue
+from .catalogue import DATASETS, IGNORE, Dataset, Item, Part
 from .progress import track
 from .settings import TASKS, BadInput, Settings
 
-IGNORE = 255
+__all__ = ["DATASETS", "IGNORE", "Dataset", "Item", "Part"]  # offered here too
 MAX_DEPTH = 10.0  # metres; the depth heads predict 0.001 .. 10 m (section 4.1)
 SPLITS = ("train", "val", "test")
-VOC_CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SAMPLE = 2000  # images of a large subset whose content is hashed, and which are read through before long work
+SAMPLE_INSIDE = 200  # the same for the hash of images inside large files, which change as a whole
+BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # pictures' errors
+EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)  # rows and columns of the crop by Eigen et al., as fractions
 
 
-class Item(NamedTuple):
-    """One image before it is read: an identifier, the picture (file or uint8 tensor) and its target."""
-
-    id: str
-    image: Path | Tensor
-    target: int | Path | Tensor | None
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """One data set: `items(root, task, split, n)` lists a split: train, test, or val if it has its own."""
-
-    tasks: tuple[str, ...]
-    layout: str  # what must lie in the data folder, for the sentence that says it is missing
-    items: Callable[[Path, str, str, int], list[Item]]
-    classes: dict[str, tuple[str, ...]]  # task -> class names
-    own_val: bool = False
-
-
-def _scenes(root: Path, task: str, split: str, n: int) -> list[Item]:
-    rendered = scenes.cached(records.ROOT / "runs" / "scenes", split, n, progress=track)
-    targets = {"classification": rendered.labels, "segmentation": rendered.masks, "depth": rendered.depths}.get(task)
-    ids = [f"scenes-{scenes.VERSION}-{split}-{i}" for i in range(n)]
-    if task == "classification":
-        targets = [int(t) for t in targets]
-    return [Item(ids[i], rendered.images[i], None if targets is None else targets[i]) for i in range(n)]
-
-
-def _image_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
-    def items(root: Path, task: str, split: str, n: int) -> list[Item]:
-        folder = tv_datasets.ImageFolder(root / name / split)
-        wrong = sorted(set(folder.classes) ^ set(DATASETS[name].classes["classification"]))
-        if wrong:  # labels are numbers of sorted folders, so one folder more or less would shift them silently
-            raise BadInput(
-                f"{name}/{split} has class folders missing or too many: {', '.join(wrong[:5])}; correct them."
-            )
-        return [Item(str(Path(path).relative_to(root)), Path(path), label) for path, label in folder.samples]
-
-    return items
-
-
-def _voc(root: Path, task: str, split: str, n: int) -> list[Item]:
-    data = tv_datasets.VOCSegmentation(str(root), year="2012", image_set={"train": "train", "test": "val"}[split])
-    return [Item(Path(i).stem, Path(i), Path(m)) for i, m in zip(data.images, data.masks, strict=True)]
-
-
-def _depth_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
-    def items(root: Path, task: str, split: str, n: int) -> list[Item]:
-        part = {"train": "train", "test": "val"}[split]
-        images = sorted((root / name / "images" / part).glob("*.*"))
-        pairs = [(i, root / name / "depth" / part / f"{i.stem}.png") for i in images]
-        missing = [d.name for _, d in pairs if not d.is_file()]
-        if missing:
-            raise BadInput(f"{name}/depth/{part} lacks {missing[0]} ({len(missing)} missing); restore the depth maps.")
-        return [Item(f"{name}/{part}/{i.stem}", i, d) for i, d in pairs]
-
-    return items
-
-
-def _flat_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
-    def items(root: Path, task: str, split: str, n: int) -> list[Item]:
-        files = sorted(p for p in (root / name).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-        return [Item(p.name, p, None) for p in files]
-
-    return items
-
-
-DATASETS = {
-    "scenes": Dataset(
-        (*TASKS, "deacl"), "", _scenes,
-        {"classification": scenes.CATEGORIES, "segmentation": ("background", *scenes.CATEGORIES)}, own_val=True,
-    ),
-    "cifar10": Dataset(
-        ("classification", "deacl"), "cifar10/{train,test}/CLASS/*.png", _image_folder("cifar10"),
-        {"classification": CIFAR10_CLASSES},
-    ),
-    "voc2012": Dataset(
-        ("segmentation", "deacl"), "VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}", _voc,
-        {"segmentation": VOC_CLASSES},
-    ),
-    "sevenscenes": Dataset(
-        ("depth", "deacl"), "sevenscenes/{images,depth}/{train,val} and sevenscenes/meta.json",
-        _depth_folder("sevenscenes"), {},
-    ),
-    "imagenet_samples": Dataset(
-        ("deacl",), "imagenet_samples/*.jpg", _flat_folder("imagenet_samples"), {},
-    ),
-}  # fmt: skip
+def _able(task: str) -> str:
+    return ", ".join(name for name, data in DATASETS.items() if task in data.tasks)
 
 
 def entry(name: str, task: str) -> Dataset:
-    """The data set `name` if it serves `task`; raises BadInput listing those that do."""
-    able = [n for n, d in DATASETS.items() if task in d.tasks]
-    if name not in able:
-        raise BadInput(f"There is no data set '{name}' for {task}; choose one of: {', '.join(able)}.")
-    return DATASETS[name]
+    """The data set `name` for `task`: the catalogue's, or a folder of that name in the generic layout.
+
+    Raises BadInput, with the names to choose from, if the catalogue's does not serve the task or if no folder of the
+    user's own can be called so: record files carry the name, its parts joined by two underscores.
+    """
+    if name in DATASETS and task not in DATASETS[name].tasks:
+        raise BadInput(f"There is no data set '{name}' for {task}; choose one of: {_able(task)}.")
+    if not re.fullmatch(r"[A-Za-z0-9](_?[A-Za-z0-9.-])*", name):
+        rule = "letters, digits and single underscores"
+        raise BadInput(f"'{name}' cannot be a data set; choose one of: {_able(task)}; or name a folder by {rule}.")
+    return DATASETS.get(name) or catalogue.own(name, task)
 
 
-def class_names(name: str, task: str) -> tuple[str, ...]:
-    """Class names of a task, index = label; empty for depth."""
-    return entry(name, task).classes.get(task, ())
+def class_names(name: str, task: str, root: str = "") -> tuple[str, ...]:
+    """Class names of a task, index = label; empty for depth. root: data folder, where some data sets list them."""
+    classes = entry(name, task).classes
+    try:
+        return classes(Path(root), task) if callable(classes) else classes.get(task, ())
+    except (FileNotFoundError, NotADirectoryError):
+        raise _not_found(name, task, "class names", root) from None
 
 
-def list_items(name: str, task: str, split: str, n: int, root: str) -> list[Item]:
-    """All items of a split (the scenes: the first n); raises BadInput if the data set is not in the data folder."""
+def _not_found(name: str, task: str, what: str, root: str) -> BadInput:
+    where = f"the data folder '{root}'" if root else "no data folder: DATA is not set"
+    layout = entry(name, task).layout
+    if name not in DATASETS:
+        own = f"or give a folder of your own, {layout}; none was found in {where}"
+        return BadInput(f"There is no data set '{name}' ({what}) for {task}; choose one of: {_able(task)}; {own}.")
+    return BadInput(
+        f"Data set '{name}' ({what}) was not found in {where}; it should hold {layout} "
+        f"(give the folder as make ... DATA=FOLDER or as data_root; make data fills it)."
+    )
+
+
+def list_items(name: str, task: str, split: str, n: int, root: str, counts: str = "any") -> list[Item]:
+    """All items of a split (the scenes: the first n), found without reading a picture.
+
+    Raises BadInput if the data set is not in the data folder, if files that belong to it are missing, or, for counts =
+    'official', if it has fewer or more images than the official one.
+    """
     data = entry(name, task)
     try:
         items = data.items(Path(root), task, split, n)
-    except (FileNotFoundError, NotADirectoryError, RuntimeError):
+    except (FileNotFoundError, NotADirectoryError):
         items = []
     if not items:
-        where = f"the data folder '{root}'" if root else "no data folder: DATA is not set"
+        raise _not_found(name, task, split, root)
+    official = data.counts.get(split, ())
+    if counts == "official" and official and len(items) not in official:
+        expected = " or ".join(f"{count:,}" for count in official)
         raise BadInput(
-            f"Data set '{name}' ({split}) was not found in {where}; it should hold {data.layout} "
-            f"(give the folder as make ... DATA=FOLDER or as data_root)."
+            f"Data set '{name}' ({split}) has {len(items):,} images in '{root}' but the official one has {expected}; "
+            "complete it (make data), or accept what is there by 'counts: any'."
         )
     return items
 
 
-def select(name: str, task: str, split: str, n: int, n_val: int, seed: int, root: str) -> list[Item]:
+def select(
+    name: str, task: str, split: str, n: int, n_val: int, seed: int, root: str, counts: str = "any"
+) -> list[Item]:
     """The subset of `split` that is used: n images drawn by seed; 'val' is held out of train, never of test."""
-    if DATASETS[name].own_val:
+    if entry(name, task).own_val:
         return list_items(name, task, split, n, root)
-    items = list_items(name, task, "test" if split == "test" else "train", n, root)
+    items = list_items(name, task, "test" if split == "test" else "train", n, root, counts)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     start = n_val if split == "train" else 0
     chosen = [items[i] for i in order[start : start + n]]
@@ -171,32 +118,70 @@ class Subset(torch.utils.data.Dataset):
     """The images of one split of one data set, read, resized and augmented one by one.
 
     `subset[i]` is (image uint8 (3, H, W), target). Augmentation is drawn from (seed, view, image), so it does not
-    depend on the order in which images are asked for. `hash` says exactly which images and files these are.
+    depend on the order in which images are asked for. `hash` says which images and files these are.
     """
 
-    def __init__(self, name: str, task: str, items: list[Item], transform: v2.Transform, seed: int = 0) -> None:
+    def __init__(
+        self, name: str, task: str, items: list[Item], transform: v2.Transform, seed: int = 0, root: str = ""
+    ) -> None:
         self.name, self.task, self.items, self.transform, self.seed = name, task, items, transform, seed
         self.ids = [item.id for item in items]
-        self.classes = class_names(name, task)
+        self.classes = class_names(name, task, root)
         self.view = 0
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def read(self, i: int) -> tuple[tv_tensors.Image, int | tv_tensors.Mask]:
+        """Image and target i as stored; raises BadInput for a mask with a value that is no class."""
         image, target = read(self.items[i], self.task)
+        if self.task == "segmentation" and (target[target != IGNORE] >= len(self.classes)).any():
+            worst = int(target[target != IGNORE].max())
+            raise BadInput(
+                f"The mask of {self.ids[i]} has the value {worst} but {self.name} has {len(self.classes)} classes; "
+                "correct the mask (255: ignored) or the list of classes."
+            )
+        return image, target
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        image, target = self.read(i)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(image_seed(self.seed + self.view, self.ids[i]))
             image, target = self.transform(image, target)
         return image, torch.as_tensor(target)
 
-    @cached_property
+    @property
     def hash(self) -> str:
+        """Short hash of all identifiers and of the content of the images; of large subsets, of evenly spread ones."""
         hasher = hashlib.sha256(json.dumps(self.ids).encode())
-        for item in self.items:
+        inside = bool(self.items) and isinstance(self.items[0].image, Part)
+        for item in spread(self.items, SAMPLE_INSIDE if inside else SAMPLE):
             for part in (item.image, item.target):
-                hasher.update(part.read_bytes() if isinstance(part, Path) else b"")
+                hasher.update(_content(part))
         return hasher.hexdigest()[:16]
+
+
+def spread(items: Sequence[Any], count: int = SAMPLE) -> Sequence[Any]:
+    """All items, or of 2 `count` and more at least `count` evenly spread ones."""
+    return items[:: max(1, len(items) // count)]
+
+
+def _content(part: object) -> bytes:
+    """Digest of what a file or a part of it holds; nothing for tensors and labels, which the identifier stands for."""
+    if not isinstance(part, Path | Part):
+        return b""
+    file = part if isinstance(part, Path) else part.file
+    try:
+        state = file.stat()
+    except FileNotFoundError:
+        raise _unreadable(file) from None
+    return _digest(part, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _digest(part: Path | Part, size: int, changed: int) -> bytes:
+    content = part.read_bytes() if isinstance(part, Path) else np.ascontiguousarray(_pixels(part)).tobytes()
+    return hashlib.sha256(content).digest()
 
 
 def image_seed(seed: int, image_id: str) -> int:
@@ -204,48 +189,78 @@ def image_seed(seed: int, image_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{image_id}".encode()).digest()[:7], "big")
 
 
-def _picture(path: Path, mode: str | None) -> Image.Image:
+def _unreadable(file: Path) -> BadInput:
+    return BadInput(f"The image file {file} cannot be read (damaged or empty); replace or remove it.")
+
+
+def _pixels(part: Path | Part) -> np.ndarray:
+    """Pixels as stored; raises BadInput naming a damaged file."""
     try:
-        picture = Image.open(path)
-        picture.load()
-    except (UnidentifiedImageError, OSError):
-        raise BadInput(f"The image file {path} cannot be read (damaged or empty); replace or remove it.") from None
-    return picture.convert(mode) if mode else picture
+        if isinstance(part, Part):
+            return part.read(part.file, part.key)
+        with Image.open(part) as picture:
+            return np.array(picture)
+    except BadInput:
+        raise
+    except (*BROKEN, zipfile.BadZipFile, zlib.error, KeyError):
+        raise _unreadable(part if isinstance(part, Path) else part.file) from None
+
+
+def _colours(path: Path) -> Tensor:
+    """A picture file as uint8 (3, H, W)."""
+    try:
+        with Image.open(path) as picture:
+            return v2.functional.pil_to_tensor(picture.convert("RGB"))
+    except BROKEN:
+        raise _unreadable(path) from None
 
 
 def read(item: Item, task: str) -> tuple[tv_tensors.Image, int | tv_tensors.Mask]:
     """Image uint8 (3, H, W) and target of one item; raises BadInput naming a damaged file or a target of other size."""
-    image = item.image if isinstance(item.image, Tensor) else v2.functional.pil_to_tensor(_picture(item.image, "RGB"))
-    target = item.target if item.target is not None else 0
-    if isinstance(target, Path):
-        pixels = np.array(_picture(target, None))
-        target = torch.from_numpy(pixels / depth_scale(target) if task == "depth" else pixels)
-    if isinstance(target, Tensor):
-        if target.shape[-2:] != image.shape[-2:]:
-            sizes = f"{tuple(target.shape[-2:])} but its image {tuple(image.shape[-2:])}"
-            raise BadInput(f"The {task} target of {item.id} has size {sizes}; replace the file {item.target}.")
-        target = tv_tensors.Mask(target.float() if task == "depth" else target.to(torch.uint8))
-    return tv_tensors.Image(image), target
+    image, target = item.image, item.target if item.target is not None else 0
+    if isinstance(image, Path):
+        image = _colours(image)
+    elif isinstance(image, Part):
+        image = torch.from_numpy(np.array(_pixels(image).transpose(2, 0, 1), order="C"))  # a copy: files stay open
+    if task in ("classification", "deacl"):
+        return tv_tensors.Image(image), target if isinstance(target, int) else 0
+    if isinstance(target, Path | Part):
+        target = _target(target, task)
+    if target.shape[-2:] != image.shape[-2:]:
+        sizes = f"{tuple(target.shape[-2:])} but its image {tuple(image.shape[-2:])}"
+        raise BadInput(f"The {task} target of {item.id} has size {sizes}; replace the file {_file(item.target)}.")
+    return tv_tensors.Image(image), tv_tensors.Mask(target.float() if task == "depth" else target.to(torch.uint8))
 
 
-def depth_scale(depth_file: Path) -> float:
-    """Stored units per metre, from meta.json three folders up (layout NAME/depth/SPLIT/FILE.png)."""
-    meta = depth_file.parents[2] / "meta.json"
-    if not meta.is_file():
-        raise BadInput(f"{meta.parent.name}/meta.json is missing; write one with 'depth_scale' (units per metre).")
-    return float(records.read_json(meta)["depth_scale"])
+def _file(part: object) -> object:
+    return part.file if isinstance(part, Part) else part
 
 
-def transform(task: str, split: str, size: int | str, native: int) -> v2.Compose:
+def _target(part: Path | Part, task: str) -> Tensor:
+    """A stored mask uint8 (H, W) or depth map float32 (H, W); palettes and gray values stand for class numbers."""
+    pixels = _pixels(part)
+    if pixels.ndim != 2:
+        raise BadInput(f"The {task} target {_file(part)} is a colour picture; store one number a pixel.")
+    if task == "depth":
+        return torch.from_numpy(np.nan_to_num(pixels.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0))
+    if pixels.max(initial=0) > IGNORE:
+        raise BadInput(f"The mask {_file(part)} has the value {pixels.max()}; store class numbers from 0 to 255.")
+    return torch.from_numpy(pixels.astype(np.uint8))
+
+
+def transform(task: str, split: str, size: int | str, native: int, crop: str = "none") -> v2.Compose:
     """Resizing by the short side to `size` (px, 'native' or 'original'), and for train the paper's augmentation.
 
     Classification ends in a square of the short side. Segmentation trains on crops of `native` px, the window of the
     sliding-window evaluation; its held-out images are cropped alike. Masks and depth maps are resized by nearest value.
+    crop: 'eigen' makes the depth of test images invalid outside the centre crop by Eigen et al.
     """
     side = {"native": native, "original": None}.get(size, size)
     if task == "segmentation" and split == "train" and (side or native) < native:
         raise BadInput(f"segmentation.size is {side} px, less than the encoder's window of {native} px; raise it.")
     steps: list[v2.Transform] = [_AtLeast(native)] if side is None else [v2.Resize(side, antialias=True)]
+    if crop == "eigen" and split == "test":
+        steps.insert(0, _EigenCrop())
     if task in ("classification", "deacl"):
         steps.append(v2.CenterCrop(side or native))
     if task == "segmentation" and split == "val":
@@ -271,6 +286,17 @@ class _AtLeast(v2.Transform):
         return v2.Resize(self.side, antialias=True)(image, target) if small else (image, target)
 
 
+class _EigenCrop(v2.Transform):
+    """Sets depth to 0 (invalid) outside rows 45:471 and columns 41:601 of 480x640, scaled for other sizes."""
+
+    def forward(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = target.shape
+        top, bottom, left, right = (round(f * s) for f, s in zip(EIGEN, (height, height, width, width), strict=True))
+        inside = torch.zeros_like(target)
+        inside[top:bottom, left:right] = target[top:bottom, left:right]
+        return image, tv_tensors.Mask(inside)  # a plain tensor would not be resized and flipped with the image
+
+
 def load(task: str, name: str, split: str, settings: Settings, native: int) -> Subset:
     """The subset of data set `name` that `settings` asks for, for an encoder of `native` px.
 
@@ -281,15 +307,41 @@ def load(task: str, name: str, split: str, settings: Settings, native: int) -> S
     else:
         section = settings.task(task)
         n, n_val, size = getattr(section, f"n_{split}"), section.n_val, section.size
-    items = select(name, task, split, n, n_val, settings.seed, settings.data_root)
-    return Subset(name, task, items, transform(task, split, size, native), settings.seed)
+    crop = settings.depth.crop if task == "depth" else "none"
+    items = select(name, task, split, n, n_val, settings.seed, settings.data_root, settings.counts)
+    return Subset(name, task, items, transform(task, split, size, native, crop), settings.seed, settings.data_root)
+
+
+def workers(subset: Subset) -> int:
+    """Processes that read a subset's images ahead: none for a few images, for tensors or on two cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    few = len(subset) < 200 or isinstance(subset.items[0].image, Tensor)
+    return 0 if few or cores <= 2 else min(8, cores - 1)
+
+
+def _each(subset: Subset) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images and targets in their order, read ahead where that pays."""
+    count = workers(subset)
+    if not count:
+        yield from (subset[i] for i in range(len(subset)))
+        return
+    loader = torch.utils.data.DataLoader(subset, batch_size=None, num_workers=count, prefetch_factor=4)
+    for image, target in plainly(loader):
+        yield image.clone(), target.clone()  # not the shared memory itself, of which there is not enough for all
+
+
+def plainly(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `loader` gives; a BadInput of one of its workers stays the one sentence that it was."""
+    try:
+        yield from loader
+    except BadInput as problem:  # from a worker: its whole traceback, with the sentence at its end
+        raise BadInput(str(problem).strip().splitlines()[-1].rpartition("BadInput: ")[2] or str(problem)) from None
 
 
 def batches(subset: Subset, size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Batches of images of equal shape: (indices, images float (B, 3, H, W) in [0,1], targets (B, ...))."""
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor, Tensor]]] = {}
-    for i in range(len(subset)):
-        image, target = subset[i]
+    for i, (image, target) in enumerate(_each(subset)):
         same = waiting.setdefault(tuple(image.shape), [])
         same.append((i, image, target))
         if len(same) == size:
@@ -310,34 +362,60 @@ def peek(task: str, name: str, settings: Settings, count: int, side: int = 64) -
     return images, targets
 
 
+def wanted(settings: Settings) -> list[tuple[str, str]]:
+    """The data sets that `settings` asks for: (task, name), 'deacl' being a task too."""
+    used = [(t, name) for t in TASKS if getattr(settings, t) for name in settings.task(t).datasets]
+    return used + ([("deacl", settings.deacl.dataset)] if settings.deacl else [])
+
+
 def overview(settings: Settings) -> pd.DataFrame:
     """What each task uses: images, classes and hash of every data set and split.
 
-    Every image and target is read once, so a missing data set, a damaged file or a mask of another size than its image
-    is found (BadInput names it) before any long work.
+    Every image and target is read once (of large subsets, evenly spread ones), and official files are compared with
+    their checksums, so a missing data set, a damaged file or a mask of another size than its image is found (BadInput
+    names it) before any long work.
     """
-    used = [(t, name) for t in TASKS if getattr(settings, t) for name in settings.task(t).datasets]
-    wanted = [(task, name, split) for task, name in used for split in SPLITS]
-    wanted += [("deacl", settings.deacl.dataset, split) for split in ("train", "val")] if settings.deacl else []
     rows = []
-    for task, name, split in wanted:
-        subset = load(task, name, split, settings, native=8)  # files are read as they are, so any size will do
-        for item in track(subset.items, desc=f"reading {name} ({split})"):
-            read(item, task)
-        sizes = {"images": len(subset), "classes": len(subset.classes), "hash": subset.hash}
-        rows.append({"task": task, "dataset": name, "split": split, **sizes})
+    for task, name in wanted(settings):
+        if settings.counts == "official":
+            verify(name, settings.data_root)
+        for split in SPLITS[:2] if task == "deacl" else SPLITS:
+            subset = load(task, name, split, settings, native=8)  # files are read as they are, so any size will do
+            for i in track(spread(range(len(subset))), desc=f"reading {name} ({split})"):
+                subset.read(i)
+            sizes = {"images": len(subset), "classes": len(subset.classes), "hash": subset.hash}
+            rows.append({"task": task, "dataset": name, "split": split, **sizes})
     return pd.DataFrame(rows)
 
 
+def verify(name: str, root: str) -> None:
+    """Compares the files of a data set that have an official MD5 with it; raises BadInput naming one that differs."""
+    for place, expected in DATASETS[name].md5.items() if name in DATASETS else ():
+        file = Path(root) / place
+        if file.is_file() and _md5(file, file.stat().st_size, file.stat().st_mtime_ns) != expected:
+            raise BadInput(f"{file} differs from the official file (its MD5 is not {expected}); fetch it again.")
+
+
+@cache
+def _md5(file: Path, size: int, changed: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "md5").hexdigest()
+
+
+def problems(task: str, name: str, settings: Settings) -> list[str]:
+    """What is wrong with one data set for one task, a sentence each, found without reading a picture."""
+    found = []
+    section = settings.deacl if task == "deacl" else settings.task(task)
+    for split in ("train",) if task == "deacl" else ("train", "test"):
+        try:
+            if not entry(name, task).own_val:
+                select(name, task, split, 1, section.n_val, settings.seed, settings.data_root, settings.counts)
+                class_names(name, task, settings.data_root)
+        except BadInput as problem:
+            found.append(str(problem))
+    return found
+
+
 def check(settings: Settings) -> list[str]:
-    """One sentence for each data set that `settings` asks for and that is not there; empty if all are."""
-    wanted = [(t, name) for t in TASKS if getattr(settings, t) for name in settings.task(t).datasets]
-    wanted += [("deacl", settings.deacl.dataset)] if settings.deacl else []
-    problems = []
-    for task, name in wanted:
-        for split in ("train",) if task == "deacl" else ("train", "test"):
-            try:
-                entry(name, task) if name == "scenes" else list_items(name, task, split, 1, settings.data_root)
-            except BadInput as problem:
-                problems.append(str(problem))
-    return list(dict.fromkeys(problems))
+    """One sentence for each thing wrong with the data sets that `settings` asks for; empty if all are complete."""
+    return list(dict.fromkeys(problem for task, name in wanted(settings) for problem in problems(task, name, settings)))

@@ -1,4 +1,8 @@
-"""DeACL (eq. 2, section 3.3, appendix C.2): fine-tune an encoder towards robustness, the original as its teacher."""
+"""DeACL (eq. 2, section 3.3, appendix C.2): fine-tune an encoder towards robustness, the original as its teacher.
+
+Encoders stay in eval mode while they are fine-tuned: batch norm (of a ResNet, say) keeps the statistics it was
+pretrained with, and its scale and shift are trained like every other weight.
+"""
 
 import copy
 import io
@@ -11,13 +15,15 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from . import attacks, datasets, records
+from . import attacks, datasets, encoders, records
 from .datasets import Subset
 from .encoders import Encoder
+from .heads import skipped_path, skipping, write_skipped
 from .progress import track
-from .settings import Attack, DeACL, EncoderRow, Settings
+from .settings import Attack, BadInput, DeACL, EncoderRow, Settings
 
-CODE = ("datasets", "scenes", "encoders", "attacks", "deacl")
+GIVEN = -1  # the epochs of a checkpoint that was made elsewhere: unknown
+CODE = ("catalogue", "datasets", "scenes", "checkpoints", "encoders", "attacks", "deacl")
 
 
 def embed(encoder: Encoder, x: Tensor) -> Tensor:
@@ -99,9 +105,10 @@ def train_epoch(
     """One epoch over freshly augmented images; returns the mean of the two terms."""
     train.view = epoch
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(train.seed + epoch)).tolist()
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(train, order), cfg.batch)
-    terms = []
-    for i, (images, _) in enumerate(track(loader, desc=f"DeACL epoch {epoch + 1} of {cfg.epochs}")):
+    shuffled = torch.utils.data.Subset(train, order)
+    loader = torch.utils.data.DataLoader(shuffled, cfg.batch, num_workers=datasets.workers(train))
+    terms, desc = [], f"DeACL epoch {epoch + 1} of {cfg.epochs}"
+    for i, (images, _) in enumerate(track(datasets.plainly(loader), total=len(loader), desc=desc)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch + i / len(loader), cfg)
         x = images.to(device).float() / 255
@@ -113,6 +120,37 @@ def train_epoch(
 def folder(profile: str, encoder: str) -> Path:
     """Folder of the DeACL checkpoints of one encoder."""
     return records.runs_dir(profile) / "deacl" / encoder
+
+
+def finetune_all(settings: Settings) -> dict[str, dict[str, Any]]:
+    """DeACL of every row with that defense, {encoder: index as finetune returns it}; finished work is not repeated.
+
+    A row with a deacl_checkpoint is not fine-tuned: its file is read once, and its index says {"epochs": [], "history":
+    [], "origin": file}. With missing: skip, rows whose weights or data cannot be used are left out and listed in
+    results/<profile>/deacl/skipped.json. Raises BadInput if there is no section deacl although a row needs it.
+    """
+    rows = [row for row in settings.encoders if "deacl" in row.defenses]
+    if settings.deacl is None and not all(row.deacl_checkpoint for row in rows):
+        raise BadInput("The settings have no section 'deacl'; add one (params/demo.yaml shows how).")
+    runs: dict[str, dict[str, Any]] = {}
+    lost: list[dict[str, str]] = []
+    for row in rows:
+        dataset = "" if row.deacl_checkpoint else settings.deacl.dataset
+        with skipping(settings, lost, [{"dataset": dataset, "encoder": row.name, "defense": "deacl"}]):
+            runs[row.name] = _made_elsewhere(row, settings) if row.deacl_checkpoint else _made_here(row, settings)
+    write_skipped(settings.profile, "deacl", lost)
+    return runs
+
+
+def _made_here(row: EncoderRow, settings: Settings) -> dict[str, Any]:
+    return finetune(row, encoders.load(row, settings.data_root), settings)
+
+
+def _made_elsewhere(row: EncoderRow, settings: Settings) -> dict[str, Any]:
+    """Index of a given checkpoint, which must fit the row's model."""
+    path = Path(settings.data_root) / row.deacl_checkpoint
+    key = records.digest([row.deacl_checkpoint, encoders.load(row, settings.data_root, path).hash])
+    return {"key": key, "epochs": [], "history": [], "origin": row.deacl_checkpoint}
 
 
 def finetune(row: EncoderRow, teacher: Encoder, settings: Settings) -> dict[str, Any]:
@@ -185,18 +223,29 @@ def _resume(
     return state["history"]
 
 
-def variants(row: EncoderRow, profile: str) -> list[tuple[str, int, Path | None]]:
+def variants(row: EncoderRow, profile: str, data_root: str = "") -> list[tuple[str, int, Path | None]]:
     """What is evaluated of a row: (defense, DeACL epochs, weight file); Standard first, then DeACL epoch by epoch.
 
-    The last epoch is 'deacl', earlier ones 'deacl-epochN'. Raises BadInput if DeACL has not been run.
+    The last epoch is 'deacl', earlier ones 'deacl-epochN'. A deacl_checkpoint, relative paths in `data_root`, is
+    'deacl' with epochs GIVEN. Raises BadInput if DeACL has not been run, or was skipped (for the reason it was).
     """
     found: list[tuple[str, int, Path | None]] = [("standard", 0, None)] if "standard" in row.defenses else []
     if "deacl" not in row.defenses:
         return found
-    index = folder(profile, row.name) / "deacl.json"
-    if not index.is_file():
-        records.need(profile, "02_deacl")
-        raise records.BadInput(f"{index} is missing although 02_deacl has run; run notebook 02_deacl again.")
-    epochs = records.read_json(index)["epochs"]
+    if row.deacl_checkpoint:
+        return [*found, ("deacl", GIVEN, Path(data_root) / row.deacl_checkpoint)]
+    epochs = _index(row, profile)["epochs"]
     names = [f"deacl-epoch{n}" for n in epochs[:-1]] + ["deacl"]
     return found + [(d, n, checkpoint_path(profile, row.name, n)) for d, n in zip(names, epochs, strict=True)]
+
+
+def _index(row: EncoderRow, profile: str) -> dict[str, Any]:
+    """What finetune left of a row."""
+    skipped, path = skipped_path(profile, "deacl"), folder(profile, row.name) / "deacl.json"
+    for lost in records.read_json(skipped) if skipped.is_file() else []:
+        if lost["encoder"] == row.name:
+            raise BadInput(lost["why"])
+    if not path.is_file():
+        records.need(profile, "02_deacl")
+        raise BadInput(f"{path} is missing although 02_deacl has run; run notebook 02_deacl again.")
+    return records.read_json(path)

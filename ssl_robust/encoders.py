@@ -1,24 +1,72 @@
-"""Encoders, pixels in [0,1] to a CLS token and patch tokens: timm models, local checkpoints, the embedded one."""
+"""Encoders, pixels in [0,1] to a CLS token and patch tokens: known names, timm models, your own callables."""
 
+import hashlib
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
+from types import MethodType, ModuleType
+from typing import Any, NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from . import records
+from . import checkpoints, records
+from .checkpoints import load_weights, read_weights
 from .settings import BadInput, EncoderRow, Settings
 
+__all__ = ["EMBEDDED_WEIGHTS", "KNOWN", "Encoder", "check", "load", "load_weights", "random_init", "read_weights"]
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 EMBEDDED_WEIGHTS = records.PACKAGE / "weights" / "embedded_vit.safetensors"
-CLASSIFIER = ("head.", "head_dist.", "fc.")  # a classifier that a checkpoint brings along is not part of the encoder
+NORMALISE = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "inception": ((0.5,) * 3, (0.5,) * 3),
+    "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), "none": ((0.0,) * 3, (1.0,) * 3), "cifar": (CIFAR_MEAN, CIFAR_STD),
+}  # fmt: skip
+
+
+class Known(NamedTuple):
+    """What an encoder's name stands for."""
+
+    timm: str  # timm's model; "": the embedded one
+    native: int  # px
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    # how its authors interpolate the position embedding, (offset, antialias) of `resample`; None: as timm does
+    positions: tuple[float, bool] | None = None
+    public: bool = True  # whether timm can fetch the weights
+    cifar_stem: bool = False  # 3x3 convolution of stride 1 and no max pool, for 32 px
+
+
+DINO, REGISTERS = (0.1, False), (0.0, True)  # DINOv2 without registers does as DINO did
+KNOWN = {
+    "embedded_vit": Known("", 64),
+    "dinov2_vits14": Known("vit_small_patch14_dinov2.lvd142m", 518, positions=DINO),
+    "dinov2_vitb14": Known("vit_base_patch14_dinov2.lvd142m", 518, positions=DINO),
+    "dinov2_vits14_reg": Known("vit_small_patch14_reg4_dinov2.lvd142m", 518, positions=REGISTERS),
+    "dinov2_vitb14_reg": Known("vit_base_patch14_reg4_dinov2.lvd142m", 518, positions=REGISTERS),
+    "dino_vits16": Known("vit_small_patch16_224.dino", 224, positions=DINO),
+    "dino_vitb16": Known("vit_base_patch16_224.dino", 224, positions=DINO),
+    "dinov3_vits16": Known("vit_small_patch16_dinov3.lvd1689m", 256),  # rotary positions need no interpolation
+    "dinov3_vitb16": Known("vit_base_patch16_dinov3.lvd1689m", 256),
+    "mae_vitb16": Known("vit_base_patch16_224.mae", 224),
+    "simclr_resnet50": Known("resnet50", 224, public=False),
+    "simsiam_resnet50": Known("resnet50", 224, public=False),
+    "simclr_resnet18_cifar": Known("resnet18", 32, CIFAR_MEAN, CIFAR_STD, public=False, cifar_stem=True),
+    "simsiam_resnet18_cifar": Known("resnet18", 32, CIFAR_MEAN, CIFAR_STD, public=False, cifar_stem=True),
+}
+
+
+# --- the embedded encoder ---
 
 
 class ConvStem(PatchEmbed):
@@ -52,34 +100,40 @@ def embedded_backbone() -> VisionTransformer:
     )
 
 
+# --- the interface ---
+
+
 class Encoder(nn.Module):
     """A frozen encoder: images (B, 3, H, W) in [0,1] -> CLS token (B, D) and patch tokens (B, D, h, w).
 
-    Normalisation happens inside. Images that the patch does not divide are padded on all sides with the mean colour, so
-    h = ceil(H / patch), w = ceil(W / patch); the position embedding is interpolated to that grid. No weight ever gets a
-    gradient; the images do.
+    Normalisation happens inside. Images that the patch (of a ResNet: the total stride) does not divide are padded on
+    all sides with the mean colour, so h = ceil(H / patch), w = ceil(W / patch); position embeddings are interpolated to
+    that grid. No weight ever gets a gradient; the images do. `origin` says in words where the weights come from.
     """
 
     def __init__(
-        self, backbone: nn.Module, name: str, native: int, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        backbone: nn.Module,
+        name: str,
+        native: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        patch: int = 0,
+        dim: int = 0,
+        origin: str = "",
     ) -> None:
         super().__init__()
-        self.backbone = backbone.eval().requires_grad_(False)
-        self.name, self.native = name, native
-        self.patch, self.dim, self.prefix = (
-            backbone.patch_embed.patch_size[0],
-            backbone.embed_dim,
-            backbone.num_prefix_tokens,
-        )
+        self.backbone = backbone.requires_grad_(False)
+        self.name, self.native, self.origin = name, native, origin
+        self.patch, self.dim = patch or backbone.patch_embed.patch_size[0], dim or backbone.embed_dim
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.eval()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         left, right, top, bottom = self.padding(*x.shape[-2:])
         x = F.pad((x - self.mean) / self.std, (left, right, top, bottom))  # 0 is the mean colour here
-        grid = (x.shape[-2] // self.patch, x.shape[-1] // self.patch)
-        tokens = self.backbone.forward_features(x)  # (B, prefix + h * w, D)
-        return tokens[:, 0], tokens[:, self.prefix :].transpose(1, 2).unflatten(2, grid)
+        return tokens(self.backbone, x, self.patch)
 
     def padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Pixels added (left, right, top, bottom) so that the patch divides both sides."""
@@ -97,121 +151,358 @@ class Encoder(nn.Module):
 
     @cached_property
     def hash(self) -> str:
-        """Short hash of weights, normalisation and native px: what results of this encoder are filed under."""
-        return records.digest([records.state_hash(self.state_dict()), self.native])
+        """Short hash of all that decides the tokens: weights, normalisation, native px, positions, a callable's source.
+
+        Results of this encoder are filed under it.
+        """
+        more = [getattr(self.backbone, name, None) for name in ("positions", "source")]
+        return records.digest([records.state_hash(self.state_dict()), self.native, *filter(None, more)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made from: everything but the hash, because copies are made to be trained."""
+        return {name: value for name, value in self.__dict__.items() if name != "hash"}
+
+
+def tokens(backbone: nn.Module, x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+    """CLS token (B, D) and patch tokens (B, D, h, w) of normalised images whose sides `patch` divides.
+
+    A model without a CLS token gives in its place what its own classifier would see: its pooled patch tokens.
+    """
+    grid = (x.shape[-2] // patch, x.shape[-1] // patch)
+    if isinstance(backbone, Own):
+        return backbone(x, grid)
+    features = backbone.forward_features(x)
+    if features.ndim == 4:
+        return _map_tokens(backbone, features, grid)
+    prefix = backbone.num_prefix_tokens or 0  # CLS token, registers
+    patches = features[:, prefix:].transpose(1, 2).unflatten(2, grid)
+    if prefix and getattr(backbone, "cls_token", True) is not None:
+        return features[:, 0], patches
+    return backbone.forward_head(features, pre_logits=True), patches
+
+
+def _map_tokens(backbone: nn.Module, features: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The same from a feature map (B, D, h, w), or (B, h, w, D) where timm says so."""
+    pooled = backbone.forward_head(features, pre_logits=True)
+    if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
+        features = features.permute(0, 3, 1, 2)
+    # some classifiers widen what they pool (MobileNet): then the mean over the map
+    cls = pooled if pooled.shape == features.shape[:2] else features.mean((2, 3))
+    if features.shape[2:] == (grid[0] + 1, grid[1] + 1):
+        # a padded stem gives one cell more than patches; its cells lie half a patch off, means of neighbours on them
+        features = F.avg_pool2d(features, 2, stride=1)
+    return cls, features
+
+
+# --- position embeddings ---
+
+
+def resample(positions: Tensor, grid: tuple[int, int], offset: float, antialias: bool) -> Tensor:
+    """A square grid's position embedding (1, N, D) on another grid (1, h * w, D), bicubic, as its authors do it.
+
+    With an offset the scale is (h + offset) / sqrt(N), so that the cells lie slightly denser than they should
+    (DINO, DINOv2); without one it is exactly h / sqrt(N) (DINOv2 with registers, which smooths as well).
+    """
+    side = math.isqrt(positions.shape[1])
+    if grid == (side, side):
+        return positions
+    square = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+    scale = {"scale_factor": [(n + offset) / side for n in grid]} if offset else {"size": grid}
+    return F.interpolate(square, **scale, mode="bicubic", antialias=antialias).flatten(2).transpose(1, 2)
+
+
+def _add_positions(self: VisionTransformer, x: Tensor) -> Tensor:
+    """Takes the place of timm's `_pos_embed`: embedded patches (B, h, w, D) -> all tokens with their positions."""
+    own = 0 if self.no_embed_class else self.num_prefix_tokens  # tokens before the patches that have a position
+    patches = x.flatten(1, 2) + resample(self.pos_embed[:, own:], tuple(x.shape[1:3]), *self.positions)
+    prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+    prefix = torch.cat(prefix, 1) + self.pos_embed[:, :own] if own else torch.cat(prefix, 1)
+    return self.pos_drop(torch.cat([prefix, patches], 1))
+
+
+def _positions_of(model: str) -> tuple[float, bool] | None:
+    """How the authors of a timm model that is not in KNOWN interpolate positions; None: as timm does."""
+    if "dinov2" in model:
+        return REGISTERS if "_reg" in model else DINO
+    return DINO if model.endswith(".dino") else None
+
+
+# --- from a row to an encoder ---
 
 
 def load(row: EncoderRow, data_root: str = "", weights: Path | None = None) -> Encoder:
-    """The frozen encoder of one table row; `weights` replaces its checkpoint (a DeACL one, say).
+    """The frozen encoder of one table row; `weights` (a DeACL checkpoint, say) replaces its checkpoint.
 
-    Raises BadInput if the model is unknown, a file is missing or damaged, or its tensors are not those of the model.
+    Raises BadInput if the model is unknown or gives no tokens, a file is missing or damaged, its tensors are not those
+    of the model, or there are no public weights and no file is given.
     """
-    backbone, mean, std = _build(row, pretrained=not row.checkpoint and weights is None)
-    if model_name(row) == "embedded_vit" or row.checkpoint or weights:
-        path = weights or (Path(data_root) / row.checkpoint if row.checkpoint else EMBEDDED_WEIGHTS)
-        load_weights(backbone, read_weights(path), f"{model_name(row)} ({path.name})")
-    return Encoder(backbone, row.name, row.native or backbone.patch_embed.img_size[0], *normalisation(row, mean, std))
-
-
-def model_name(row: EncoderRow) -> str:
-    """timm's name of the row's model."""
-    return row.timm or row.name
-
-
-def normalisation(row: EncoderRow, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
-    """Mean and standard deviation of the row; `mean`, `std`: its model's own."""
-    named = {
-        "model": (mean, std), "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "inception": ((0.5,) * 3, (0.5,) * 3),
-        "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), "none": ((0.0,) * 3, (1.0,) * 3),
-    }  # fmt: skip
-    given = row.normalise
-    return named[given] if isinstance(given, str) else (given.mean, given.std)
+    if row.call:
+        return _load_own(row)
+    known = describe(row)
+    path = weights or (Path(data_root) / row.checkpoint if row.checkpoint else None if known.timm else EMBEDDED_WEIGHTS)
+    if path is None:
+        backbone, origin = _build(row, known, pretrained=True), f"timm: {known.timm}"
+    else:
+        state, kind = checkpoints.recognise(checkpoints.read(path), path)
+        backbone, origin = _build(row, known, pretrained=False), f"{kind} {path.name}"
+        load_weights(backbone, state, f"{model_name(row)} ({path.name})")
+    return _encoder(row, known, backbone, row.name, origin)
 
 
 def random_init(row: EncoderRow, seed: int = 0) -> Encoder:
-    """The row's architecture without any training: what pretraining is compared with."""
+    """The row's architecture without any training: what pretraining is compared with. BadInput for a callable."""
+    if row.call:
+        raise BadInput(f"Encoder '{row.name}' is a callable and cannot be initialised at random; name a timm model.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone, mean, std = _build(row, pretrained=False)
-    return Encoder(
-        backbone, f"{row.name}_random", row.native or backbone.patch_embed.img_size[0], *normalisation(row, mean, std)
-    )
-
-
-def _build(row: EncoderRow, pretrained: bool) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
-    """Backbone of a row with its normalisation; timm's pretrained weights come from its hub."""
-    if model_name(row) == "embedded_vit":
-        return embedded_backbone(), IMAGENET_MEAN, IMAGENET_STD
-    if not timm.is_model(model_name(row)):
-        raise BadInput(
-            f"Encoder '{row.name}': timm has no model '{model_name(row)}'; timm.list_models() shows the names."
-        )
-    try:
-        backbone = timm.create_model(model_name(row), pretrained=pretrained, num_classes=0, dynamic_img_size=True)
-    except TypeError:
-        raise BadInput(
-            f"Encoder '{row.name}': {model_name(row)} gives no patch tokens; choose a vision transformer."
-        ) from None
-    except (OSError, RuntimeError) as error:
-        raise BadInput(
-            f"Encoder '{row.name}': the weights of {model_name(row)} could not be fetched ({type(error).__name__}); "
-            f"download them elsewhere and give the file as checkpoint."
-        ) from None
-    if getattr(backbone, "cls_token", None) is None:
-        raise BadInput(
-            f"Encoder '{row.name}': {model_name(row)} has no CLS token; choose a vision transformer with one."
-        )
-    return backbone, backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"]
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """State dict of a safetensors or PyTorch file, read without executing code; BadInput if missing or damaged."""
-    if not path.is_file():
-        raise BadInput(
-            f"The checkpoint {path} does not exist; correct the path (relative ones start in the data folder)."
-        )
-    try:
-        safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}: truncated?); fetch it again."
-        ) from None
-    except Exception as error:  # pickle errors have no common class that is public
-        raise BadInput(f"The checkpoint {path} is no plain state dict ({type(error).__name__}); save one.") from None
-    if not isinstance(state, dict):
-        raise BadInput(f"The checkpoint {path} is no plain state dict but a {type(state).__name__}; save one.")
-    return state
-
-
-def load_weights(backbone: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Copy every tensor of `state` into `backbone`; BadInput lists what is missing, left over or of another shape."""
-    own = backbone.state_dict()
-    state = {k: v for k, v in state.items() if k in own or not k.startswith(CLASSIFIER)}
-    wrong = [f"missing {k}" for k in own.keys() - state.keys()] + [f"left over {k}" for k in state.keys() - own.keys()]
-    shared = own.keys() & state.keys()
-    wrong += [
-        f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
-        for k in shared
-        if state[k].shape != own[k].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise BadInput(
-            f"The checkpoint does not fit {what}: {'; '.join(sorted(wrong)[:3])}{more}; name its own model as timm."
-        )
-    backbone.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
+        known = describe(row)
+        backbone = _build(row, known, pretrained=False)
+    return _encoder(row, known, backbone, f"{row.name}_random", f"random, seed {seed}")
 
 
 def check(settings: Settings) -> list[str]:
-    """One sentence for each encoder whose local weights cannot be used; hub models are only looked up by name."""
+    """One sentence for each encoder that cannot be used, a given DeACL checkpoint counting as one.
+
+    Files are read and compared with their models; weights that timm fetches are only looked up by name.
+    """
     problems = []
     for row in settings.encoders:
+        given = [Path(settings.data_root) / row.deacl_checkpoint] if row.deacl_checkpoint else []
+        standard = [None] if "standard" in row.defenses or not given else []
+        for weights in (*standard, *given):
+            try:
+                _check_row(row, settings.data_root, weights)
+            except BadInput as problem:
+                problems.append(str(problem))
+    return list(dict.fromkeys(problems))
+
+
+def _check_row(row: EncoderRow, data_root: str, weights: Path | None) -> None:
+    if row.call or row.checkpoint or weights or not describe(row).timm:
+        load(row, data_root, weights)
+        return
+    known = describe(row)
+    _need_public(row, known)
+    if known not in KNOWN.values():
+        _encoder(row, known, _build(row, known, pretrained=False), row.name, "")
+
+
+def model_name(row: EncoderRow) -> str:
+    """The name that a row's model is looked up under."""
+    return row.timm or row.name
+
+
+def describe(row: EncoderRow) -> Known:
+    """What the row's model is: an entry of KNOWN, or what timm knows of a model of its own; BadInput if unknown."""
+    name = model_name(row)
+    if name in KNOWN:
+        return KNOWN[name]
+    try:
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError:  # the architecture exists, but not with the weights that the name asks for
+        cfg = None
+    if cfg is None:
+        raise BadInput(
+            f"Encoder '{row.name}': timm has no model '{name}'; take one of timm.list_models() or of encoders.KNOWN: "
+            f"{', '.join(KNOWN)}."
+        )
+    return Known(name, cfg.input_size[-1], cfg.mean, cfg.std, _positions_of(name), bool(cfg.has_weights))
+
+
+def normalisation(row: EncoderRow, known: Known) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the row, by default its model's own."""
+    if row.normalise == "model":
+        return known.mean, known.std
+    return NORMALISE[row.normalise] if isinstance(row.normalise, str) else (row.normalise.mean, row.normalise.std)
+
+
+def _need_public(row: EncoderRow, known: Known) -> None:
+    if not known.public:
+        raise BadInput(
+            f"Encoder '{row.name}': there are no public weights of {model_name(row)}; give a file as checkpoint."
+        )
+
+
+def _build(row: EncoderRow, known: Known, pretrained: bool) -> nn.Module:
+    """Backbone of a row; timm's pretrained weights come from its hub."""
+    if not known.timm:
+        return embedded_backbone()
+    if pretrained:
+        _need_public(row, known)
+    backbone = _create(row, known.timm, pretrained)
+    if known.cifar_stem:
+        # solo-learn pads by 2 where 1 would keep the size: the map of a 32 px image is 5x5 instead of 4x4
+        backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=2, bias=False)
+        backbone.maxpool = nn.Identity()
+    if known.positions and isinstance(backbone, VisionTransformer):
+        backbone.positions, backbone._pos_embed = known.positions, MethodType(_add_positions, backbone)
+    return backbone
+
+
+def _create(row: EncoderRow, model: str, pretrained: bool) -> nn.Module:
+    """timm's model, for images of any size where it can."""
+    try:
         try:
-            if model_name(row) == "embedded_vit" or row.checkpoint:
-                load(row, settings.data_root)
-            else:
-                _build(row, pretrained=False)
+            return timm.create_model(model, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+        except TypeError:  # no position embedding that would have to follow the size
+            return timm.create_model(model, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # the hub's client raises classes of several packages
+        if not pretrained:
+            raise
+        raise BadInput(
+            f"Encoder '{row.name}': the weights of {model} could not be fetched ({type(error).__name__}); "
+            f"download them elsewhere and give the file as checkpoint."
+        ) from None
+
+
+def _encoder(row: EncoderRow, known: Known, backbone: nn.Module, name: str, origin: str) -> Encoder:
+    patch, dim = _measure(row, backbone.eval())
+    return Encoder(backbone, name, row.native or known.native, *normalisation(row, known), patch, dim, origin)
+
+
+@torch.no_grad()
+def _measure(row: EncoderRow, backbone: nn.Module) -> tuple[int, int]:
+    """Patch side and D of a timm model, from forward passes of small images; BadInput if it gives no such tokens."""
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 32)
+    patch = patch if isinstance(patch, int) else patch[0]
+    unit = patch if 32 % patch and hasattr(backbone, "num_prefix_tokens") else 32
+    try:
+        features = backbone.forward_features(torch.zeros(1, 3, 2 * unit, 3 * unit))
+        if features.ndim == 4:
+            larger = backbone.forward_features(torch.zeros(1, 3, 4 * unit, 6 * unit))
+            side = 1 if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else 2
+            patch = 2 * unit // (larger.shape[side] - features.shape[side])  # whatever the stem pads by
+        else:
+            patch = math.isqrt(6 * unit**2 // (features.shape[1] - (backbone.num_prefix_tokens or 0)))
+        # sides that nothing but the patch divides: the tokens must lie on the grid of any image
+        cls, patches = tokens(backbone, torch.zeros(1, 3, 3 * patch, 5 * patch), patch)
+    except Exception as error:
+        reason = type(error).__name__
+    else:
+        if cls.shape == patches.shape[:2] and patches.shape[2:] == (3, 5):
+            return patch, patches.shape[1]
+        reason = f"{tuple(cls.shape)} and {tuple(patches.shape)} for a grid of 3 x 5"
+    raise BadInput(
+        f"Encoder '{row.name}': {model_name(row)} gives no grid of tokens for images of every size ({reason}); "
+        f"choose a vision transformer or a ResNet."
+    )
+
+
+# --- callables of your own ---
+
+
+class Own(nn.Module):
+    """A callable in the place of a timm model; the weights of a module are part of it, a function is only called."""
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, Tensor]], call: str, source: str) -> None:
+        super().__init__()
+        self.function, self.call, self.source = function, call, source
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """What the callable gives; BadInput unless it is cls (B, D) and patches (B, D, h, w), on `grid` if given."""
+        given = self.function(x)
+        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in _as_tuple(given)]
+        if (
+            [len(s) for s in shapes] != [2, 4]
+            or shapes[0] != (len(x), shapes[1][1])
+            or shapes[1][0] != len(x)
+            or (grid and shapes[1][2:] != grid)
+        ):
+            wanted = f"(B, D) and (B, D, {grid[0]}, {grid[1]})" if grid else "(B, D) and (B, D, h, w)"
+            raise BadInput(
+                f"{self.call} must give cls and patches of shapes {wanted} but gives {' and '.join(map(str, shapes))} "
+                f"for images {tuple(x.shape)}; correct it."
+            )
+        return given
+
+
+def _as_tuple(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, tuple | list) else (given,)
+
+
+def _load_own(row: EncoderRow) -> Encoder:
+    """The encoder that the row's `call` names; its patch and D are found by one forward pass at the native size."""
+    module = _import(row)
+    name = row.call.partition(":")[2]
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
+        raise BadInput(f"Encoder '{row.name}': {row.call} is no function; correct it (functions there: {known}).")
+    own = Own(function, row.call, _source_hash(module, function))
+    none = Known("", 224, *NORMALISE["none"])
+    native = row.native or none.native
+    encoder = Encoder(own, row.name, native, *normalisation(row, none), 1, 1, f"callable {row.call}")
+    encoder.patch, encoder.dim = _measure_own(row, encoder, native)
+    return encoder
+
+
+def _import(row: EncoderRow) -> ModuleType:
+    """The module of the row's `call`, looked up in notebooks/, the project's folder and the current one."""
+    module, _, function = row.call.partition(":")
+    if not module or not function:
+        raise BadInput(f"Encoder '{row.name}': call is '{row.call}'; write it as 'module:function'.")
+    before = sys.path[:]
+    sys.path[:0] = [str(place) for place in (records.ROOT / "notebooks", records.ROOT, Path.cwd())]
+    try:
+        importlib.invalidate_caches()  # the file may just have been written
+        return importlib.import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            raise BadInput(
+                f"Encoder '{row.name}': there is no module '{module}'; put {module}.py into notebooks/ or the current "
+                f"folder."
+            ) from None
+        raise BadInput(
+            f"Encoder '{row.name}': the module {module} cannot be imported ({type(error).__name__}: {error}); "
+            f"correct it."
+        ) from None
+    finally:
+        sys.path[:] = before
+
+
+def _source_hash(module: ModuleType, function: Callable) -> str:
+    """Short hash of the module's text (in a notebook of the function's): what it computes besides its weights."""
+    for what in (module, function):
+        try:
+            return hashlib.sha256(inspect.getsource(what).encode()).hexdigest()[:16]
+        except (OSError, TypeError):
+            continue
+    return ""
+
+
+def _measure_own(row: EncoderRow, encoder: Encoder, native: int) -> tuple[int, int]:
+    """Patch side and D of a callable; BadInput if it fails, its tokens fit no grid, or the image gets no gradient."""
+    x = torch.rand(2, 3, native, native, generator=torch.Generator().manual_seed(0))
+    x = ((x - encoder.mean) / encoder.std).requires_grad_()
+    with torch.enable_grad():
+        try:
+            given = encoder.backbone(x)
         except BadInput as problem:
-            problems.append(str(problem))
-    return problems
+            raise BadInput(f"Encoder '{row.name}': {problem}") from None
+        except Exception as error:
+            raise BadInput(
+                f"Encoder '{row.name}': {row.call} fails on images {tuple(x.shape)} "
+                f"({type(error).__name__}: {error}); correct it."
+            ) from None
+        for what, values in zip(("CLS token", "patch tokens"), given, strict=True):
+            if not _has_gradient(values, x):
+                raise BadInput(
+                    f"Encoder '{row.name}': the {what} of {row.call} give the image no gradient, so no attack could "
+                    f"find anything; use differentiable torch operations without no_grad or detach."
+                )
+    down, across = given[1].shape[2:]
+    if down != across or not down or native % down:
+        raise BadInput(
+            f"Encoder '{row.name}': {row.call} gives {down} x {across} patch tokens for {native} x {native} px; give a "
+            f"square grid whose side divides the native size, or set native."
+        )
+    return native // down, given[1].shape[1]
+
+
+def _has_gradient(values: Tensor, x: Tensor) -> bool:
+    """Whether some gradient of `values` reaches `x`; not of their sum, which a normalisation may hold constant."""
+    if not values.requires_grad:
+        return False
+    weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((values * weights).sum(), x, retain_graph=True, allow_unused=True)
+    return gradient is not None and bool(gradient.isfinite().all()) and bool(gradient.abs().sum() > 0)

@@ -1,8 +1,11 @@
 """The three linear heads on frozen tokens, the sliding window, and how heads are trained (section 4.1, appendix C)."""
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -11,14 +14,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from . import datasets, encoders, metrics, records
+from . import datasets, encoders, metrics, records, released
 from .datasets import IGNORE, MAX_DEPTH, Subset
 from .encoders import Encoder
 from .progress import track
 from .settings import TASKS, BadInput, Settings, TaskSettings
 
 MIN_DEPTH, BINS = 0.001, 256
-CODE = ("datasets", "scenes", "encoders", "metrics", "heads")  # the modules that decide what a trained head is
+# The modules that decide what a trained head is; what released.py changes in training is part of the settings.
+CODE = ("catalogue", "datasets", "scenes", "checkpoints", "encoders", "metrics", "heads")
+# Tokens up to this many bytes are kept for all epochs: hundreds of small images fit, while 20,000 images of 518 px
+# are 84 GB for DINOv2 ViT-B and would not fit any machine. Beyond it, images are encoded anew in every epoch.
+CACHE = 4 * 2**30
+
+PixelLoss = Callable[[Tensor, Tensor], Tensor]  # (log differences, valid), (B, H, W) each -> (B,)
+Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # CLS (B, D), patches (B, D, h, w), targets (B, ...)
 
 
 class ClassificationHead(nn.Module):
@@ -32,6 +42,18 @@ class ClassificationHead(nn.Module):
         return self.linear(cls)
 
 
+def upsample(x: Tensor, factor: int) -> Tensor:
+    """Bilinear upsampling of (B, C, h, w) as two products with interpolation matrices.
+
+    With its gradient it takes a third of the time of F.interpolate on CPUs, and on GPUs its gradient is deterministic.
+    """
+    down, across = (
+        F.interpolate(torch.eye(side, device=x.device)[None], scale_factor=factor, mode="linear")[0]
+        for side in x.shape[2:]
+    )  # (h, factor h), (w, factor w): each row is what one token contributes
+    return down.T @ (x @ across)
+
+
 class SegmentationHead(nn.Module):
     """Batch norm and 1x1 convolution on patch tokens, bilinear to pixels: (B, D, h, w) -> logits (B, classes, H, W)."""
 
@@ -40,16 +62,7 @@ class SegmentationHead(nn.Module):
         self.norm, self.conv = nn.BatchNorm2d(dim), nn.Conv2d(dim, classes, 1)
 
     def forward(self, cls: Tensor, patches: Tensor, patch: int) -> Tensor:
-        return F.interpolate(self.conv(self.norm(patches)), scale_factor=patch, mode="bilinear")
-
-
-def upsample(x: Tensor, factor: int) -> Tensor:
-    """Bilinear upsampling of (B, C, h, w) as two products with interpolation matrices, a third of the time on CPUs."""
-    down, across = (
-        F.interpolate(torch.eye(side, device=x.device)[None], scale_factor=factor, mode="linear")[0]
-        for side in x.shape[2:]
-    )  # (h, factor h), (w, factor w): each row is what one token contributes
-    return down.T @ (x @ across)
+        return upsample(self.conv(self.norm(patches)), patch)
 
 
 class DepthHead(nn.Module):
@@ -85,17 +98,23 @@ class TaskModel(nn.Module):
     """A frozen encoder and a head: images (B, 3, H, W) in [0,1] -> logits (B, C), (B, C, H, W) or depth (B, H, W).
 
     Segmentation slides a window of the encoder's native px over the image with `stride` (a fraction of the window)
-    and averages the logits where windows overlap.
+    and averages the logits where windows overlap. `protocol`: names of released.DIFFERENCES that attacks on the model
+    and its evaluation follow.
     """
 
-    def __init__(self, task: str, encoder: Encoder, head: nn.Module, stride: float = 1.0) -> None:
+    def __init__(
+        self, task: str, encoder: Encoder, head: nn.Module, stride: float = 1.0,
+        protocol: released.Names = frozenset(),
+    ) -> None:  # fmt: skip
         super().__init__()
         self.task, self.encoder, self.head = task, encoder, head.eval().requires_grad_(False)
+        self.protocol = protocol
         self.stride = max(1, round(stride * encoder.native))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.task == "segmentation":
-            return slide(x, self.single, self.encoder.native, self.stride)
+            predict = released.window_prediction(self.single, self.protocol)
+            return slide(x, predict, self.encoder.native, self.stride)
         return self.single(x)
 
     def single(self, x: Tensor) -> Tensor:
@@ -138,13 +157,6 @@ def slide(x: Tensor, predict: Callable[[Tensor], Tensor], window: int, stride: i
     return total / count
 
 
-def depth_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """L_pixel + 0.5 L_grad per image (B,), from depths (B, H, W) in metres; appendix C.1, eq. 3 and 4."""
-    valid = metrics.valid_depth(target)
-    log_difference = torch.where(valid, prediction.clamp(min=1e-6).log() - target.clamp(min=1e-6).log(), 0.0)
-    return pixel_loss(log_difference, valid) + 0.5 * gradient_loss(log_difference, valid)
-
-
 def pixel_loss(g: Tensor, valid: Tensor, alpha: float = 1.0, lam: float = 0.85) -> Tensor:
     """Eq. 4 per image: alpha * sqrt(mean(g^2) - lam * mean(g)^2) over the valid pixels of g (B, H, W)."""
     pixels = valid.flatten(1).sum(1).clamp(min=1)
@@ -166,6 +178,13 @@ def gradient_loss(g: Tensor, valid: Tensor, scales: int = 4) -> Tensor:
     return total / valid.flatten(1).sum(1).clamp(min=1)
 
 
+def depth_loss(prediction: Tensor, target: Tensor, pixel: PixelLoss = pixel_loss) -> Tensor:
+    """L_pixel + 0.5 L_grad per image (B,), from depths (B, H, W) in metres; appendix C.1, eq. 3 and 4."""
+    valid = metrics.valid_depth(target)
+    log_difference = torch.where(valid, prediction.clamp(min=1e-6).log() - target.clamp(min=1e-6).log(), 0.0)
+    return pixel(log_difference, valid) + 0.5 * gradient_loss(log_difference, valid)
+
+
 def training_loss(task: str, prediction: Tensor, target: Tensor) -> Tensor:
     """What a head minimises, a scalar: cross-entropy over images or pixels, or the depth loss."""
     if task == "depth":
@@ -173,16 +192,39 @@ def training_loss(task: str, prediction: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(prediction, target.long(), ignore_index=IGNORE)
 
 
-def features(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Frozen tokens of all images: CLS (N, D), patches (N, D, h, w) (empty unless `dense`), targets (N, ...)."""
-    rows: list[tuple[Tensor, ...]] = []
+def encoded(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> Batches:
+    """Frozen tokens batch by batch, in the order of the images: (CLS, patches, targets), no patches unless `dense`.
+
+    Raises BadInput if the images differ in size.
+    """
+    shapes = set()
     for _, images, targets in datasets.batches(subset, batch):
         with torch.no_grad():
             cls, patches = encoder(images.to(device))
-        rows.append((cls, patches if dense else cls[:, :0], targets.to(device)))
-    if len({(patches.shape[1:], targets.shape[1:]) for _, patches, targets in rows}) > 1:
-        raise BadInput(f"The images of {subset.name} differ in size; set 'size' of the task to one value they share.")
+        row = (cls, patches if dense else cls[:, :0], targets.to(device))
+        shapes.add(tuple(part.shape[1:] for part in row))
+        if len(shapes) > 1:
+            raise BadInput(f"The images of {subset.name} differ in size; set 'size' of the task to one they share.")
+        yield row
+
+
+def features(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Frozen tokens of all images in main memory: CLS (N, D), patches (N, D, h, w), targets (N, ...); see encoded."""
+    rows = ((part.cpu() for part in row) for row in encoded(encoder, subset, batch, device, dense))
     return tuple(torch.cat(column) for column in zip(*rows, strict=True))
+
+
+def token_bytes(encoder: Encoder, subset: Subset, device: str, dense: bool) -> int:
+    """Memory that `features` of the subset takes, reckoned from its first image."""
+    (first,) = encoded(encoder, _ordered(subset, [0]), 1, device, dense)
+    return len(subset) * sum(part.nbytes for part in first)
+
+
+def _ordered(subset: Subset, order: list[int]) -> Subset:
+    """The images of `subset` in another order, or some of them."""
+    chosen = copy.copy(subset)
+    chosen.items, chosen.ids = ([column[i] for i in order] for column in (subset.items, subset.ids))
+    return chosen
 
 
 def make_optimizer(task: str, head: nn.Module, section: TaskSettings) -> torch.optim.Optimizer:
@@ -197,23 +239,20 @@ def fit(
     """Train one head on frozen tokens and keep the epoch that is best on `val` (held out of train).
 
     Returns the head and its history: epoch, training loss, metric on the held-out images. `section.views` augmented
-    copies of each image are encoded once and reused; views = epochs is a fresh augmentation in every epoch.
+    copies of each image are encoded once and reused; views = epochs is a fresh augmentation in every epoch. Tokens that
+    serve once, or that take more memory than CACHE, are made when they are needed, which changes at most rounding.
     """
-    dense = task != "classification"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = HEADS[task](encoder.dim, len(train.classes)).to(device)
     optimizer = make_optimizer(task, head, section)
-    held_out = features(encoder, val, section.attack_batch, device, dense)
-    views: dict[int, tuple[Tensor, ...]] = {}
+    training, held_out = token_sources(task, encoder, train, val, section, device)
     best, best_state, history = -float("inf"), head.state_dict(), []
     for epoch in track(range(section.epochs), desc=f"{task} head on {train.name}"):
         train.view = epoch % section.views
-        if train.view not in views:
-            kept = views if section.views < section.epochs else {}  # copies used once are not kept
-            views = {**kept, train.view: features(encoder, train, section.attack_batch, device, dense)}
-        loss = _epoch(task, head.train(), encoder, optimizer, views[train.view], section.batch, seed + epoch)
-        score = _held_out_metric(task, head.eval(), encoder, held_out, len(train.classes))
+        order = _order(len(train), section.batch, seed + epoch)
+        loss = _epoch(task, head.train(), encoder, optimizer, training(order, section.batch))
+        score = _held_out_metric(task, head.eval(), encoder, held_out(range(len(val)), 64), len(train.classes))
         history.append({"epoch": epoch + 1, "loss": loss, "held_out": score})
         gain = metrics.BETTER[metrics.METRIC[task]] * score
         if gain > best:
@@ -222,17 +261,63 @@ def fit(
     return head.eval(), history
 
 
-def _epoch(
-    task: str, head: nn.Module, encoder: Encoder, optimizer: torch.optim.Optimizer, data: tuple[Tensor, ...],
-    batch: int, seed: int,
-) -> float:  # fmt: skip
-    """One pass over cached tokens in an order drawn from `seed`; the mean loss."""
-    order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed))
+Source = Callable[[list[int], int], Batches]  # (order of the images, batch) -> their tokens
+
+
+def token_sources(
+    task: str, encoder: Encoder, train: Subset, val: Subset, section: TaskSettings, device: str
+) -> tuple[Source, Source]:
+    """Where training and held-out tokens come from: memory if CACHE has room for them, else the encoder."""
+    dense = task != "classification"
+    bytes_val, bytes_train = (token_bytes(encoder, subset, device, dense) for subset in (val, train))
+    keep_val = bytes_val <= CACHE
+    room = CACHE - bytes_val * keep_val
+    keep_train = section.views < section.epochs and bytes_train * section.views <= room
+    return tuple(
+        (_kept if keep else _streamed)(encoder, subset, section.attack_batch, device, dense)
+        for subset, keep in ((train, keep_train), (val, keep_val))
+    )
+
+
+def _kept(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> Source:
+    """Tokens of every view, encoded `batch` images at a time when first asked for and kept in main memory."""
+    views: dict[int, tuple[Tensor, ...]] = {}
+
+    def source(order: list[int], size: int) -> Batches:
+        if subset.view not in views:
+            views[subset.view] = features(encoder, subset, batch, device, dense)
+        for chosen in torch.as_tensor(order).split(size):
+            yield tuple(part[chosen].to(device) for part in views[subset.view])
+
+    return source
+
+
+def _streamed(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> Source:
+    """Tokens encoded `batch` images at a time whenever they are asked for."""
+    return lambda order, size: _regrouped(encoded(encoder, _ordered(subset, order), batch, device, dense), size)
+
+
+def _regrouped(rows: Batches, size: int) -> Batches:
+    """The same rows in batches of `size`; the last may be smaller."""
+    waiting: list[tuple[Tensor, ...]] = []
+    for row in rows:
+        joined = tuple(torch.cat(column) for column in zip(*waiting, row, strict=True))
+        *whole, rest = zip(*(part.split(size) for part in joined), strict=True)
+        yield from whole
+        waiting = [rest]
+    yield from waiting
+
+
+def _order(n: int, batch: int, seed: int) -> list[int]:
+    """The order of `n` images in one epoch, drawn from `seed`; a last batch of one is too few for batch norm."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order[:-1] if n % batch == 1 < min(batch, n) else order
+
+
+def _epoch(task: str, head: nn.Module, encoder: Encoder, optimizer: torch.optim.Optimizer, batches: Batches) -> float:
+    """One pass over the training tokens; the mean loss."""
     losses = []
-    for chosen in order.split(batch):
-        if len(chosen) == 1 < min(batch, len(order)):
-            continue  # one image left over is too few for batch norm
-        cls, patches, target = (t[chosen.to(t.device)] for t in data)
+    for cls, patches, target in batches:
         loss = training_loss(task, predict(head, encoder, cls, patches, target.shape[-2:]), target)
         optimizer.zero_grad()
         loss.backward()
@@ -242,12 +327,11 @@ def _epoch(
 
 
 @torch.no_grad()
-def _held_out_metric(task: str, head: nn.Module, encoder: Encoder, data: tuple[Tensor, ...], classes: int) -> float:
-    """Metric on cached tokens of the held-out images, 64 at a time."""
-    parts = zip(*(t.split(64) for t in data), strict=True)
+def _held_out_metric(task: str, head: nn.Module, encoder: Encoder, batches: Batches, classes: int) -> float:
+    """Metric on the tokens of the held-out images."""
     stats = [
         metrics.statistics(task, predict(head, encoder, cls, patches, target.shape[-2:]), target, classes)
-        for cls, patches, target in parts
+        for cls, patches, target in batches
     ]
     return metrics.value(task, torch.cat(stats))
 
@@ -264,41 +348,76 @@ def fitted(
 
     Returns the model and the head's history (see fit). Raises BadInput if the data set is missing.
     """
+    settings = released.adjusted(settings, encoder.native)
     section, device = settings.task(task), records.pick_device(settings.device)
     train, val = (datasets.load(task, dataset, split, settings, encoder.native) for split in ("train", "val"))
-    parts = [
-        section.model_dump(exclude={"datasets", "n_test", "attack_batch"}),
-        settings.seed,
-        encoder.hash,
-        train.hash,
-    ]
-    key = records.digest([*parts, val.hash, records.code_hash(*CODE)])
+    used = section.model_dump(exclude={"datasets", "n_test", "attack_batch", "stride", "crop"})
+    key = records.digest([used, settings.seed, encoder.hash, train.hash, val.hash, records.code_hash(*CODE)])
     path = head_path(settings.profile, task, dataset, encoder.name, defense)
     found = read_head(path, key)
     if found is None:
         head, history = fit(task, encoder.to(device), train, val, section, settings.seed, device)
         metadata = {"key": key, "history": json.dumps(history)}
-        records.write_bytes(save({k: v.cpu() for k, v in head.state_dict().items()}, metadata), path)
+        records.write_bytes(tensor_file({k: v.cpu() for k, v in head.state_dict().items()}, metadata), path)
     else:
         state, history = found
         head = HEADS[task](encoder.dim, len(train.classes))
         head.load_state_dict(state)
     stride = getattr(section, "stride", 1.0)
-    return TaskModel(task, encoder.to(device), head.to(device), stride), history
+    return TaskModel(task, encoder.to(device), head.to(device), stride, released.active(settings)), history
 
 
 def fit_all(settings: Settings) -> pd.DataFrame:
-    """Heads of all encoders (Standard), tasks and data sets, read or trained: one row each with its held-out metric."""
-    rows = []
+    """Heads of all encoders (Standard), tasks and data sets, read or trained: one row each with its held-out metric.
+
+    With missing: skip, rows that cannot be trained are left out and listed in results/<profile>/heads/skipped.json.
+    """
+    rows, lost = [], []
+    wanted = [(t, d) for t in TASKS if getattr(settings, t) for d in settings.task(t).datasets]
     for row in settings.encoders:
-        encoder = encoders.load(row, settings.data_root)
-        for task, dataset in ((t, d) for t in TASKS if getattr(settings, t) for d in settings.task(t).datasets):
-            _, history = fitted(task, dataset, encoder, settings)
-            metric = metrics.METRIC[task]
-            best = max(history, key=lambda h: metrics.BETTER[metric] * h["held_out"])
-            losses = {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
-            rows.append({"task": task, "dataset": dataset, "encoder": row.name, "metric": metric, **best, **losses})
-    return pd.DataFrame(rows).drop(columns="loss")
+        names = [{"task": t, "dataset": d, "encoder": row.name, "defense": "standard"} for t, d in wanted]
+        with skipping(settings, lost, names):
+            encoder = encoders.load(row, settings.data_root)
+            for (task, dataset), name in zip(wanted, names, strict=True):
+                with skipping(settings, lost, [name]):
+                    rows.append(_summary(task, dataset, row.name, fitted(task, dataset, encoder, settings)[1]))
+    write_skipped(settings.profile, "heads", lost)
+    columns = ["task", "dataset", "encoder", "metric", "epoch", "held_out", "first_loss", "last_loss"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _summary(task: str, dataset: str, encoder: str, history: list[dict[str, float]]) -> dict[str, Any]:
+    """One row of fit_all: the epoch that was kept, and how far the loss fell."""
+    metric = metrics.METRIC[task]
+    best = max(history, key=lambda h: metrics.BETTER[metric] * h["held_out"])
+    losses = {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
+    return {"task": task, "dataset": dataset, "encoder": encoder, "metric": metric, **best, **losses}
+
+
+@contextmanager
+def skipping(settings: Settings, lost: list[dict[str, str]], rows: list[dict[str, str]]) -> Iterator[None]:
+    """With missing: skip, a BadInput inside ends the block and adds `rows` with the reason `why` to `lost`."""
+    try:
+        yield
+    except BadInput as problem:
+        if settings.missing == "stop":
+            raise
+        lost += [{**row, "why": str(problem)} for row in rows]
+
+
+def skipped_path(profile: str, part: str) -> Path:
+    """File that lists the skipped rows of `part`: a task, 'heads' or 'deacl'."""
+    return records.results_dir(profile) / part / "skipped.json"
+
+
+def write_skipped(profile: str, part: str, lost: list[dict[str, str]]) -> None:
+    """Write the skipped rows, one for each place in the table; no file if there are none."""
+    path = skipped_path(profile, part)
+    path.unlink(missing_ok=True)
+    # the first reason stands: a row's later variants fail for the same one
+    rows = {tuple(v for k, v in row.items() if k != "why"): row for row in reversed(lost)}
+    if lost:
+        records.write_json(list(reversed(rows.values())), path)
 
 
 def labels(task: str, prediction: Tensor) -> Tensor:
@@ -314,6 +433,15 @@ def predictions(model: TaskModel, subset: Subset, count: int) -> dict[str, objec
     with torch.no_grad():
         said = labels(model.task, model(x.to(model.encoder.mean.device)))
     return {"images": x, "target": target, "pred_clean": said.cpu(), "classes": list(subset.classes)}
+
+
+def tensor_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same content: the library's own order of metadata is random."""
+    data = save(tensors, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def read_head(path: Path, key: str) -> tuple[dict[str, Tensor], list[dict[str, float]]] | None:

@@ -108,10 +108,10 @@ def comparison(task: str, records: Iterable[Record], skipped: Sequence[Record] =
     return tidy.assign(inside=inside.where(tidy["ours"].notna())).reset_index(drop=True)[REPORTED_COLUMNS]
 
 
-def _signed(difference: float) -> str:
+def _signed(difference: float, digits: int = 2) -> str:
     """'+0.03', '−0.01', '0.00'."""
-    rounded = round(difference, 2)
-    return f"{rounded:+.2f}".replace("-", "−") if rounded else "0.00"
+    rounded = round(difference, digits)
+    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
 
 
 def _cell(row: pd.Series, attack: str) -> str:
@@ -265,6 +265,33 @@ def write_reported(profile: str, folder: Path | None = None) -> pd.DataFrame:
     else:
         disk.write_bytes(_csv(tidy).encode(), path)
     return tidy
+
+
+def _effect_rows(effects: pd.DataFrame, task: str) -> pd.DataFrame:
+    """Rows of one task as text: the paper's protocol first, then each other's values and their change against it."""
+    rows = effects[effects["task"] == task]
+    text = pd.DataFrame({"Protocol": rows["protocol"]})
+    for column, name in zip(["clean", "embed", "attack"], ["Clean", "EmbedAttack", TASK_ATTACK[task]], strict=True):
+        changes = rows[column] - rows[column].iloc[0]
+        pairs = zip(rows[column], rows[f"{column}_se"], changes, strict=True)
+        text[f"{name}, {METRIC[task]}"] = [
+            f"{value:.3f} ± {se:.3f} ({_signed(change, 3)})" for value, se, change in pairs
+        ]
+    return text
+
+
+def write_effects(effects: pd.DataFrame, profile: str) -> str:
+    """Write figures/<profile>/protocols.csv and .md from evaluate.effects; returns the Markdown, a table a task."""
+    parts = []
+    for task in (task for task in TASKS if task in set(effects["task"])):
+        first = effects[effects["task"] == task].iloc[0]
+        title = f"Protocols, {task}: {first['encoder']} (Standard) on {first['dataset']}, n = {first['n']}"
+        note = "Value ± standard error, in brackets the change against the paper's protocol; each difference alone."
+        parts.append(layout.markdown(title, _effect_rows(effects, task), [note]))
+    text, folder = "\n".join(parts), disk.figures_dir(profile)
+    disk.write_bytes(_csv(effects).encode(), folder / "protocols.csv")
+    disk.write_bytes(text.encode(), folder / "protocols.md")
+    return text
 
 
 def _curve(record: Record) -> tuple[str, str, str]:

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -30,16 +31,40 @@ def read_profile(profile: str, data: str = "") -> Settings:
 
     Raises BadInput for an unknown profile or parameter, a bad value, or a data folder that does not exist.
     """
-    settings = check(**read_params(PARAMS / f"{profile}.yaml"))
+    settings = _with_data(check(**read_params(PARAMS / f"{profile}.yaml")), data)
+    problem = _data_problem(settings)
+    if problem:
+        raise BadInput(problem)
+    return settings
+
+
+def _with_data(settings: Settings, data: str) -> Settings:
     given = data or settings.data_root
     if not given:
         return settings
     # A relative data_root in the YAML file means relative to the project; notebooks run in another folder than either.
     folder = (Path() if data else PARAMS.parent) / Path(given).expanduser()
-    if not folder.is_dir():
-        remedy = "name an existing one (make: DATA=FOLDER; python -m ssl_robust.run: --data FOLDER)"
-        raise BadInput(f"The data folder '{given}' does not exist; {remedy}.")
-    return settings.model_copy(update={"data_root": str(folder.resolve())})
+    return settings.model_copy(update={"data_root": str(folder.resolve() if folder.is_dir() else given)})
+
+
+def _data_problem(settings: Settings) -> str:
+    if not settings.data_root or Path(settings.data_root).is_absolute() and Path(settings.data_root).is_dir():
+        return ""
+    remedy = "name an existing one (make: DATA=FOLDER; python -m ssl_robust.run: --data FOLDER)"
+    return f"The data folder '{settings.data_root}' does not exist; {remedy}."
+
+
+def wrong_parameters(profile: str) -> list[str]:
+    """One sentence for each wrong top-level parameter of a profile; BadInput if there is no such profile."""
+    parameters, found = read_params(PARAMS / f"{profile}.yaml"), []
+    for name, value in parameters.items():
+        try:
+            check(**{"profile": profile, "encoders": [{"name": "embedded_vit"}], name: value})
+        except BadInput as problem:
+            found.append(str(problem))
+    if not found:
+        check(**parameters)  # what only shows when all are seen together
+    return found
 
 
 def declared(notebook: Path) -> list[str]:
@@ -121,11 +146,24 @@ def execute(notebook: str, settings: Settings) -> float:
     return seconds
 
 
-def missing_things(settings: Settings) -> list[str]:
-    """One sentence for each data set or checkpoint of the profile that is not there."""
-    from . import datasets, encoders  # here, because their imports take seconds that no notebook's run needs
+def everything_wrong(settings: Settings) -> tuple[list[str], list[str]]:
+    """What keeps the profile from being run, and what is only worth a warning: one sentence each."""
+    from . import plan  # here, because its imports take seconds that no notebook's run needs
 
-    return [*datasets.check(settings), *encoders.check(settings)]
+    stop, warn = plan.problems(settings)
+    folder = _data_problem(settings)
+    return [*([folder] if folder else []), *_missing_sections(settings), *stop], warn
+
+
+def _missing_sections(settings: Settings) -> list[str]:
+    """One sentence for each section that a notebook of the paper needs and the profile does not have."""
+    found = {}
+    for notebook in sorted(NOTEBOOKS.glob("0*.ipynb")):
+        needed = [name for name in declared(notebook) if getattr(settings, name, "") in (None, [])]
+        found |= {name: notebook.stem for name in needed if name not in found}
+    return [
+        f"Notebook {n} needs the section '{s}'; add it to params/{settings.profile}.yaml." for s, n in found.items()
+    ]
 
 
 def _shown(path: Path) -> str:
@@ -166,11 +204,31 @@ def _run(notebook: str, settings: Settings) -> int:
 
 
 def _check(settings: Settings) -> int:
-    missing = missing_things(settings)
-    if missing:
-        return _fail("\n".join(missing), BAD_INPUT)
-    print(f"Profile {settings.profile}: parameters, data and checkpoints are in place.")
+    stop, warn = everything_wrong(settings)
+    for sentence in warn:
+        print(f"Warning: {sentence}")
+    if stop:
+        return _fail("\n".join(stop), BAD_INPUT)
+    print(
+        f"Profile {settings.profile}: parameters, data and checkpoints are in place{' but for that' if warn else ''}."
+    )
     return 0
+
+
+def _plan(settings: Settings) -> int:
+    from . import plan
+
+    stop, warn = everything_wrong(settings)
+    print(plan.text(settings, [*stop, *warn]))
+    return 0
+
+
+def _look(profile: str, data: str, answer: Callable[[Settings], int]) -> int:
+    """`answer` to the settings of a profile whose parameters are right; else all that is wrong with them."""
+    wrong = wrong_parameters(profile)
+    if wrong:
+        return _fail("\n".join(wrong), BAD_INPUT)
+    return answer(_with_data(check(**read_params(PARAMS / f"{profile}.yaml")), data))
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -179,9 +237,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
     parser.add_argument("--data", default="", help="folder of the real data sets, in place of the profile's data_root")
     parser.add_argument("--check", action="store_true", help="only say what is wrong or missing")
+    parser.add_argument("--plan", action="store_true", help="only say what would be done, and what it takes")
     arguments = parser.parse_args(argv)
-    if bool(arguments.notebook) == arguments.check:
-        parser.error("name a notebook, or give --check without one")
+    if bool(arguments.notebook) + arguments.check + arguments.plan != 1:
+        parser.error("name a notebook, or give --check or --plan without one")
     return arguments
 
 
@@ -189,8 +248,9 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     arguments = _arguments(argv)
     try:
-        settings = read_profile(arguments.profile, arguments.data)
-        return _check(settings) if arguments.check else _run(arguments.notebook, settings)
+        if arguments.check or arguments.plan:
+            return _look(arguments.profile, arguments.data, _check if arguments.check else _plan)
+        return _run(arguments.notebook, read_profile(arguments.profile, arguments.data))
     except BadInput as error:
         return _fail(str(error), BAD_INPUT)
     except KeyboardInterrupt:

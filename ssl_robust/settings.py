@@ -134,7 +134,7 @@ class Settings(_Strict):
     )
     counts: Literal["official", "any"] = Field("official", description="any: data sets that were cut down are accepted")
     missing: Literal["stop", "skip"] = Field("stop", description="stop at missing data or weights, or skip those rows")
-    encoders: list[EncoderRow] = Field([], min_length=1)
+    encoders: list[EncoderRow] = Field(min_length=1)
     classification: TaskSettings | None = None
     segmentation: Segmentation | None = None
     depth: Depth | None = None

@@ -1,84 +1,38 @@
 """Every layout from small files made here: what is read, split, resized and augmented, and what is refused."""
 
-import json
+import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import planted
 import pytest
 import torch
+import trees
 from PIL import Image
 
 from ssl_robust import datasets
+from ssl_robust.catalogue import CIFAR10_CLASSES
 from ssl_robust.datasets import IGNORE, Item, Subset
 from ssl_robust.settings import BadInput
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-RNG = np.random.default_rng(0)
-
-
-def _picture(path, size=(20, 26), mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shape = size if mode == "L" else (*size, 3)
-    Image.fromarray(RNG.integers(256, size=shape, dtype=np.uint8), mode).save(path)
-
-
-def _image_folder(root):
-    for split, count in (("train", 6), ("test", 3)):
-        for name in datasets.CIFAR10_CLASSES:
-            for i in range(count):
-                _picture(root / "cifar10" / split / name / f"{i}.png", (8, 8))
-
-
-def _voc(root):
-    base = root / "VOCdevkit" / "VOC2012"
-    for split, count in (("train", 8), ("val", 4)):
-        names = [f"2007_{split}{i}" for i in range(count)]
-        (base / "ImageSets" / "Segmentation").mkdir(parents=True, exist_ok=True)
-        (base / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names))
-        for name in names:
-            _picture(base / "JPEGImages" / f"{name}.jpg")
-            mask = np.full((20, 26), 15, np.uint8)
-            mask[0], mask[:, 13:] = IGNORE, 3
-            picture = Image.fromarray(mask).convert("P")
-            picture.putpalette(RNG.integers(256, size=768, dtype=np.uint8).tobytes())
-            picture.putdata(mask.flatten().tolist())
-            (base / "SegmentationClass").mkdir(exist_ok=True)
-            picture.save(base / "SegmentationClass" / f"{name}.png")
-
-
-def _depth_folder(root, scale=1000):
-    for split, count in (("train", 8), ("val", 4)):
-        for i in range(count):
-            _picture(root / "sevenscenes" / "images" / split / f"{i}.jpg")
-            depth = np.full((20, 26), 2500, np.uint16)
-            depth[0], depth[1] = 0, 65535
-            (root / "sevenscenes" / "depth" / split).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(depth).save(root / "sevenscenes" / "depth" / split / f"{i}.png")
-    (root / "sevenscenes" / "meta.json").write_text(json.dumps({"depth_scale": scale}))
-
-
-def _flat_folder(root):
-    for i in range(16):
-        _picture(root / "imagenet_samples" / f"n{i}.jpg", (20, 20 + i))
-    (root / "imagenet_samples" / "README.txt").write_text("no image")
-
 
 REAL = {
-    "classification": ("cifar10", _image_folder),
-    "segmentation": ("voc2012", _voc),
-    "depth": ("sevenscenes", _depth_folder),
-    "deacl": ("imagenet_samples", _flat_folder),
+    "classification": ("cifar10", trees.image_folder),
+    "segmentation": ("voc2012", trees.voc),
+    "depth": ("sevenscenes", trees.depth_folder),
+    "deacl": ("imagenet_samples", trees.flat_folder),
 }
 EACH = pytest.mark.parametrize("task", REAL)
 
 
-def _settings(root, seed=0, **section):
+def _settings(root, seed=0, counts="any", **section):
     section = {"n_train": 4, "n_val": 3, "n_test": 3, **section}
     tasks = {t: {**section, "datasets": [REAL[t][0]]} for t in ("classification", "segmentation", "depth")}
     sizes = {"n_train": section["n_train"], "n_val": section["n_val"], "dataset": "imagenet_samples"}
     tasks["segmentation"] = {"size": "native"} | tasks["segmentation"]
-    return planted.settings(data_root=str(root), seed=seed, deacl=sizes, **tasks)
+    return planted.settings(data_root=str(root), seed=seed, counts=counts, deacl=sizes, **tasks)
 
 
 def _load(task, split, root, native=8, seed=0, **section):
@@ -89,9 +43,9 @@ def _load(task, split, root, native=8, seed=0, **section):
 
 
 def test_image_folder(tmp_path):
-    _image_folder(tmp_path)
+    trees.image_folder(tmp_path)
     subset = _load("classification", "test", tmp_path, n_test=30)
-    assert subset.classes == datasets.CIFAR10_CLASSES and len(subset) == 30
+    assert subset.classes == CIFAR10_CLASSES and len(subset) == 30
     for i in range(30):
         image, label = subset[i]
         path = tmp_path / subset.ids[i]
@@ -100,7 +54,7 @@ def test_image_folder(tmp_path):
 
 
 def test_voc_layout_keeps_the_ignored_pixels(tmp_path):
-    _voc(tmp_path)
+    trees.voc(tmp_path)
     subset = _load("segmentation", "test", tmp_path, size="original")
     image, mask = subset[0]
     assert image.shape == (3, 20, 26) and image.dtype == torch.uint8
@@ -113,7 +67,7 @@ def test_voc_layout_keeps_the_ignored_pixels(tmp_path):
 
 @pytest.mark.parametrize(("scale", "metres"), [(1000, 2.5), (250, 10.0)])
 def test_depth_folder_in_metres(tmp_path, scale, metres):
-    _depth_folder(tmp_path, scale)
+    trees.depth_folder(tmp_path, scale=scale)
     image, depth = _load("depth", "test", tmp_path, size="original")[0]
     assert image.shape == (3, 20, 26) and depth.shape == (20, 26) and depth.dtype == torch.float32
     assert (depth[0] == 0).all() and torch.allclose(depth[2:], torch.tensor(metres))
@@ -123,14 +77,14 @@ def test_depth_folder_in_metres(tmp_path, scale, metres):
 
 
 def test_flat_folder(tmp_path):
-    _flat_folder(tmp_path)
+    trees.flat_folder(tmp_path)
     subset = _load("deacl", "train", tmp_path)
     assert len(subset) == 4 and all(i.endswith(".jpg") for i in subset.ids)
     assert subset[0][0].shape == (3, 8, 8) and subset[0][1] == 0
 
 
 def test_gray_images_become_colour(tmp_path):
-    _picture(tmp_path / "g.png", mode="L")
+    trees.picture(tmp_path / "g.png", mode="L")
     image, _ = datasets.read(Item("g", tmp_path / "g.png", 0), "classification")
     assert image.shape == (3, 20, 26) and torch.equal(image[0], image[2])
 
@@ -184,18 +138,36 @@ def test_splits_are_disjoint_and_drawn_by_seed(task, tmp_path):
 
 
 def test_held_out_images_come_from_train_whatever_n_train_is(tmp_path):
-    _voc(tmp_path)
+    trees.voc(tmp_path)
     train, val = (_load("segmentation", s, tmp_path, n_train=100).ids for s in ("train", "val"))
     assert len(train) == 5 and len(val) == 3 and all("train" in i for i in train + val)
 
 
 def test_hash_names_the_images_and_their_content(tmp_path):
-    _depth_folder(tmp_path)
-    first = _load("depth", "test", tmp_path)
-    assert _load("depth", "test", tmp_path).hash == first.hash
-    assert _load("depth", "test", tmp_path, n_test=2).hash != first.hash
-    _picture(first.items[0].image)
-    assert _load("depth", "test", tmp_path).hash != first.hash
+    trees.depth_folder(tmp_path)
+    subset = _load("depth", "test", tmp_path)
+    first = subset.hash
+    assert _load("depth", "test", tmp_path).hash == first
+    assert _load("depth", "test", tmp_path, n_test=2).hash != first
+    trees.picture(subset.items[0].image, (20, 27))
+    second = _load("depth", "test", tmp_path).hash
+    trees.stored(subset.items[0].target.file, np.full((20, 27), 7, np.uint16))
+    assert len({first, second, _load("depth", "test", tmp_path).hash}) == 3
+
+
+def test_files_are_read_once_for_all_hashes(tmp_path, monkeypatch):
+    trees.voc(tmp_path)
+    subset, reads = _load("segmentation", "test", tmp_path), []
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or whole(path))
+    assert subset.hash == subset.hash == _load("segmentation", "test", tmp_path).hash
+    assert len(reads) == 6  # three images and their masks
+
+
+def test_hashes_of_large_subsets_are_of_spread_images():
+    assert datasets.spread(list(range(3999))) == list(range(3999))
+    chosen = datasets.spread(list(range(50_001)))
+    assert 2000 <= len(chosen) < 4000 and chosen[-1] > 49_000 and len(set(np.diff(chosen))) == 1
 
 
 # --- sizes and augmentation ---
@@ -203,7 +175,7 @@ def test_hash_names_the_images_and_their_content(tmp_path):
 
 def _item(size=(24, 40), seed=0):
     """An image whose every channel equals its mask."""
-    mask = torch.randint(250, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    mask = torch.randint(3, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Item(f"item-{seed}", mask.expand(3, -1, -1).clone(), mask)
 
 
@@ -232,6 +204,33 @@ def test_sizes(task, split, size, shape, toys):
 def test_small_originals_are_enlarged_to_the_window():
     image, mask = datasets.transform("segmentation", "test", "original", 48)(*datasets.read(_item(), "segmentation"))
     assert image.shape == (3, 48, 80) and mask.shape == (48, 80)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (240, 320), (48, 64)])
+def test_eigen_crop_makes_the_border_of_test_depths_invalid(size, toys):
+    item = Item("d", torch.zeros(3, *size, dtype=torch.uint8), torch.ones(size))
+    for split, crop in (("test", "eigen"), ("val", "eigen"), ("test", "none")):
+        depth = Subset("toys", "depth", [item], datasets.transform("depth", split, "original", 8, crop))[0][1]
+        rows, columns = depth.any(1).nonzero()[:, 0], depth.any(0).nonzero()[:, 0]
+        box = [int(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1)]
+        assert depth.shape == size and depth.sum() == (box[1] - box[0]) * (box[3] - box[2])
+        scale = size[0] / 480
+        inside = [round(scale * v) for v in (45, 471, 41, 601)]
+        assert box == (inside if split == "test" and crop == "eigen" else [0, size[0], 0, size[1]])
+
+
+def test_eigen_crop_is_a_setting(tmp_path):
+    trees.depth_folder(tmp_path)
+    whole, cropped = (_load_depth(tmp_path, crop) for crop in ("none", "eigen"))
+    assert (whole[:, 0] > 0).any() and not (cropped[:, 0] > 0).any() and (cropped[2:18, 3:20] > 0).all()
+
+
+def _load_depth(root, crop):
+    settings = planted.settings(
+        data_root=str(root),
+        depth={"datasets": ["sevenscenes"], "n_val": 1, "n_test": 1, "size": "original", "crop": crop},
+    )
+    return datasets.load("depth", "sevenscenes", "test", settings, 8)[0][1]
 
 
 def test_training_crops_larger_than_the_images_are_refused():
@@ -284,6 +283,29 @@ def test_batches_hold_every_image_once_among_equal_shapes(size, toys):
     assert sorted(seen) == list(range(10))
 
 
+def test_reading_ahead_changes_nothing(tmp_path, monkeypatch):
+    trees.voc(tmp_path)
+    subset = _load("segmentation", "train", tmp_path, n_train=5)
+    here = [*datasets.batches(subset, 2)]
+    monkeypatch.setattr(datasets, "workers", lambda subset: 2)
+    ahead = [*datasets.batches(subset, 2)]
+    assert len(here) == len(ahead) == 3
+    for (i, x, target), (j, y, other) in zip(here, ahead, strict=True):
+        assert i == j and torch.equal(x, y) and torch.equal(target, other)
+    subset.items[1].image.write_bytes(b"")
+    with pytest.raises(BadInput, match=f"^The image file {subset.items[1].image} cannot be .*; replace or remove it.$"):
+        [*datasets.batches(subset, 2)]
+
+
+def test_few_images_and_rendered_ones_are_read_in_this_process(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.os, "sched_getaffinity", lambda pid: range(16), raising=False)
+    toy = datasets.load("depth", "toys", "test", planted.settings(), 16)
+    many = Subset("toys", "depth", [Item(str(i), tmp_path / "a.png", 0) for i in range(300)], toy.transform)
+    assert (datasets.workers(toy), datasets.workers(many)) == (0, 8)
+    monkeypatch.setattr(datasets.os, "sched_getaffinity", lambda pid: range(2), raising=False)
+    assert datasets.workers(many) == 0
+
+
 # --- refusals ---
 
 
@@ -307,22 +329,26 @@ def test_check_lists_everything_that_is_missing(tmp_path):
 
 
 def test_unknown_names_list_what_there_is():
-    with pytest.raises(BadInput, match="no data set 'cifar' for classification; choose one of: scenes, cifar10"):
-        datasets.entry("cifar", "classification")
+    words = "no data set 'cifar' .* for classification; choose one of: scenes, cifar10, .*; or give a folder"
+    with pytest.raises(BadInput, match=f"{words} of your own, cifar/{{train,test}}/CLASS"):
+        datasets.list_items("cifar", "classification", "train", 0, "")
+    for name in ("", "a/b", "..", "a__b", "_a", "a b"):
+        with pytest.raises(BadInput, match="cannot be a data set; choose one of: scenes, .* name a folder by letters"):
+            datasets.entry(name, "depth")
     with pytest.raises(BadInput, match="no data set 'cifar10' for depth"):
         datasets.entry("cifar10", "depth")
 
 
 def test_no_image_left_for_training_is_said(tmp_path):
-    _voc(tmp_path)
+    trees.voc(tmp_path)
     with pytest.raises(BadInput, match="'voc2012' has 8 training images and n_val takes them all; lower n_val"):
         _load("segmentation", "train", tmp_path, n_val=8)
 
 
 def test_a_mask_of_another_size_is_named(tmp_path):
-    _voc(tmp_path)
+    trees.voc(tmp_path)
     subset = _load("segmentation", "test", tmp_path)
-    _picture(subset.items[1].target, (26, 20), "L")
+    trees.picture(subset.items[1].target, (26, 20), "L")
     with pytest.raises(BadInput, match=rf"target of {subset.ids[1]} has size \(26, 20\) but its image \(20, 26\)"):
         subset[1]
 
@@ -330,7 +356,7 @@ def test_a_mask_of_another_size_is_named(tmp_path):
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_damaged_images_are_named(tmp_path, suffix):
     path = tmp_path / f"image.{suffix}"
-    _picture(path, (40, 40))
+    trees.picture(path, (40, 40))
     whole = path.read_bytes()
     hurt = [b"", b"text", whole[: len(whole) // 2], whole[:300]]
     for content in hurt:
@@ -341,7 +367,7 @@ def test_damaged_images_are_named(tmp_path, suffix):
 
 def test_scrambled_images_never_raise_anything_else(tmp_path):
     path = tmp_path / "image.png"
-    _picture(path, (16, 16))
+    trees.picture(path, (16, 16))
     whole, refused = path.read_bytes(), 0
     for position in range(0, len(whole), 7):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
@@ -353,24 +379,78 @@ def test_scrambled_images_never_raise_anything_else(tmp_path):
 
 
 def test_missing_depth_files_are_named(tmp_path):
-    _depth_folder(tmp_path)
+    trees.depth_folder(tmp_path)
     (tmp_path / "sevenscenes" / "depth" / "val" / "2.png").unlink()
     with pytest.raises(BadInput, match=r"sevenscenes/depth/val lacks 2.png \(1 missing\)"):
         _load("depth", "test", tmp_path)
     (tmp_path / "sevenscenes" / "meta.json").unlink()
-    with pytest.raises(BadInput, match="sevenscenes/meta.json is missing; write one with 'depth_scale'"):
+    with pytest.raises(BadInput, match="sevenscenes/meta.json is missing; write one: depth_scale is"):
         _load("depth", "train", tmp_path)[0]
 
 
-def test_a_missing_image_of_the_list_is_named(tmp_path):
-    _voc(tmp_path)
+def test_an_image_that_went_away_is_named(tmp_path):
+    trees.voc(tmp_path)
     subset = _load("segmentation", "test", tmp_path)
     subset.items[0].image.unlink()
-    with pytest.raises(BadInput, match=f"{subset.items[0].image.name} cannot be read"):
+    for use in (lambda: subset[0], lambda: subset.hash):
+        with pytest.raises(BadInput, match=f"{subset.items[0].image.name} cannot be read"):
+            use()
+
+
+def test_masks_that_are_no_class_numbers_are_named(tmp_path):
+    trees.voc(tmp_path)
+    subset = _load("segmentation", "test", tmp_path, size="original")
+    path = subset.items[0].target
+    trees.stored(path, np.full((20, 26), 21, np.uint8))
+    with pytest.raises(BadInput, match=f"mask of {subset.ids[0]} has the value 21 but voc2012 has 21 classes; correct"):
         subset[0]
+    trees.stored(path, np.full((20, 26, 3), 1, np.uint8))
+    with pytest.raises(BadInput, match=f"target {path} is a colour picture; store one number a pixel"):
+        subset[0]
+    trees.stored(path, np.full((20, 26), 300, np.uint16))
+    with pytest.raises(BadInput, match=f"mask {path} has the value 300; store class numbers from 0 to 255"):
+        subset[0]
+    trees.stored(path, np.full((20, 26), 2, np.uint16))
+    assert (subset[0][1] == 2).all()  # 16 bits are no matter
+
+
+def test_official_counts_are_demanded_unless_any_will_do(tmp_path):
+    trees.voc(tmp_path)
+    with pytest.raises(
+        BadInput, match=r"'voc2012' \(test\) has 4 images in .* official one has 1,449; complete it \(make data"
+    ):
+        datasets.load("segmentation", "voc2012", "test", _settings(tmp_path, counts="official"), 8)
+    found = [p for p in datasets.check(_settings(tmp_path, counts="official")) if "'voc2012'" in p]
+    assert len(found) == 2 and all("counts: any" in p for p in found)
+    assert len(_load("segmentation", "test", tmp_path)) == 3
+
+
+def test_files_with_an_official_checksum_are_compared(tmp_path, monkeypatch):
+    trees.cifar(tmp_path)
+    with pytest.raises(BadInput, match="data_batch_1 differs from the official file .* fetch it again"):
+        datasets.verify("cifar10", str(tmp_path))
+    content = (tmp_path / "cifar-10-batches-py" / "test_batch").read_bytes()
+    sums = {"cifar-10-batches-py/test_batch": hashlib.md5(content).hexdigest()}
+    right = dataclasses.replace(datasets.DATASETS["cifar10"], md5=sums)
+    monkeypatch.setitem(datasets.DATASETS, "cifar10", right)
+    datasets.verify("cifar10", str(tmp_path))
+    datasets.verify("folder_of_mine", str(tmp_path))
+
+
+def test_check_names_data_sets_without_training_images(tmp_path):
+    trees.voc(tmp_path)
+    (problem,) = datasets.problems("segmentation", "voc2012", _settings(tmp_path, n_val=8))
+    assert "n_val takes them all" in problem
 
 
 def test_peek_gives_the_first_test_images(toys):
     images, targets = datasets.peek("depth", "toys", planted.settings(), 3, side=24)
     subset = datasets.load("depth", "toys", "test", planted.settings(), 24)
     assert images.shape == (3, 3, 24, 24) and torch.equal(targets[2], subset[2][1])
+
+
+def test_eigen_crop_is_resized_with_the_image():
+    item = Item("d", torch.zeros(3, 480, 640, dtype=torch.uint8), torch.ones(480, 640))
+    image, depth = Subset("toys", "depth", [item], datasets.transform("depth", "test", 48, 8, "eigen"))[0]
+    assert depth.shape == image.shape[1:] == (48, 64)
+    assert depth[0].sum() == 0 and depth[24, 32] == 1 and depth.mean() < 1

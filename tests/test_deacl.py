@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ssl_robust import datasets, deacl, records
+from ssl_robust.encoders import Encoder
 from ssl_robust.settings import BadInput, DeACL, EncoderRow
 
 ROW = EncoderRow(name="planted", defenses=["standard", "deacl"])
@@ -141,12 +142,17 @@ def test_finished_work_is_not_repeated(epochs):
     assert len(epochs) == 9 and set(_files("a")) == set(before)
 
 
+def _kill(profile, epoch, monkeypatch):
+    """Fine-tuning that is killed at the end of `epoch`."""
+    with monkeypatch.context() as killed:
+        _die_in_epoch(epoch, killed)
+        with pytest.raises(KeyboardInterrupt):
+            _finetune(profile)
+
+
 def test_killed_and_resumed_equals_uninterrupted(epochs, monkeypatch):
     whole = _finetune("a")
-    with monkeypatch.context() as killed:
-        _die_in_epoch(1, killed)
-        with pytest.raises(KeyboardInterrupt):
-            _finetune("b")
+    _kill("b", 1, monkeypatch)
     assert not (deacl.folder("b", "planted") / "deacl.json").exists()
     epochs.clear()
     assert _finetune("b") == whole and epochs == [1, 2]  # epoch 0 was kept
@@ -155,10 +161,7 @@ def test_killed_and_resumed_equals_uninterrupted(epochs, monkeypatch):
 
 def test_damaged_state_starts_anew(epochs, monkeypatch):
     whole = _finetune("a")
-    with monkeypatch.context() as killed:
-        _die_in_epoch(2, killed)
-        with pytest.raises(KeyboardInterrupt):
-            _finetune("b")
+    _kill("b", 2, monkeypatch)
     state = deacl.folder("b", "planted") / "state.pt"
     state.write_bytes(state.read_bytes()[:100])
     epochs.clear()
@@ -195,3 +198,89 @@ def test_variants_are_standard_then_deacl_by_epoch(toys):
     assert deacl.variants(ROW, "a") == expected
     assert deacl.variants(EncoderRow(name="planted", defenses=["deacl"]), "a") == expected[1:]
     assert deacl.variants(EncoderRow(name="other"), "a") == [("standard", 0, None)]
+
+
+# --- all rows, given checkpoints, other architectures ---
+
+
+def _load(row, data_root="", weights=None):
+    encoder = planted.encoder()
+    if row.name == "gone":
+        raise BadInput("The checkpoint gone.pth does not exist; correct the path.")
+    if weights:
+        encoder.backbone.load_state_dict(load_file(weights))
+    return encoder
+
+
+@pytest.fixture
+def given(toys, monkeypatch):
+    """A row with a robust checkpoint in the data folder, and the settings of it and two others."""
+    monkeypatch.setattr(deacl.encoders, "load", _load)
+    deacl.save_backbone(planted.encoder(seed=1), toys / "robust.safetensors")
+    both = ["standard", "deacl"]
+    rows = [{"name": "given", "defenses": both, "deacl_checkpoint": "robust.safetensors"}, {"name": "plain"}]
+    return planted.settings(encoders=[*rows, {"name": "planted", "defenses": both}], data_root=str(toys))
+
+
+def test_finetune_all_takes_given_checkpoints_as_they_are(given, epochs, toys):
+    runs = deacl.finetune_all(given)
+    assert list(runs) == ["given", "planted"] and epochs == [0, 1, 2]
+    assert runs["planted"] == deacl.finetune(given.encoders[2], planted.encoder(), given)
+    assert (runs["given"]["epochs"], runs["given"]["history"]) == ([], [])
+    assert runs["given"]["origin"] == "robust.safetensors"
+    found = deacl.variants(given.encoders[0], "toy", given.data_root)
+    assert found == [("standard", 0, None), ("deacl", deacl.GIVEN, toys / "robust.safetensors")]
+    absolute = given.encoders[0].model_copy(update={"deacl_checkpoint": "/else/where.pt", "defenses": ["deacl"]})
+    assert [str(path) for *_, path in deacl.variants(absolute, "toy", given.data_root)] == ["/else/where.pt"]
+
+
+def test_given_checkpoints_need_no_settings_of_deacl(given):
+    alone = given.model_copy(update={"encoders": given.encoders[:2], "deacl": None})
+    assert list(deacl.finetune_all(alone)) == ["given"]
+    with pytest.raises(BadInput, match="no section 'deacl'; add one"):
+        deacl.finetune_all(given.model_copy(update={"deacl": None}))
+
+
+def test_a_given_checkpoint_that_is_missing_stops(given, toys):
+    (toys / "robust.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):  # of the planted loader; the real one says more
+        deacl.finetune_all(given)
+
+
+def test_rows_without_weights_are_skipped_with_the_reason(given):
+    gone = given.encoders[2].model_copy(update={"name": "gone"})
+    settings = given.model_copy(update={"encoders": [gone, given.encoders[0]], "missing": "skip"})
+    path = records.results_dir("toy") / "deacl" / "skipped.json"
+    assert list(deacl.finetune_all(settings)) == ["given"]
+    assert [(r["encoder"], r["defense"]) for r in records.read_json(path)] == [("gone", "deacl")]
+    with pytest.raises(BadInput, match="gone.pth does not exist"):
+        deacl.variants(gone, "toy")
+    with pytest.raises(BadInput, match="gone.pth does not exist"):
+        deacl.finetune_all(settings.model_copy(update={"missing": "stop"}))
+    deacl.finetune_all(given)
+    assert not path.exists()
+
+
+class _Normalised(planted.Backbone):
+    """A backbone with batch norm, as a ResNet has it."""
+
+    def __init__(self):
+        super().__init__(6, 4, 16)
+        self.norm = torch.nn.BatchNorm1d(6)
+
+    def forward_features(self, x):
+        return self.norm(super().forward_features(x).transpose(1, 2)).transpose(1, 2)
+
+
+def test_batch_norm_keeps_its_statistics_while_its_weights_are_tuned(toys):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = Encoder(_Normalised(), "planted", 16, (0.5,) * 3, (0.25,) * 3)
+    teacher.backbone.norm.running_mean += 0.1
+    deacl.finetune(ROW, teacher, planted.settings(deacl={"eps": 0.1, "step": 0.05}))
+    tuned = load_file(deacl.checkpoint_path("toy", "planted", 3))
+    own = teacher.backbone.state_dict()
+    for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+        assert torch.equal(tuned[name], own[name])
+    for name in ("norm.weight", "norm.bias", "proj.weight"):
+        assert not torch.equal(tuned[name], own[name])

@@ -1,14 +1,21 @@
-"""Encoders are frozen functions of pixels in [0,1]; weights that are not exactly the model's are refused."""
+"""Encoders are frozen functions of pixels in [0,1]: timm models with their authors' positions, and own callables."""
 
+import copy
+import itertools
+import math
+import sys
 from pathlib import Path
 
+import numpy as np
 import planted
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 
-from ssl_robust import encoders
+from ssl_robust import encoders, records
 from ssl_robust.settings import BadInput, EncoderRow, check
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -81,7 +88,8 @@ def test_frozen_means_frozen(embedded):
 
 def test_hash_names_weights_normalisation_and_native_size():
     row = {"name": "e", "timm": "embedded_vit"}
-    rows = [row, {**row, "mean": [0.5] * 3}, {**row, "std": [0.5] * 3}, {**row, "native": 96}]
+    half = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    rows = [row, {**row, "normalise": half}, {**row, "normalise": {**half, "std": [0.5] * 3}}, {**row, "native": 96}]
     hashes = [encoders.load(EncoderRow(**r)).hash for r in rows]
     assert len(set(hashes)) == 4
     assert encoders.load(EncoderRow(**row)).hash == hashes[0]
@@ -95,9 +103,28 @@ def test_random_initialisation_is_reproducible_and_not_the_trained_one(embedded)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-# --- local checkpoints ---
+def test_a_copy_forgets_the_hash(embedded):
+    assert embedded.hash
+    trained = copy.deepcopy(embedded)
+    trained.backbone.cls_token += 1
+    assert trained.hash != embedded.hash == encoders.load(EMBEDDED).hash
 
-VIT = {"name": "vit", "timm": "vit_tiny_patch16_224", "normalise": "inception"}
+
+@pytest.mark.parametrize(
+    ("normalise", "mean", "std"),
+    [
+        ("model", 0.485, 0.229), ("imagenet", 0.485, 0.229), ("inception", 0.5, 0.5), ("none", 0.0, 1.0),
+        ("clip", 0.48145466, 0.26862954), ({"mean": [0.1] * 3, "std": [0.2] * 3}, 0.1, 0.2),
+    ],
+)  # fmt: skip
+def test_normalisation_is_the_models_or_the_rows(normalise, mean, std):
+    encoder = encoders.load(EncoderRow(name="embedded_vit", normalise=normalise))
+    assert float(encoder.mean[0]) == pytest.approx(mean) and float(encoder.std[0]) == pytest.approx(std)
+
+
+# --- timm models ---
+
+VIT = {"name": "vit", "timm": "test_vit", "normalise": "inception"}
 
 
 @pytest.fixture(scope="module")
@@ -117,99 +144,140 @@ def test_a_local_timm_checkpoint_gives_timms_own_features(vit):
     loaded = [
         encoders.load(EncoderRow(**VIT, checkpoint=f"vit.{kind}"), str(folder)) for kind in ("safetensors", "pth")
     ]
-    assert loaded[0].hash == loaded[1].hash and (loaded[0].native, loaded[0].patch) == (224, 16)
-    x = planted.images(1, 224)
+    assert loaded[0].hash == loaded[1].hash and (loaded[0].native, loaded[0].patch) == (160, 16)
+    assert loaded[0].origin == "state dict vit.safetensors"
+    x = planted.images(1, 160)
     with torch.no_grad():
         tokens = model.forward_features((x - 0.5) / 0.5)
         cls, patches = loaded[0](x)
     assert torch.allclose(cls, tokens[:, 0], atol=1e-5)
-    assert torch.allclose(patches, tokens[:, 1:].reshape(1, 14, 14, 192).permute(0, 3, 1, 2), atol=1e-5)
+    assert torch.allclose(patches, tokens[:, 1:].reshape(1, 10, 10, 64).permute(0, 3, 1, 2), atol=1e-5)
+
+
+def test_other_weights_replace_the_checkpoint(vit):
+    model, folder = vit
+    save_file({k: v + 1 for k, v in model.state_dict().items()}, folder / "robust.safetensors")
+    encoder = encoders.load(EncoderRow(**VIT, checkpoint="vit.pth"), str(folder), folder / "robust.safetensors")
+    assert torch.equal(encoder.backbone.cls_token, model.cls_token + 1)
 
 
 def test_the_real_checkpoint_in_the_data_folder():
     file = DATA / "weights" / "vit_tiny_patch16_224.tinyimagenet200.fp16.safetensors"
     if not file.is_file():
         pytest.skip(f"{file.name} is not in {DATA.parent.name}/data/weights beside the project")
-    encoder = encoders.load(EncoderRow(**VIT, checkpoint=f"weights/{file.name}"), str(DATA))
+    row = EncoderRow(name="e", timm="vit_tiny_patch16_224", checkpoint=f"weights/{file.name}")
+    encoder = encoders.load(row, str(DATA))
     assert torch.equal(encoder.backbone.cls_token, load_file(file)["cls_token"].float())
     cls, patches = encoder(planted.images(1, 96))
     assert cls.shape == (1, 192) and patches.shape == (1, 192, 6, 6) and patches.isfinite().all()
 
 
-def _planted_state(**changes):
-    state = planted.encoder().backbone.state_dict() | changes
-    return {k: v for k, v in state.items() if v is not None}
+def _random(name, seed=0):
+    """A timm model at random with lively positions and statistics."""
+    encoder = encoders.random_init(EncoderRow(name=name), seed)
+    for key, value in encoder.backbone.state_dict().items():
+        if "pos_embed" in key or "running_mean" in key:
+            value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)))
+    return encoder
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"proj.bias": None}, "missing proj.bias"),
-        ({"blocks.0.gamma": torch.zeros(1)}, "left over blocks.0.gamma"),
-        ({"proj.bias": torch.zeros(7)}, r"proj.bias has shape \(7,\), not \(6,\)"),
-        ({f"more.{i}": torch.zeros(1) for i in range(5)}, "left over more.2 and 2 more; name its own model"),
-    ],
+    ("name", "patch", "dim"),
+    [("test_vit", 16, 64), ("test_resnet", 32, 96), ("test_convnext", 32, 64), ("mobilenetv3_small_050", 32, 288)],
 )
-def test_tensors_that_are_not_the_models_are_named(changes, words):
-    backbone = planted.encoder().backbone
-    before = backbone.proj.weight.clone()
-    with pytest.raises(BadInput, match=f"does not fit the file: .*{words}"):
-        encoders.load_weights(backbone, _planted_state(**changes, **{"proj.weight": before + 1}), "the file")
-    assert torch.equal(backbone.proj.weight, before)  # refused before anything is copied
+def test_models_with_tokens_or_a_map_give_tokens_on_the_grid(name, patch, dim):
+    encoder = _random(name)
+    assert (encoder.patch, encoder.dim) == (patch, dim) and encoder.name == f"{name}_random"
+    x = planted.images(2, 70)[..., :45].requires_grad_()
+    cls, patches = encoder(x)
+    assert cls.shape == (2, dim) and patches.shape == (2, dim, -(-70 // patch), -(-45 // patch))
+    assert encoder.unpad(torch.zeros(1, patches.shape[2] * patch, patches.shape[3] * patch), (70, 45)).shape == (
+        1,
+        70,
+        45,
+    )
+    for values in (cls, patches):
+        assert torch.autograd.grad(values.square().sum(), x, retain_graph=True)[0].abs().sum() > 0
 
 
-def test_a_classifier_is_ignored_and_half_precision_is_widened():
-    backbone = planted.encoder(seed=1).backbone
-    state = {k: v.half() for k, v in _planted_state(**{"head.weight": torch.zeros(9, 6)}).items()}
-    encoders.load_weights(backbone, state, "the file")
-    assert backbone.proj.weight.dtype == torch.float32
-    assert torch.equal(backbone.proj.weight, state["proj.weight"].float())
+def test_a_resnets_cls_token_is_the_mean_of_its_patch_tokens():
+    encoder = _random("test_resnet")
+    assert not any(module.training for module in encoder.train().modules())
+    x = planted.images(2, 64)
+    cls, patches = encoder(x)
+    assert torch.allclose(cls, patches.mean((2, 3)), atol=1e-5)
+    assert torch.allclose(encoder(x[:1])[0], cls[:1], atol=1e-4)  # no batch statistics
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-@pytest.mark.parametrize("share", [0, 0.3, 0.99])
-def test_truncated_weight_files_are_refused(tmp_path, suffix, share):
-    path = tmp_path / f"w.{suffix}"
-    torch.save(_planted_state(), path)
-    data = save(_planted_state()) if suffix == "safetensors" else path.read_bytes()
-    path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(BadInput, match=rf"w\.{suffix} "):
-        encoders.read_weights(path)
+def test_a_vit_without_cls_token_gives_its_pooled_output():
+    encoder = _random("test_vit2")  # a register but no CLS token; pools the mean of patches, then normalises
+    x = planted.images(2, 64)
+    cls, patches = encoder(x)
+    assert patches.shape == (2, 64, 4, 4)
+    assert torch.allclose(cls, encoder.backbone.fc_norm(patches.flatten(2).mean(2)), atol=1e-5)
 
 
-class _Code:
-    def __init__(self, path):
-        self.path = path
+def test_the_cifar_stem_keeps_small_images_large():
+    encoder = encoders.random_init(EncoderRow(name="simclr_resnet18_cifar"))
+    conv = encoder.backbone.conv1
+    assert (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (2, 2))  # as solo-learn has it
+    assert isinstance(encoder.backbone.maxpool, torch.nn.Identity)
+    assert (encoder.native, encoder.patch, encoder.dim) == (32, 8, 512)
+    assert encoder.mean.flatten().tolist() == pytest.approx(encoders.CIFAR_MEAN)
+    x = planted.images(1, 32)
+    with torch.no_grad():
+        cls, patches = encoder(x)
+        features = encoder.backbone.forward_features((x - encoder.mean) / encoder.std)
+    assert features.shape[2:] == (5, 5) and patches.shape == (1, 512, 4, 4)
+    assert torch.allclose(cls, features.mean((2, 3)), atol=1e-5)
+    assert torch.allclose(patches[0, :, 1, 2], features[0, :, 1:3, 2:4].mean((1, 2)), atol=1e-5)
 
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
-
-def test_pickled_code_is_refused_and_not_executed(tmp_path):
-    torch.save({"proj.bias": _Code(tmp_path / "executed")}, tmp_path / "w.pth")
-    with pytest.raises(BadInput, match="w.pth is no plain state dict"):
-        encoders.read_weights(tmp_path / "w.pth")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_file_of_something_else_is_refused(tmp_path):
-    torch.save([torch.zeros(1)], tmp_path / "w.pth")
-    with pytest.raises(BadInput, match="w.pth is no plain state dict but a list"):
-        encoders.read_weights(tmp_path / "w.pth")
+@pytest.mark.parametrize(("name", "known"), encoders.KNOWN.items())
+def test_known_names_stand_for_models_that_timm_has(name, known):
+    row = EncoderRow(name=name)
+    assert encoders.describe(row) == encoders.describe(EncoderRow(name="other", timm=name)) == known
+    if known.timm:
+        cfg = timm.get_pretrained_cfg(known.timm)
+        family = "dinov2" in known.timm or known.timm.endswith(".dino")
+        assert (known.positions is not None) == family
+        if known.public:  # the same by timm's own name, positions included
+            assert encoders.describe(EncoderRow(name=name, timm=known.timm)) == known and cfg.has_weights
+            assert known.native == cfg.input_size[-1]
+        else:
+            with pytest.raises(BadInput, match=f"'{name}': there are no public weights of {name}; give a file"):
+                encoders.load(row)
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"checkpoint": "gone.safetensors"}, "data/gone.safetensors does not exist"),
+        ({"name": "e"}, "'e': timm has no model 'e'; take one of .*KNOWN: embedded_vit, dinov2_vits14"),
+        ({"timm": "embedded_vit", "checkpoint": "gone.safetensors"}, "data/gone.safetensors does not exist"),
         ({"timm": "vit_tiny_patch61"}, "'e': timm has no model 'vit_tiny_patch61'"),
-        ({"timm": "resnet18"}, "'e': resnet18 gives no patch tokens"),
-        ({"timm": "test_vit2", "checkpoint": "gone.pth"}, "test_vit2 has no CLS token"),  # a register token instead
+        ({"timm": "resnet50.nothing"}, "'e': timm has no model 'resnet50.nothing'"),
+        (
+            {"timm": "vit_small_patch16_18x2_224"},
+            "'e': there are no public weights of vit_small_patch16_18x2_224",
+        ),
     ],
 )
 def test_rows_that_cannot_be_loaded_are_named(row, words):
     with pytest.raises(BadInput, match=words):
-        encoders.load(EncoderRow(name="e", **row), "data")
+        encoders.load(EncoderRow(**{"name": "e", **row}), "data")
+
+
+@pytest.mark.parametrize("name", ["test_mixer", "cait_xxs24_224", "test_nothing"])
+def test_models_without_a_token_grid_are_refused(name, monkeypatch):
+    class Pooled(torch.nn.Module):
+        def forward_features(self, x):
+            return x.mean((2, 3))
+
+    if name.startswith("test"):
+        monkeypatch.setattr(encoders, "_create", lambda *args: Pooled())
+        monkeypatch.setitem(encoders.KNOWN, name, encoders.Known(name, 64))
+    with pytest.raises(BadInput, match=f"'{name}': {name} gives no grid of tokens for images of every size"):
+        encoders.random_init(EncoderRow(name=name))
 
 
 def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch):
@@ -218,14 +286,248 @@ def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(BadInput, match=r"could not be fetched \(OSError\); download them elsewhere"):
-        encoders.load(EncoderRow(name="e", timm="vit_tiny_patch16_224"))
+        encoders.load(EncoderRow(name="dino_vitb16"))
 
 
-def test_check_lists_every_bad_row():
+# --- check ---
+
+
+def test_check_lists_every_bad_row(vit):
+    _, folder = vit
     rows = [
         {"name": "a", "timm": "embedded_vit"},
         {"name": "b", "timm": "nothing"},
         {"name": "c", "timm": "embedded_vit", "checkpoint": "gone.pth"},
+        {"name": "dinov2_vits14"},
+        {"name": "simclr_resnet50"},
+        {**VIT, "name": "d", "checkpoint": "vit.pth", "defenses": ["standard", "deacl"], "deacl_checkpoint": "vit.pth"},
+        {"name": "simclr_resnet18_cifar", "defenses": ["deacl"], "deacl_checkpoint": "robust.ckpt"},
+        {**VIT, "name": "e", "checkpoint": "no.pth", "defenses": ["standard", "deacl"], "deacl_checkpoint": "no.ckpt"},
+        {"name": "f", "call": "no_such_module:encode"},
     ]
-    problems = encoders.check(check(profile="x", encoders=rows))
-    assert len(problems) == 2 and "'b'" in problems[0] and "gone.pth" in problems[1]
+    problems = encoders.check(check(profile="x", encoders=rows, data_root=str(folder)))
+    words = ["'b'", "gone.pth", "'simclr_resnet50'", "robust.ckpt", "no.pth", "no.ckpt", "no_such_module"]
+    assert len(problems) == len(words) and all(w in p for w, p in zip(words, problems, strict=True)), problems
+
+
+def test_check_fetches_nothing(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", None)
+    assert encoders.check(check(profile="x", encoders=[{"name": n} for n in ("dino_vitb16", "mae_vitb16")])) == []
+
+
+# --- position embeddings: the formulas again, in numpy ---
+
+
+def _cubic(distance, a):
+    """Keys' cubic kernel."""
+    d = np.abs(distance)
+    near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+    return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
+
+
+def _plain(old, new, offset):
+    """(new, old) weights: four neighbours, positions beyond the border count for the border (a = -0.75)."""
+    weights = np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) * old / (new + offset) - 0.5
+        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            weights[i, min(max(j, 0), old - 1)] += _cubic(centre - j, -0.75)
+    return weights
+
+
+def _smooth(old, new):
+    """(new, old) weights: the kernel is as wide as the step when shrinking, cut at the borders (a = -0.5)."""
+    step = max(old / new, 1.0)
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    weights = _cubic((np.arange(old)[None] - centres[:, None]) / step, -0.5)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(("old", "grid"), [(37, (16, 16)), (16, (37, 37)), (14, (30, 40)), (37, (37, 74)), (8, (3, 8))])
+@pytest.mark.parametrize("positions", [encoders.DINO, encoders.REGISTERS])
+def test_positions_are_resampled_as_their_authors_do(old, grid, positions):
+    embedding = torch.randn(1, old**2, 5, generator=torch.Generator().manual_seed(0))
+    down, across = (_plain(old, n, 0.1) if positions == encoders.DINO else _smooth(old, n) for n in grid)
+    square = embedding[0].double().numpy().reshape(old, old, 5)
+    expected = torch.from_numpy(np.einsum("ia,jb,abd->ijd", down, across, square).reshape(1, -1, 5)).float()
+    found = encoders.resample(embedding, grid, *positions)
+    assert torch.allclose(found, expected, atol=1e-4)
+    if positions == encoders.DINO:
+        assert not torch.allclose(found, resample_abs_pos_embed(embedding, grid, num_prefix_tokens=0), atol=1e-2)
+    assert torch.equal(encoders.resample(embedding, (old, old), *positions), embedding)
+
+
+@pytest.fixture
+def dino(monkeypatch):
+    """A small stand-in under the name dino_vitb16."""
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 0}
+    monkeypatch.setattr(encoders, "_create", lambda *args: VisionTransformer(**small, dynamic_img_size=True))
+    return encoders.random_init(EncoderRow(name="dino_vitb16"))
+
+
+def test_a_loaded_model_uses_the_positions_of_its_authors(dino):
+    dino.backbone.pos_embed.copy_(torch.randn(1, 17, 24, generator=torch.Generator().manual_seed(0)))
+    embedded = torch.zeros(2, 3, 6, 24)
+    with torch.no_grad():
+        tokens = dino.backbone._pos_embed(embedded)
+    expected = encoders.resample(dino.backbone.pos_embed[:, 1:], (3, 6), 0.1, False)
+    assert torch.equal(tokens[1, 1:], expected[0])
+    assert torch.equal(tokens[0, 0], (dino.backbone.cls_token + dino.backbone.pos_embed[:, :1])[0, 0])
+
+
+def test_positions_of_a_copy_are_its_own_and_can_be_trained(dino):
+    x, student = planted.images(1, 48), copy.deepcopy(dino)
+    before = dino(x)[1]
+    student.backbone.requires_grad_(True)
+    student(x)[1].square().sum().backward()
+    assert student.backbone.pos_embed.grad[:, 1:].abs().sum() > 0
+    with torch.no_grad():
+        student.backbone.pos_embed += torch.randn(1, 17, 24, generator=torch.Generator().manual_seed(0))
+        assert not torch.allclose(student(x)[1], before, atol=1e-3)
+    assert torch.equal(dino(x)[1], before)
+
+
+def test_the_hash_knows_how_positions_are_resampled(dino):
+    before = dino.hash
+    other = copy.deepcopy(dino)
+    other.backbone.positions = encoders.REGISTERS
+    assert other.hash != before == copy.deepcopy(dino).hash
+
+
+# --- callables ---
+
+numbers = itertools.count()
+GOOD = """
+import torch
+filters = torch.linspace(-1, 1, 5 * 3 * 4 * 4).reshape(5, 3, 4, 4)
+def encode(images):
+    patches = torch.nn.functional.conv2d(images, filters, stride=4)
+    return patches.mean((2, 3)), patches
+"""
+
+
+@pytest.fixture
+def write(root, monkeypatch):
+    """Writes a module into notebooks/ of a project of its own and returns a row that calls `encode` of it."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (root / "notebooks").mkdir()
+
+    def module(text, function="encode", **row):
+        name = f"own_encoder_{next(numbers)}"
+        (root / "notebooks" / f"{name}.py").write_text(text)
+        return EncoderRow(name="mine", call=f"{name}:{function}", native=row.pop("native", 32), **row)
+
+    return module
+
+
+def test_a_function_becomes_an_encoder(write):
+    row, path = write(GOOD, normalise="inception"), sys.path[:]
+    encoder = encoders.load(row)
+    assert sys.path == path
+    assert (encoder.name, encoder.native, encoder.patch, encoder.dim) == ("mine", 32, 4, 5)
+    assert encoder.origin == f"callable {row.call}"
+    x = planted.images(2, 18)
+    cls, patches = encoder(x)
+    assert cls.shape == (2, 5) and patches.shape == (2, 5, 5, 5)
+    padded = torch.nn.functional.pad((x - 0.5) / 0.5, (1, 1, 1, 1))
+    assert torch.equal(patches, sys.modules[row.call.partition(":")[0]].encode(padded)[1])
+    assert encoders.load(write(GOOD)).native == 32 and encoders.load(write(GOOD, native=None)).native == 224
+
+
+def test_a_functions_source_counts_in_the_hash(write):
+    rows = [write(GOOD), write(GOOD), write(GOOD.replace("-1, 1", "-1, 2"))]
+    same, again, other = (encoders.load(row).hash for row in rows)
+    assert same == again != other
+
+
+def test_a_modules_weights_are_frozen_and_count_in_the_hash(write):
+    text = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 5, 8, 8)
+        self.drop = torch.nn.Dropout(0.5)
+    def forward(self, images):
+        patches = self.drop(self.conv(images))
+        return patches.mean((2, 3)), patches
+encode = Net()
+"""
+    row = write(text)
+    encoder = encoders.load(row)
+    assert not any(p.requires_grad for p in encoder.parameters()) and not any(m.training for m in encoder.modules())
+    x = planted.images(1, 32).requires_grad_()
+    assert torch.autograd.grad(encoder(x)[1].sum(), x)[0].abs().sum() > 0
+    before = encoder.hash
+    encoder.backbone.function.conv.weight += 1
+    assert copy.deepcopy(encoder).hash != before
+
+
+BAD = [
+    ("def encode(images): return images.mean((2, 3))", "must give cls and patches .* gives \\(2, 3\\) for images"),
+    ("def encode(images): return 1, 2, 3", "gives int and int and int for images"),
+    ("def encode(images): return images.mean((2, 3)), images.flatten(2)", r"gives \(2, 3\) and \(2, 3, 1024\) for"),
+    ("def encode(images): return images.mean((1, 2, 3)), images", r"gives \(2,\) and"),
+    ("def encode(images): return images.mean((2, 3))[:, :2], images", r"gives \(2, 2\) and \(2, 3, 32, 32\)"),
+    ("def encode(images): return images.mean((2, 3))[:1], images[:1]", r"gives \(1, 3\) and \(1, 3, 32, 32\)"),
+    ("def encode(images): return images.mean((2, 3)), images[:, :, :5, :5]", "gives 5 x 5 patch tokens for 32 x 32 px"),
+    ("def encode(images): return images.mean((2, 3)), images[:, :, :8, :4]", "gives 8 x 4 patch tokens for 32 x 32 px"),
+    (
+        "def encode(images): return images.detach().mean((2, 3)), images",
+        "the CLS token of .* give the image no gradient",
+    ),
+    (
+        "def encode(images): return images.mean((2, 3)), images.round()",
+        "the patch tokens of .* give the image no grad",
+    ),
+    ("def encode(images): return images.nothing", r"fails on images \(2, 3, 32, 32\) \(AttributeError: .*; correct it"),
+    ("def other(images): return 1", r":encode is no function; correct it \(functions there: other\)"),
+    ("encode = 3", ":encode is no function; correct it .functions there: none"),
+    ("import no_such_package", "cannot be imported .ModuleNotFoundError: No module named 'no_such_package'"),
+    ("def encode(images) return 1", "cannot be imported .SyntaxError"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD)
+def test_callables_that_cannot_be_used_say_why(write, text, words):
+    with pytest.raises(BadInput, match=f"'mine': .*{words}") as refusal:
+        encoders.load(write(text))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_callable_that_ignores_the_size_is_stopped_where_it_does(write):
+    fixed = "def encode(images): return images.mean((2, 3)), torch.nn.functional.adaptive_avg_pool2d(images, 8)"
+    encoder = encoders.load(write(f"import torch\n{fixed}"))
+    with pytest.raises(BadInput, match=r"shapes \(B, D\) and \(B, D, 4, 8\) but gives \(1, 3\) and \(1, 3, 8, 8\)"):
+        encoder(torch.rand(1, 3, 16, 32))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("no_such_module:encode", "there is no module 'no_such_module'; put no_such_module.py into notebooks/"),
+        ("my_encoder", "call is 'my_encoder'; write it as 'module:function'"),
+        (":encode", "write it as 'module:function'"),
+    ],
+)
+def test_calls_that_name_nothing_are_refused(call, words):
+    with pytest.raises(BadInput, match=words):
+        encoders.load(EncoderRow(name="mine", call=call))
+
+
+def test_a_callable_has_no_random_version():
+    with pytest.raises(BadInput, match="'mine' is a callable and cannot be initialised"):
+        encoders.random_init(EncoderRow(name="mine", call="my_encoder:encode"))
+
+
+def test_the_example_callable_sees_colours_and_slopes():
+    row = EncoderRow(name="mine", call="my_encoder:encode", native=64)
+    encoder = encoders.load(row)
+    assert (encoder.native, encoder.patch, encoder.dim) == (64, 8, 14)
+    ramp = torch.linspace(0, 1, 64).expand(1, 3, 64, 64)  # brighter to the right
+    cls, patches = encoder(ramp)
+    right, down = patches[0, 6, 3, 3], patches[0, 7, 3, 3]
+    assert right > 0.1 and abs(float(down)) < 1e-5  # 8 times the slope a pixel
+    assert torch.allclose(patches[0, 0, 0], ramp[0, 0, 0].unflatten(0, (8, 8)).mean(1), atol=1e-5)
+    assert torch.allclose(cls, patches.mean((2, 3)))
+    assert records.ROOT.joinpath("notebooks/my_encoder.py").is_file()

@@ -1,6 +1,7 @@
 """Clean and attacked evaluation take one path; records say what they were made from and are reused only for that."""
 
 import json
+from functools import partial
 
 import planted
 import pytest
@@ -9,12 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, records
-from ssl_robust.settings import TASKS, Attack
+from ssl_robust.settings import TASKS, Attack, BadInput
 
 FIELDS = {
     "schema", "key", "task", "dataset", "encoder", "defense", "epoch", "attack", "attack_name", "metric", "value", "se",
-    "n", "chance", "settings", "seed", "hashes", "max_perturbation", "nonfinite", "per_image", "seconds", "notebook",
-    "git", "versions", "device", "threads", "made",
+    "n", "chance", "protocol", "counts", "settings", "seed", "hashes", "max_perturbation", "nonfinite", "per_image", "seconds",
+    "notebook", "git", "versions", "device", "threads", "made",
 }  # fmt: skip
 NAMES = {"classification": "PGD", "segmentation": "SegPGD", "depth": "DepthPGD"}
 
@@ -77,6 +78,7 @@ def test_a_record_says_all(task, kind, toys):
     record = _cell(task, kind)
     path = records.record_path("toy", task, "toys", "planted", "standard", kind)
     assert records.read_json(path) == record and set(record) == FIELDS
+    assert record["protocol"] == "paper"
     assert record["attack_name"] == {"clean": "none", "embed": "EmbedAttack", "task": NAMES[task]}[kind]
     assert (record["metric"], record["n"], record["nonfinite"]) == (metrics.METRIC[task], 8, 0)
     assert record["settings"]["attack"] == (None if kind == "clean" else Attack(steps=3).model_dump())
@@ -113,6 +115,35 @@ def test_a_record_is_reused_for_equal_inputs_alone(evaluations):
     for count, change in enumerate([{"attack": {"steps": 2}}, {"seed": 1}, {"depth": {"n_test": 5}}], 2):
         again = _cell("depth", "task", **change)
         assert len(evaluations) == count and again["key"] != first["key"], change
+
+
+def test_the_eigen_crop_and_the_stride_make_another_record(evaluations):
+    keys = {_cell("depth", "clean", depth={"crop": crop, "size": "original"})["key"] for crop in ("none", "eigen")}
+    keys |= {_cell("depth", "clean", depth={"size": size})["key"] for size in (16, 24)}
+    settings, test = planted.settings(), _test_set("segmentation")
+    for stride in (0.5, 0.25):
+        model = planted.model("segmentation", stride=stride)
+        keys.add(evaluate.cell(model, test, ("standard", 0), "clean", settings, "n")["key"])
+    assert len(keys) == len(evaluations) == 6
+
+
+def test_an_attack_without_settings_is_refused(toys):
+    settings = planted.settings().model_copy(update={"attack": None})
+    run = partial(evaluate.cell, planted.model("depth"), _test_set("depth"), ("standard", 0), notebook="n")
+    for refused in (lambda: run("embed", settings), lambda: evaluate.run_task("depth", settings, "n"),
+                    lambda: evaluate.examples("depth", settings), lambda: evaluate.effects(settings, "n")):  # fmt: skip
+        with pytest.raises(BadInput, match="no section 'attack'; add one"):
+            refused()
+    assert run("clean", settings)["settings"]["attack"] is None
+
+
+def test_targets_are_read_once_for_the_best_constant(toys, monkeypatch):
+    test, model, reads = _test_set("depth"), planted.model("depth"), []
+    original = datasets.Subset.__getitem__
+    monkeypatch.setattr(datasets.Subset, "__getitem__", lambda subset, i: reads.append(i) or original(subset, i))
+    found = [evaluate.cell(model, test, ("standard", 0), kind, planted.settings(), "n") for kind in evaluate.KINDS]
+    assert len(reads) == 4 * len(test)  # three evaluations and one look at the targets
+    assert len({record["chance"] for record in found}) == 1
 
 
 def test_the_attack_setting_is_no_part_of_a_clean_record(evaluations):
@@ -180,6 +211,86 @@ def test_checkpoints_between_are_evaluated_on_the_first_data_set_alone(tuned, mo
     assert found[3:] == [("toys2", "standard"), ("toys2", "deacl")]
 
 
+def test_an_encoder_is_loaded_and_hashed_once_for_all_data_sets(tuned, monkeypatch):
+    monkeypatch.setitem(datasets.DATASETS, "toys2", planted.TOYS)
+    loads, hashed = [], []
+    load, state_hash = encoders.load, records.state_hash
+    monkeypatch.setattr(encoders, "load", lambda *args: loads.append(args) or load(*args))
+    monkeypatch.setattr(records, "state_hash", lambda s: hashed.extend(k for k in s if "proj" in k) or state_hash(s))
+    section = tuned.depth.model_copy(update={"datasets": ["toys", "toys2"]})
+    evaluate.run_task("depth", tuned.model_copy(update={"depth": section}), "n")
+    assert len(loads) == 3 and len(hashed) == 2 * 3  # Standard and two DeACL epochs; two tensors each
+
+
+# --- rows that cannot be run ---
+
+
+@pytest.fixture
+def partly(tuned, monkeypatch):
+    """Two encoders, of which the weights of one are missing, and of two data sets one; missing: skip."""
+    load = encoders.load
+
+    def load_some(row, data_root="", weights=None):
+        if row.name == "gone":
+            raise BadInput("The checkpoint gone.pth does not exist; correct the path.")
+        return load(row, data_root, weights)
+
+    monkeypatch.setattr(encoders, "load", load_some)
+    rows = [{"name": "gone"}, {"name": "planted", "defenses": ["standard", "deacl"]}]
+    changes = {"encoders": rows, "missing": "skip", "depth": {"datasets": ["nowhere", "toys"]}}
+    return planted.settings(deacl=tuned.deacl.model_dump(), **changes)
+
+
+def _left():
+    return sorted(path.stem for path in (records.results_dir("toy") / "depth").glob("*__*__*__*.json"))
+
+
+def test_rows_that_cannot_be_run_are_skipped_with_the_reason(partly):
+    stale = records.results_dir("toy") / "depth" / "toys__gone__standard__clean.json"
+    records.write_json({}, stale)  # of a time when it was there
+    found = evaluate.run_task("depth", partly, "n")
+    rows = [(r["dataset"], r["encoder"], r["defense"], r["attack"]) for r in found]
+    assert rows == [("toys", "planted", d, kind) for d in ("standard", "deacl") for kind in evaluate.KINDS]
+    lost = evaluate.skipped("toy", "depth")
+    assert [(r["dataset"], r["encoder"], r["defense"]) for r in lost] == [
+        ("nowhere", "gone", "standard"), ("toys", "gone", "standard"), ("nowhere", "planted", "standard"),
+        ("nowhere", "planted", "deacl"),
+    ]  # fmt: skip
+    assert all(set(r) == {"dataset", "encoder", "defense", "why"} for r in lost)
+    assert "gone.pth" in lost[0]["why"] and "nowhere" in lost[2]["why"]
+    assert _left() == sorted(f"toys__planted__{d}__{kind}" for _, _, d, kind in rows) and not stale.exists()
+
+
+def test_missing_rows_stop_unless_skipping_is_asked_for(partly):
+    with pytest.raises(BadInput, match="gone.pth does not exist"):
+        evaluate.run_task("depth", partly.model_copy(update={"missing": "stop"}), "n")
+
+
+def test_the_list_of_skipped_rows_goes_when_nothing_is_skipped(partly):
+    evaluate.run_task("depth", partly, "n")
+    path = records.results_dir("toy") / "depth" / "skipped.json"
+    assert path.is_file() and path not in (records.results_dir("toy")).glob("*/*__*__*__*.json")
+    whole = planted.settings(encoders=[{"name": "planted"}], missing="skip")
+    assert len(evaluate.run_task("depth", whole, "n")) == 3 and not path.exists()
+    assert evaluate.skipped("toy", "depth") == []
+
+
+def test_rows_whose_deacl_was_skipped_are_skipped_for_its_reason(partly):
+    nowhere = planted.settings(deacl={"dataset": "nowhere"}, missing="skip", encoders=partly.encoders[1:])
+    assert deacl.finetune_all(nowhere.model_copy(update={"encoders": partly.encoders[1:]})) == {}
+    evaluate.run_task("classification", partly, "n")
+    lost = [r for r in evaluate.skipped("toy", "classification") if r["encoder"] == "planted"]
+    assert [(r["dataset"], r["defense"]) for r in lost] == [("toys", "deacl")] and "nowhere" in lost[0]["why"]
+
+
+def test_examples_are_of_the_first_row_that_can_be_used(partly):
+    with safe_open(evaluate.examples("depth", partly, 2), "pt") as file:
+        assert (file.metadata()["dataset"], file.metadata()["encoder"]) == ("toys", "planted")
+    nothing = partly.model_copy(update={"encoders": partly.encoders[:1]})
+    with pytest.raises(BadInput, match=r"gone.pth does not exist"):
+        evaluate.examples("depth", nothing, 2)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_examples_hold_images_and_what_was_said_of_them(task, tuned):
     path = evaluate.examples(task, tuned, 3)
@@ -196,3 +307,5 @@ def test_examples_hold_images_and_what_was_said_of_them(task, tuned):
     adv = attacks.attacked("task", model, shown["images"], shown["target"], test.ids[:3], tuned.attack, 0)
     assert torch.equal(shown["adv_task"], adv)
     assert torch.equal(shown["pred_task"], heads.labels(task, model(adv)))
+    before = path.read_bytes()
+    assert evaluate.examples(task, tuned, 3).read_bytes() == before

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save_file
 
-from ssl_robust import datasets, heads, metrics, records
+from ssl_robust import datasets, heads, metrics, records, released
+from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
 from ssl_robust.heads import HEADS, TaskModel
 from ssl_robust.settings import TASKS, BadInput, TaskSettings
 
@@ -195,7 +196,7 @@ def test_training_learns_and_leaves_the_encoder_alone(task, toys):
     assert all(not p.requires_grad and p.grad is None for p in encoder.parameters())
     scores = [h["held_out"] for h in history]
     best = min(scores) if task == "depth" else max(scores)
-    held_out = heads.features(encoder, val, 4, "cpu", dense=True)
+    held_out = heads.encoded(encoder, val, 4, "cpu", dense=True)
     assert heads._held_out_metric(task, head, encoder, held_out, 3) == pytest.approx(best)
     assert [h["epoch"] for h in history] == list(range(1, 26))
     assert history[-1]["loss"] < 0.9 * history[0]["loss"] and best != scores[0]
@@ -256,6 +257,69 @@ def test_training_on_images_of_different_sizes_is_refused(toys):
         heads.features(planted.encoder(), subset, 2, "cpu", dense=True)
 
 
+def _with_room_for(room, task, encoder, settings, monkeypatch):
+    """Head and history where `room` bytes of tokens may be kept."""
+    monkeypatch.setattr(heads, "CACHE", room)
+    head, history = heads.fit(task, encoder, *_subsets(task, settings, encoder), settings.task(task), 0, "cpu")
+    return records.state_hash(head.state_dict()), history
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_streamed_tokens_train_the_same_head_as_kept_ones(task, toys, monkeypatch):
+    settings, encoder = planted.settings(), planted.encoder()  # 3 epochs on 2 views
+    encodings, original = [], heads.encoded
+    monkeypatch.setattr(heads, "encoded", lambda *args: encodings.append(len(args[1])) or original(*args))
+    whole = _with_room_for(2**30, task, encoder, settings, monkeypatch)
+    kept = [n for n in encodings if n > 1]
+    assert sorted(kept) == [6, 12, 12]  # the held-out images once, each view once
+    encodings.clear()
+    assert _with_room_for(0, task, encoder, settings, monkeypatch) == whole
+    assert sorted(n for n in encodings if n > 1) == [6, 6, 6, 12, 12, 12]  # all in every epoch
+
+
+def test_the_embedded_encoder_trains_the_same_head_from_streamed_tokens(toys, monkeypatch):
+    encoder = Encoder(embedded_backbone(), "random", 16, IMAGENET_MEAN, IMAGENET_STD)
+    found = [_with_room_for(room, "depth", encoder, planted.settings(), monkeypatch) for room in (2**30, 0)]
+    assert found[0] == found[1]
+
+
+def test_tokens_are_kept_as_far_as_there_is_room(toys, monkeypatch):
+    settings, encoder = planted.settings(), planted.encoder()
+    subsets = _subsets("depth", settings, encoder)
+    of_train, of_val = (heads.token_bytes(encoder, subset, "cpu", True) for subset in subsets)
+    assert of_train == sum(part.nbytes for part in heads.features(encoder, subsets[0], 4, "cpu", True))
+
+    def sources(room, **section):
+        monkeypatch.setattr(heads, "CACHE", room)
+        section = settings.depth.model_copy(update=section)
+        found = heads.token_sources("depth", encoder, *subsets, section, "cpu")
+        return ["kept" if "_kept" in source.__qualname__ else "streamed" for source in found]
+
+    assert sources(2 * of_train + of_val) == ["kept", "kept"]
+    assert sources(2 * of_train + of_val - 1) == ["streamed", "kept"]
+    assert sources(of_val - 1) == ["streamed", "streamed"]
+    assert sources(2**30, views=3) == ["streamed", "kept"]  # each view serves once
+
+
+@pytest.mark.parametrize("groups", [(5, 5, 2), (12,), (1,) * 12, (3, 9)])
+@pytest.mark.parametrize("size", [1, 4, 12, 20])
+def test_regrouped_batches_hold_the_same_rows(groups, size):
+    rows = torch.arange(36.0).reshape(12, 3)
+    found = list(heads._regrouped(zip(rows.split(groups), (-rows).split(groups), strict=True), size))
+    assert [len(a) for a, _ in found] == [len(part) for part in rows.split(size)]
+    assert torch.equal(torch.cat([a for a, _ in found]), rows) and torch.equal(torch.cat([b for _, b in found]), -rows)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
+def test_streamed_images_of_different_sizes_are_refused_too(task, toys):
+    items = datasets.list_items("toys", task, "train", 0, "")[:3]
+    items[1] = items[1]._replace(image=items[1].image[:, 1:], target=items[1].target[1:])
+    subset = datasets.Subset("toys", task, items, datasets.transform(task, "test", "original", 16))
+    source = heads._streamed(planted.encoder(), subset, 2, "cpu", True)
+    with pytest.raises(BadInput, match="images of toys differ in size; set 'size'"):
+        list(source([0, 1, 2], 2))
+
+
 # --- heads on disk ---
 
 
@@ -290,6 +354,28 @@ def test_a_head_is_trained_again_for_other_inputs(trainings):
         assert len(trainings) == count, change
 
 
+def test_what_evaluation_alone_depends_on_is_no_part_of_a_head(trainings):
+    for section in ({}, {"stride": 0.25}, {"attack_batch": 2}, {"n_test": 3}):
+        heads.fitted("segmentation", "toys", planted.encoder(), planted.settings(segmentation=section))
+    heads.fitted("segmentation", "toys", planted.encoder(), planted.settings(protocol=["segpgd_two_means"]))
+    assert trainings == ["segmentation"]
+
+
+def test_the_released_recipe_makes_another_head(trainings):
+    for count, protocol in enumerate(["paper", ["head_recipe"], ["native_input"], "released"], 1):
+        model, _ = heads.fitted("segmentation", "toys", planted.encoder(), planted.settings(protocol=protocol))
+        assert len(trainings) == count and model.protocol == released.active(planted.settings(protocol=protocol))
+
+
+def test_head_files_are_the_same_bytes_each_time(toys):
+    found = set()
+    for profile in "abcdef":  # the order of two metadata entries would be another one in half of all files
+        heads.fitted("depth", "toys", planted.encoder(), planted.settings(profile=profile, depth={"epochs": 1}))
+        found.add(heads.head_path(profile, "depth", "toys", "planted", "standard").read_bytes())
+    assert len(found) == 1
+    assert set(load(found.pop())) == {"conv.weight", "conv.bias"}
+
+
 def test_a_damaged_head_is_trained_again(trainings):
     heads.fitted("depth", "toys", planted.encoder(), planted.settings())
     path = heads.head_path("toy", "depth", "toys", "planted", "standard")
@@ -309,6 +395,42 @@ def test_fit_all_lists_every_head(toys, monkeypatch):
     assert table["task"].tolist() == list(TASKS)
     assert table["metric"].tolist() == [metrics.METRIC[t] for t in TASKS]
     assert (table["epoch"].between(1, 3)).all() and table["held_out"].notna().all()
+
+
+def _absent(name):
+    """A loader that knows every row but `name`."""
+
+    def load(row, root, weights=None):
+        if row.name == name:
+            raise BadInput(f"The checkpoint of {name} does not exist; correct the path.")
+        return planted.encoder()
+
+    return load
+
+
+def test_fit_all_skips_what_is_missing_and_says_why(toys, monkeypatch):
+    monkeypatch.setattr(heads.encoders, "load", _absent("gone"))
+    rows = [{"name": "gone"}, {"name": "planted"}]
+    settings = planted.settings(encoders=rows, missing="skip", depth={"datasets": ["toys", "nowhere"]})
+    path = records.results_dir("toy") / "heads" / "skipped.json"
+    table = heads.fit_all(settings)
+    assert list(zip(table["task"], table["encoder"], strict=True)) == [(task, "planted") for task in TASKS]
+    lost = records.read_json(path)
+    assert [(r["task"], r["dataset"], r["encoder"]) for r in lost] == [
+        ("classification", "toys", "gone"), ("segmentation", "toys", "gone"), ("depth", "toys", "gone"),
+        ("depth", "nowhere", "gone"), ("depth", "nowhere", "planted"),
+    ]  # fmt: skip
+    assert "checkpoint of gone" in lost[0]["why"] and "nowhere" in lost[-1]["why"]
+    with pytest.raises(BadInput, match="checkpoint of gone"):
+        heads.fit_all(settings.model_copy(update={"missing": "stop"}))
+    heads.fit_all(planted.settings(encoders=rows[1:], missing="skip"))
+    assert not path.exists()
+
+
+def test_fit_all_with_nothing_left_is_an_empty_table(toys, monkeypatch):
+    monkeypatch.setattr(heads.encoders, "load", _absent("planted"))
+    table = heads.fit_all(planted.settings(missing="skip"))
+    assert table.empty and {"task", "dataset", "encoder", "metric", "first_loss", "last_loss"} <= set(table)
 
 
 def test_predictions_for_pictures(toys):

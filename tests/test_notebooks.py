@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from make_reference import INJECTED, PROJECT, REFERENCE, environment, stages
+from make_reference import INJECTED, PROJECT, REFERENCE, checked, environment, stages
 from nbformat import NotebookNode, v4
 
 from ssl_robust.settings import BadInput, Settings, check, read_params
@@ -209,20 +209,20 @@ def sources(path: Path) -> list[str]:
 
 
 def test_references_are_of_the_present_notebooks() -> None:
-    present = {name: sources(PROJECT / "notebooks" / f"{name}.ipynb") for name in stages()}
-    reference = {name: sources(REFERENCE / f"{name}.ipynb") for name in stages(REFERENCE)}
+    present = {name: sources(PROJECT / "notebooks" / f"{name}.ipynb") for name in checked()}
+    reference = {name: sources(REFERENCE / f"{name}.ipynb") for name in checked(REFERENCE)}
     changed = [name for name in present | reference if present.get(name) != reference.get(name)]
     assert changed == [], "run make reference and look at what differs"
 
 
-@pytest.mark.parametrize("name", stages())
+@pytest.mark.parametrize("name", checked())
 def test_reference_checks_something(name: str) -> None:
     cells = code_cells(nbformat.read(REFERENCE / f"{name}.ipynb", as_version=4))
     assert any(cell.outputs for cell in cells), "no cell with an output is marked # NBVAL_CHECK_OUTPUT"
 
 
 def test_nbval_regression(tmp_path: Path) -> None:
-    """Runs 00..06 in order in an empty project folder; cells marked NBVAL_CHECK_OUTPUT must print what they printed."""
+    """Runs all in order in an empty project folder; cells marked NBVAL_CHECK_OUTPUT must print what they printed."""
     nbval = ["--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider", str(REFERENCE)]
     command = [sys.executable, "-m", "pytest", *nbval]
     done = subprocess.run(command, cwd=PROJECT, env=environment(tmp_path), capture_output=True, text=True, check=False)

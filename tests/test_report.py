@@ -532,3 +532,14 @@ def test_a_damaged_record_is_named(project):
     path.write_text(json.dumps(PAPER["depth"][0])[:50])
     with pytest.raises(BadInput, match="scenes__embedded_vit__deacl__task.json is damaged"):
         report.write_table(3, "test")
+
+
+def test_effects_of_protocols_are_written_as_changes_against_the_papers(root):
+    common = {"task": "depth", "dataset": "scenes", "encoder": "e", "metric": "RMSE", "n": 8}
+    values = {"clean": 0.5, "clean_se": 0.01, "embed": 0.7, "embed_se": 0.02, "attack": 1.0, "attack_se": 0.03}
+    other = values | {"attack": 0.8}
+    effects = pd.DataFrame([common | {"protocol": n} | v for n, v in (("paper", values), ("depth_warmup", other))])
+    text = report.write_effects(effects, "mine")
+    assert "| depth_warmup | 0.500 ± 0.010 (0.000) | 0.700 ± 0.020 (0.000) | 0.800 ± 0.030 (−0.200) |" in text
+    assert (root / "figures/mine/protocols.md").read_text(encoding="utf-8") == text
+    assert list(pd.read_csv(root / "figures/mine/protocols.csv")["protocol"]) == ["paper", "depth_warmup"]

@@ -166,6 +166,54 @@ def test_check_lists_all_missing_things(
     assert outcome(capfd, "--check", "--profile", "tiny")[::2] == (0, "")
 
 
+def test_check_lists_parameters_of_every_section(project: Path, capfd: pytest.CaptureFixture) -> None:
+    wrong = {"attack": {"eps": "8/255"}, "seed": -1, "epsilon": 0.1, "encoders": [{"name": "a/b"}]}
+    write_profile(project, PROFILE | wrong)
+    for flag in ("--check", "--plan"):
+        code, out, err = outcome(capfd, flag, "--profile", "tiny")
+        assert (code, out) == (2, "") and err.count("\n") == 4
+        assert all(word in err for word in ("attack.eps", "'seed'", "'epsilon'", "'encoders.0.name'"))
+    assert outcome(capfd, "--plan", "--profile", "nope")[2].startswith("There is no profile 'nope'")
+
+
+def test_check_lists_folder_sections_and_data_together_and_skipped_ones_as_warnings(
+    project: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssl_robust import datasets
+
+    monkeypatch.setattr(datasets, "check", lambda settings: [f"No cifar10 in {settings.data_root}."])
+    write_notebook(project)
+    write_profile(project, PROFILE | {"attack": None})
+    code, out, err = outcome(capfd, "--check", "--profile", "tiny", "--data", "not/there")
+    assert (code, out) == (2, "") and [line.split(";")[0] for line in err.splitlines()] == [
+        "The data folder 'not/there' does not exist",
+        "Notebook 00_try needs the section 'attack'",
+        "No cifar10 in not/there.",
+    ]
+    write_profile(project, PROFILE | {"missing": "skip"})
+    code, out, err = outcome(capfd, "--check", "--profile", "tiny")
+    assert (code, err) == (0, "") and out.startswith("Warning: No cifar10 in .\n")
+
+
+def test_plan_is_printed_and_nothing_is_run(
+    project: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssl_robust import datasets
+
+    monkeypatch.setattr(datasets, "check", lambda settings: ["No cifar10; get it."])
+    write_notebook(project, "raise SystemExit")
+    code, out, err = outcome(capfd, "--plan", "--profile", "tiny")
+    assert (code, err) == (0, "") and out.startswith("Plan of profile tiny; nothing is run.")
+    assert out.endswith("Missing:\n- No cifar10; get it.\n") and not (project / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [(), ("00_try", "--check"), ("--plan", "--check")])
+def test_one_thing_is_asked_for(arguments: tuple[str, ...], capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run.main([*arguments])
+    assert "name a notebook, or give --check or --plan" in capfd.readouterr().err
+
+
 def test_progress_estimates_and_keeps_quiet_when_short(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +281,12 @@ def would_run(tree: Path, *arguments: str) -> list[str]:
         ("README.md", ""),
         ("ssl_robust/run.py", ""),
         ("ssl_robust/pretrain.py", ""),
+        ("ssl_robust/plan.py", ""),
+        ("ssl_robust/fetch.py", ""),
         ("ssl_robust/scenes.py", "00 01 02 03 04 05 06"),
+        ("ssl_robust/catalogue.py", "00 01 02 03 04 05 06"),
+        ("ssl_robust/checkpoints.py", "01 02 03 04 05 06"),
+        ("ssl_robust/released.py", "01 02 03 04 05 06"),
         ("ssl_robust/plots.py", "00 01 02 03 04 05 06"),
         ("ssl_robust/heads.py", "01 02 03 04 05 06"),
         ("ssl_robust/weights/w.safetensors", "01 02 03 04 05 06"),
@@ -300,8 +353,47 @@ def test_make_refuses_a_profile_that_is_no_name(profile: str, tree: Path) -> Non
 
 def test_make_help_is_the_default_and_lists_every_target(tree: Path) -> None:
     listed = make(tree).stdout
-    asked = {"help", "env", "paper", "table1", "table2", "table3", "fig1", "fig2", "lab", "test", "clean", "encoder"}
+    asked = {
+        "help",
+        "env",
+        "plan",
+        "data",
+        "notebook",
+        "paper",
+        "table1",
+        "table2",
+        "table3",
+        "fig1",
+        "fig2",
+        "lab",
+        "test",
+        "clean",
+        "encoder",
+    }
     assert asked - set(listed.split()) == set()
+
+
+def test_make_passes_profile_and_data_on(tree: Path) -> None:
+    (tree / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tree / "params/other.yaml").touch()
+    where = ["PROFILE=other", "DATA=my images"]
+    assert make(tree, "plan", *where).stdout == "-m ssl_robust.run --profile other --data my images --plan\n"
+    assert make(tree, "data", *where).stdout == "-m ssl_robust.fetch --profile other --data my images\n"
+    said = make(tree, "notebook", "NAME=appendix_protocols", *where).stdout.splitlines()
+    ask = "-m ssl_robust.run --profile other --data my images "
+    assert said == [ask + "--check", ask + "appendix_protocols"]
+    refused = make(tree, "notebook", *where)
+    assert refused.returncode == 2 and refused.stderr.startswith(
+        "NAME is empty; write for example: make notebook NAME="
+    )
+
+
+def test_make_stops_at_the_check_before_any_notebook(tree: Path) -> None:
+    (tree / "python").write_text('#!/bin/sh\necho "$@" >> log\ncase "$*" in *--check) exit 2 ;; esac\n')
+    for stage in STAGES:
+        (tree / f"results/demo/{stage}.json").unlink()
+    assert make(tree, "-j2", "paper").returncode == 2
+    assert set((tree / "log").read_text().splitlines()) == {"-m ssl_robust.run --profile demo --data  --check"}
 
 
 def test_make_wants_a_recent_python(tree: Path) -> None:

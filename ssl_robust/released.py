@@ -1,0 +1,273 @@
+"""Where the authors' released code departs from the paper's text, each departure under a name of its own.
+
+The main code follows the paper and asks here at few places. `protocol: released` switches all departures on, a list of
+names single ones. Everything here takes `names`, those that are active; the empty set gives what the paper says.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+from . import metrics
+from .datasets import IGNORE, Subset
+from .settings import TASKS, Settings
+
+Names = frozenset[str]
+Statistic = Callable[[str, Tensor, Tensor, int], Tensor]
+
+WARM_UP = 100  # calls of a new depth loss that leave its variance term out
+RECIPE = {"classification": {"batch": 128}, "segmentation": {"lr": 1e-3, "weight_decay": 1e-4}}
+STRIDES = {518: 341 / 518}  # of the window of `native` px; 100 px of 224 for DINO, taken for every other size as well
+STRIDE = 100 / 224
+
+
+class Difference(TypedDict):
+    """One departure: the tasks it concerns, what the paper does, what the released code does."""
+
+    tasks: tuple[str, ...]
+    paper: str
+    released: str
+
+
+DIFFERENCES: dict[str, Difference] = {
+    "embed_mse": {
+        "tasks": TASKS,
+        "paper": "EmbedAttack makes the L2 distance between attacked and clean embedding large.",
+        "released": (
+            "It makes their mean squared error large. The sign of the gradient is the same, so images "
+            "differ by rounding."
+        ),
+    },
+    "pgd_scaled_logits": {
+        "tasks": ("classification",),
+        "paper": "PGD makes the cross-entropy of the logits large.",
+        "released": (
+            "Logits are first divided by their largest value where that is above 1, held constant: the "
+            "attack sees a less certain classifier."
+        ),
+    },
+    "segpgd_two_means": {
+        "tasks": ("segmentation",),
+        "paper": "SegPGD sums the loss over right and over wrong pixels and divides both sums by HW.",
+        "released": (
+            "Each of the two sets is averaged on its own, so a few pixels can weigh as much as all the others."
+        ),
+    },
+    "window_probabilities": {
+        "tasks": ("segmentation",),
+        "paper": "Where windows overlap, logits are averaged, and the cross-entropy is of logits.",
+        "released": (
+            "Softmax probabilities are averaged, and SegPGD's cross-entropy takes them for logits: softmax twice."
+        ),
+    },
+    "class0_ignored": {
+        "tasks": ("segmentation",),
+        "paper": "Every class counts in mIoU, the background of VOC 2012 among them.",
+        "released": (
+            "Class 0 stands for unlabelled pixels everywhere, so a background class counts neither in "
+            "mIoU nor in SegPGD."
+        ),
+    },
+    "depth_warmup": {
+        "tasks": ("depth",),
+        "paper": "DepthPGD makes the training loss of the depth head large.",
+        "released": (
+            "The loss is built anew for each image and is in its warm-up for 100 calls, in which L_pixel "
+            "is only sqrt(0.15) |mean log error|."
+        ),
+    },
+    "depth_unmasked": {
+        "tasks": ("depth",),
+        "paper": "RMSE is over the pixels whose true depth is known.",
+        "released": (
+            "RMSE under attack is over all pixels, those without a true depth counting as 0 m; clean RMSE is not."
+        ),
+    },
+    "depth_flipped": {
+        "tasks": ("depth",),
+        "paper": "Test images are shown as they are.",
+        "released": "Test images and their depth maps are flipped left to right at random.",
+    },
+    "depth_mean_of_images": {
+        "tasks": ("depth",),
+        "paper": "RMSE is the root of the mean over the pixels of all images.",
+        "released": "RMSE is computed for each image, and the mean of these is reported.",
+    },
+    "head_recipe": {
+        "tasks": ("classification", "segmentation"),
+        "paper": (
+            "Classification heads train in batches of 16; segmentation heads with learning rate 1e-4 and "
+            "weight decay 1e-3."
+        ),
+        "released": ("Batches of 128 for classification; learning rate 1e-3 and weight decay 1e-4 for segmentation."),
+    },
+    "native_input": {
+        "tasks": TASKS,
+        "paper": "Images are used at the size of the data set's protocol, depth at 480x640 px.",
+        "released": "The short side of every image is resized to the encoder's native px in every task.",
+    },
+    "dense_stride": {
+        "tasks": ("segmentation",),
+        "paper": "The window moves by the stride of the profile, 341 px of 518 for DINOv2.",
+        "released": "It moves by 100 px of 224 for DINO and by 341 px of 518 for DINOv2.",
+    },
+}
+# Attacks that a difference bears on, where it is not all of them and the clean value too
+TOUCHES = {
+    "embed_mse": ("embed",), "pgd_scaled_logits": ("task",), "segpgd_two_means": ("task",),
+    "depth_warmup": ("task",), "depth_unmasked": ("embed", "task"),
+}  # fmt: skip
+OTHER_HEADS = {"head_recipe", "native_input"}  # differences under which heads are trained otherwise
+
+
+def active(settings: Settings) -> Names:
+    """Names of the departures that `settings.protocol` switches on."""
+    named = {"paper": (), "released": DIFFERENCES}
+    return frozenset(named[settings.protocol] if isinstance(settings.protocol, str) else settings.protocol)
+
+
+def label(names: Names) -> str | list[str]:
+    """How records write a protocol: 'paper', 'released', or the sorted names in between."""
+    return {0: "paper", len(DIFFERENCES): "released"}.get(len(names), sorted(names))
+
+
+def adjusted(settings: Settings, native: int) -> Settings:
+    """`settings` with the head recipe, input size and stride of the active protocol, for an encoder of `native` px."""
+    names, changes = active(settings), {}
+    for task in (task for task in TASKS if getattr(settings, task)):
+        change: dict[str, Any] = dict(RECIPE.get(task, {})) if "head_recipe" in names else {}
+        if "native_input" in names:
+            change["size"] = "native"
+        if "dense_stride" in names and task == "segmentation":
+            change["stride"] = STRIDES.get(native, STRIDE)
+        changes[task] = settings.task(task).model_copy(update=change)
+    return settings.model_copy(update=changes)
+
+
+# --- attacks ---
+
+
+def attack_loss(kind: str, task: str, names: Names) -> list[Callable[..., Tensor]]:
+    """The loss that replaces the one of attacks.py for the attack `kind` ('embed' or 'task'); empty: none does."""
+    role = "embed" if kind == "embed" else task
+    name, loss = {
+        "embed": ("embed_mse", mean_square),
+        "classification": ("pgd_scaled_logits", scaled_cross_entropy),
+        "segmentation": ("segpgd_two_means", two_means),
+        "depth": ("depth_warmup", warm_up),
+    }[role]
+    return [loss] if name in names else []
+
+
+def mean_square(embedding: Tensor, clean: Tensor) -> Tensor:
+    """Mean squared error of embeddings (B, F) -> (B,)."""
+    return (embedding - clean).square().mean(1)
+
+
+def scaled_cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross-entropy (B,) of logits (B, C) divided by max(1, largest logit), which gets no gradient."""
+    return F.cross_entropy(logits / logits.detach().amax(1, keepdim=True).clamp(min=1), truth, reduction="none")
+
+
+def two_means(logits: Tensor, mask: Tensor, weight: float) -> Tensor:
+    """(1-weight) * mean loss of right pixels + weight * mean loss of wrong ones -> (B,); an empty set counts as 0.
+
+    logits (B, C, H, W), mask (B, H, W) with IGNORE where a pixel is in neither set.
+    """
+    pixel = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="none").flatten(1)  # 0 where ignored
+    right, seen = (logits.argmax(1) == mask).flatten(1), (mask != IGNORE).flatten(1)
+    means = [(pixel * chosen).sum(1) / chosen.sum(1).clamp(min=1) for chosen in (right & seen, ~right & seen)]
+    return (1 - weight) * means[0] + weight * means[1]
+
+
+def warm_up(g: Tensor, valid: Tensor) -> Tensor:
+    """What eq. 4 is in the warm-up, per image (B,): sqrt(0.15) * |mean of g| over the valid pixels of g (B, H, W)."""
+    return 0.15**0.5 * (g.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)).abs()
+
+
+# --- predictions and test images ---
+
+
+def window_prediction(predict: Callable[[Tensor], Tensor], names: Names) -> Callable[[Tensor], Tensor]:
+    """What is averaged where windows overlap: logits (B, C, H, W), or their softmax."""
+    return (lambda crops: predict(crops).softmax(1)) if "window_probabilities" in names else predict
+
+
+def has_background(classes: tuple[str, ...], names: Names) -> bool:
+    """Whether class 0 is left out: only a background is, other data sets mark unlabelled pixels as IGNORE anyway."""
+    return "class0_ignored" in names and classes[:1] == ("background",)
+
+
+def test_images(test: Subset, names: Names) -> Subset:
+    """The test images as they are attacked and judged: flipped at random (by seed and image), class 0 as IGNORE."""
+    steps: list[Callable] = []
+    if test.task == "depth" and "depth_flipped" in names:
+        steps.append(v2.RandomHorizontalFlip())
+    if test.task == "segmentation" and has_background(test.classes, names):
+        steps.append(_without_class0)
+    if steps:
+        test = copy.copy(test)
+        test.transform = v2.Compose([test.transform, *steps])
+    return test
+
+
+def _without_class0(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return image, mask.masked_fill(mask == 0, IGNORE)
+
+
+# --- metrics ---
+
+
+def statistics(task: str, kind: str, names: Names) -> Statistic:
+    """What is kept of each image under the attack `kind`: metrics.statistics, or for depth (RMSE, 1)."""
+    if task != "depth" or not names & {"depth_unmasked", "depth_mean_of_images"}:
+        return metrics.statistics
+
+    def depth_statistics(task: str, prediction: Tensor, target: Tensor, classes: int) -> Tensor:
+        valid = torch.ones_like(target, dtype=torch.bool) if unmasked(kind, names) else metrics.valid_depth(target)
+        stats = metrics.depth_statistics(prediction, target, valid)
+        return _rmse_of_images(stats) if "depth_mean_of_images" in names else stats
+
+    return depth_statistics
+
+
+def unmasked(kind: str, names: Names) -> bool:
+    """Whether pixels without a true depth count."""
+    return kind != "clean" and "depth_unmasked" in names
+
+
+def _rmse_of_images(stats: Tensor) -> Tensor:
+    """(sum of squares, pixels) of each image -> (its RMSE, 1), or (0, 0) where no pixel counts."""
+    pixels = stats[:, 1]
+    return torch.stack([(stats[:, 0] / pixels.clamp(min=1)).sqrt(), (pixels > 0).double()], 1)
+
+
+def reduction(task: str, classes: tuple[str, ...], names: Names) -> metrics.Reduction:
+    """How sums of `statistics` over images become the metric; see metrics.value_of_sums."""
+    if task == "depth" and "depth_mean_of_images" in names:
+        return lambda task, sums, n: sums[:, 0] / sums[:, 1].clamp(min=1)
+    if task == "segmentation" and has_background(classes, names):
+        return lambda task, sums, n: metrics.mean_iou(*(part[:, 1:] for part in metrics.overlaps(sums)))
+    return metrics.value_of_sums
+
+
+def constant_value(task: str, targets: list[Tensor], classes: int, everywhere: bool, names: Names) -> float:
+    """metrics.constant_value as the active protocol judges it; `everywhere`: see unmasked."""
+    if task != "depth" or not (everywhere or "depth_mean_of_images" in names):
+        return metrics.constant_value(task, targets, classes)
+    depths = [(t if everywhere else t[metrics.valid_depth(t)]).double().flatten() for t in targets]
+    if "depth_mean_of_images" not in names:
+        return float(torch.cat(depths).std(correction=0))
+    # the mean of RMSEs has no best constant in closed form, but is convex in it: a fine grid finds it
+    mean, variance = (torch.stack([f(d) for d in depths if len(d)]) for f in (torch.mean, _variance))
+    grid = torch.linspace(0, metrics.MAX_DEPTH, 2001, dtype=torch.float64)
+    return float(((grid[:, None] - mean) ** 2 + variance).sqrt().mean(1).min())
+
+
+def _variance(depths: Tensor) -> Tensor:
+    return depths.var(correction=0)

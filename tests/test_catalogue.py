@@ -1,0 +1,425 @@
+"""Each data set in its official layout: what is listed, read and refused; on the real files too, where they are."""
+
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+import torch
+import trees
+from torchvision import datasets as tv_datasets
+from torchvision.datasets.voc import DATASET_YEAR_DICT
+
+from ssl_robust import catalogue, datasets
+from ssl_robust.catalogue import DATASETS, IGNORE
+from ssl_robust.datasets import Subset
+from ssl_robust.settings import BadInput
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def _subset(root, name, task, split="test", counts="any"):
+    items = datasets.list_items(name, task, split, 0, str(root), counts)
+    return Subset(name, task, items, lambda image, target: (image, target), root=str(root))
+
+
+def _refused(root, name, task, words, split="test"):
+    with pytest.raises(BadInput, match=words) as refusal:
+        _subset(root, name, task, split)
+    assert "\n" not in str(refusal.value)
+
+
+# --- every entry ---
+
+
+@pytest.mark.parametrize("name", [n for n in DATASETS if n != "scenes"])
+def test_entries_say_how_they_are_obtained(name):
+    data = DATASETS[name]
+    assert data.layout and data.counts["train"] and data.gigabytes > 0 and "deacl" in data.tasks
+    assert bool(data.archives) != bool(data.by_hand)
+    assert all(a.url.startswith("http") and a.size > 1000 and ":" in a.checksum for a in data.archives)
+    assert all("test" in data.counts for task in data.tasks if task != "deacl")
+    for task in data.tasks:
+        with pytest.raises(BadInput, match=f"'{name}' .train. was not found in the data folder"):
+            datasets.list_items(name, task, "train", 0, "nowhere")
+
+
+def test_addresses_and_checksums_are_torchvisions():
+    for name, theirs in (("cifar10", tv_datasets.CIFAR10), ("cifar100", tv_datasets.CIFAR100)):
+        (ours,) = DATASETS[name].archives
+        assert (ours.url, ours.checksum, ours.place) == (theirs.url, f"md5:{theirs.tgz_md5}", theirs.base_folder)
+        listed = {f"{theirs.base_folder}/{file}": md5 for file, md5 in theirs.train_list + theirs.test_list}
+        assert listed.items() <= DATASETS[name].md5.items()
+    (ours,), theirs = DATASETS["stl10"].archives, tv_datasets.STL10
+    assert (ours.url, ours.checksum, ours.place) == (theirs.url, f"md5:{theirs.tgz_md5}", theirs.base_folder)
+    listed = {f"stl10_binary/{file}": md5 for file, md5 in theirs.train_list + theirs.test_list}
+    assert DATASETS["stl10"].md5.items() <= listed.items() and len(DATASETS["stl10"].md5) == 4
+    (ours,), theirs = DATASETS["voc2012"].archives, DATASET_YEAR_DICT["2012"]
+    assert (ours.checksum, ours.place) == (f"md5:{theirs['md5']}", theirs["base_dir"])
+
+
+# --- classification ---
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_batches(tmp_path, name):
+    trees.cifar(tmp_path, name)
+    train, test = (_subset(tmp_path, name, "classification", split) for split in ("train", "test"))
+    assert len(train) == (20 if name == "cifar10" else 4) and len(test) == 4 and len(set(train.ids)) == len(train)
+    image, label = test[3]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and label == 9
+    assert (image[0] == 3).all() and image[1, :, 5].tolist() == list(range(32)) and not image[2].any()
+    image.zero_()  # what is done to an image leaves the file's content as it was
+    assert (test[3][0][0] == 3).all()
+    assert test.classes[9] == {"cifar10": "truck", "cifar100": "class9"}[name]
+    assert _subset(tmp_path, name, "deacl", "train")[1][0].shape == (3, 32, 32)
+
+
+class _Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({"data": 1}), pickle.dumps([1]), "bomb", "half"])
+def test_cifar_files_are_never_executed(tmp_path, monkeypatch, content):
+    trees.cifar(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    batch = tmp_path / "cifar-10-batches-py" / "test_batch"
+    whole = batch.read_bytes()
+    batch.write_bytes({"bomb": pickle.dumps(_Bomb()), "half": whole[: len(whole) // 2]}.get(content, content))
+    _refused(tmp_path, "cifar10", "classification", f"file {batch} cannot be read .*fetch it again")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_cifar_as_image_folder_unless_the_batches_are_there(tmp_path):
+    trees.image_folder(tmp_path, "cifar10")
+    assert _subset(tmp_path, "cifar10", "classification").ids[0] == "cifar10/test/airplane/0.png"
+    trees.image_folder(tmp_path, "cifar100", ("bear", "apple"))
+    subset = _subset(tmp_path, "cifar100", "classification")
+    assert subset.classes == ("apple", "bear") and [t for _, t in subset] == [0] * 3 + [1] * 3
+    (tmp_path / "cifar10" / "test" / "zebra").mkdir()
+    _refused(
+        tmp_path, "cifar10", "classification", "cifar10/train and cifar10/test differ in class folders: zebra; give"
+    )
+    (tmp_path / "cifar10" / "train" / "zebra").mkdir()
+    _refused(tmp_path, "cifar10", "classification", "class folders missing or too many: zebra; correct them")
+    trees.cifar(tmp_path)
+    assert _subset(tmp_path, "cifar10", "classification").ids[0] == "cifar-10-batches-py/test_batch/0"
+    (tmp_path / "cifar-10-batches-py" / "test_batch").unlink()
+    _refused(tmp_path, "cifar10", "classification", "'cifar10' .test. was not found")
+    trees.cifar(tmp_path, "cifar100")
+    meta = tmp_path / "cifar-100-python" / "meta"
+    for content, words in ((pickle.dumps({}), f"{meta} cannot be read"), (None, "cifar-100-python lacks meta")):
+        meta.write_bytes(content) if content else meta.unlink()
+        _refused(tmp_path, "cifar100", "classification", words)
+
+
+def test_stl10_binaries(tmp_path):
+    trees.stl10(tmp_path)
+    subset = _subset(tmp_path, "stl10", "classification")
+    image, label = subset[4]
+    assert image.shape == (3, 96, 96) and label == 4 and subset.classes[label] == "deer"
+    assert (image[0] == 4).all() and image[1, :, 7].tolist() == image[2, 7].tolist() == list(range(96))
+    file = tmp_path / "stl10_binary" / "test_X.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    _refused(tmp_path, "stl10", "classification", f"file {file} cannot be read")
+    file.unlink()
+    _refused(tmp_path, "stl10", "classification", "'stl10' .test. was not found")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_tiny_imagenet_unpacked_or_zipped(tmp_path, zipped):
+    trees.tiny_imagenet(tmp_path, zipped)
+    train, test = (_subset(tmp_path, "tiny_imagenet", "classification", split) for split in ("train", "test"))
+    assert train.classes == ("goldfish", "bullfrog", "n03")  # sorted by wnid; one without words
+    assert [label for _, label in train] == [0] * 4 + [1] * 4 + [2] * 4 and "train/n02/images/n02_0" in train.ids[4]
+    assert [label for _, label in test] == [2, 0, 1, 2, 0] and test[0][0].shape == (3, 16, 16)
+    assert len({train.hash, test.hash}) == 2 and len(_subset(tmp_path, "tiny_imagenet", "deacl", "train")) == 12
+
+
+def test_zipped_images_are_read_in_workers_too(tmp_path):
+    trees.tiny_imagenet(tmp_path, zipped=True)
+    subset = _subset(tmp_path, "tiny_imagenet", "classification", "train")
+    here = [image for image, _ in subset]  # opens the archive in this process before the workers are forked
+    loader = torch.utils.data.DataLoader(subset, 2, num_workers=2)
+    assert torch.equal(torch.cat([images for images, _ in loader]), torch.stack(here))
+
+
+def test_incomplete_tiny_imagenet_is_refused(tmp_path):
+    trees.tiny_imagenet(tmp_path)
+    home = tmp_path / "tiny-imagenet-200"
+    (home / "val" / "images" / "val_3.JPEG").unlink()
+    _refused(tmp_path, "tiny_imagenet", "classification", r"lacks val/images/val_3.JPEG \(1 missing\); restore")
+    shutil.rmtree(home / "train" / "n02")
+    _refused(tmp_path, "tiny_imagenet", "classification", "differs from wnids.txt in the class n02", "train")
+    (home / "wnids.txt").unlink()
+    _refused(tmp_path, "tiny_imagenet", "classification", "lacks wnids.txt; restore it", "train")
+    shutil.rmtree(home / "train")
+    (home / "a.zip").write_bytes(b"PK no zip")
+    _refused(tmp_path, "tiny_imagenet", "classification", f"file {home}/a.zip cannot be read")
+
+
+# --- segmentation ---
+
+
+def test_voc_lists_decide(tmp_path):
+    trees.voc(tmp_path)
+    home = tmp_path / "VOCdevkit" / "VOC2012"
+    assert len(_subset(tmp_path, "voc2012", "segmentation", "train")) == 8
+    (home / "SegmentationClass" / "2007_val1.png").unlink()
+    _refused(
+        tmp_path, "voc2012", "segmentation", r"SegmentationClass lacks 2007_val1.png \(1 missing\); restore what val"
+    )
+    (home / "JPEGImages" / "2007_val0.jpg").unlink()
+    _refused(tmp_path, "voc2012", "segmentation", r"JPEGImages lacks 2007_val0.jpg \(2 missing\)")
+
+
+def test_ade20k_labels_shift_by_one(tmp_path):
+    trees.ade20k(tmp_path)
+    subset = _subset(tmp_path, "ade20k", "segmentation")
+    mask = subset[0][1]
+    assert len(subset) == 3 and mask.dtype == torch.uint8
+    assert mask[1].tolist() == [IGNORE, *range(25)] and mask[0, 0] == 149
+    assert len(subset.classes) == 150 and subset.classes[0] == "thing 1" and subset.classes[149] == "thing 150"
+    assert len(_subset(tmp_path, "ade20k", "segmentation", "train")) == 6
+    info = tmp_path / "ADEChallengeData2016" / "objectInfo150.txt"
+    whole = info.read_text()
+    info.write_text(whole.replace("\t", "   "))
+    assert datasets.class_names("ade20k", "segmentation", str(tmp_path)) == subset.classes
+    info.write_text(whole[:500])
+    with pytest.raises(BadInput, match=f"{info} cannot be read"):
+        datasets.class_names("ade20k", "segmentation", str(tmp_path))
+    home = tmp_path / "ADEChallengeData2016"
+    (home / "annotations" / "validation" / "ADE_validation_1.png").unlink()
+    _refused(tmp_path, "ade20k", "segmentation", r"validation lacks ADE_validation_1.png \(1 missing\)")
+    (home / "images" / "training" / "ADE_training_1.jpg").unlink()
+    _refused(tmp_path, "ade20k", "segmentation", "images/training has no image for .*ADE_training_1.png", "train")
+    (home / "objectInfo150.txt").unlink()
+    with pytest.raises(BadInput, match="lacks objectInfo150.txt .* it names the 150 classes"):
+        datasets.class_names("ade20k", "segmentation", str(tmp_path))
+
+
+def test_cityscapes_label_ids_become_train_ids(tmp_path):
+    trees.cityscapes(tmp_path)
+    subset = _subset(tmp_path, "cityscapes", "segmentation")
+    assert len(subset) == 2 and len(subset.classes) == 19 and subset.ids[0] == "ulm_000000_000019"
+    train_ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    expected = [train_ids.index(i) if i in train_ids else IGNORE for i in range(34)]
+    assert subset[0][1][0].tolist() == expected and subset.classes[expected[26]] == "car"
+    (tmp_path / "cityscapes" / "gtFine" / "val" / "ulm" / "ulm_000001_000019_gtFine_labelIds.png").unlink()
+    _refused(tmp_path, "cityscapes", "segmentation", "lacks ulm_000001_000019_gtFine_labelIds.png .*restore the labels")
+
+
+def test_masks_of_colours_are_refused_by_name(tmp_path):
+    trees.cityscapes(tmp_path)
+    subset = _subset(tmp_path, "cityscapes", "segmentation")
+    file = subset.items[0].target.file
+    trees.stored(file, np.zeros((8, 34, 3), np.uint8))
+    with pytest.raises(BadInput, match=f"{file} cannot be read"):
+        subset[0]
+
+
+# --- depth ---
+
+
+def test_nyu_mat_file_with_the_official_split(tmp_path):
+    trees.nyuv2(tmp_path)
+    train, test = (_subset(tmp_path, "nyuv2", "depth", split) for split in ("train", "test"))
+    assert train.ids == [f"nyuv2/{i}" for i in (2, 3, 4, 5)] and test.ids == ["nyuv2/0", "nyuv2/1"]  # counted from 0
+    image, depth = test[1]
+    assert image.shape == (3, 12, 16) and depth.shape == (12, 16) and depth.dtype == torch.float32
+    assert (
+        (image[0] == 1).all() and image[1, :, 3].tolist() == list(range(12)) and image[2, 3].tolist() == list(range(16))
+    )
+    assert depth[3, 5] == pytest.approx(1.0305) and test.classes == ()
+    loader = torch.utils.data.DataLoader(train, 2, num_workers=1)
+    assert torch.equal(next(iter(loader))[1][0], train[0][1])
+
+
+def test_incomplete_nyu_files_are_refused(tmp_path):
+    trees.nyuv2(tmp_path)
+    import scipy.io
+
+    home = tmp_path / "nyuv2"
+    splits, mat = home / "splits.mat", home / "nyu_depth_v2_labeled.mat"
+    ends = {"trainNdxs": np.array([[7]], np.uint16), "testNdxs": np.array([[1]], np.uint16)}
+    scipy.io.savemat(splits, ends)
+    _refused(tmp_path, "nyuv2", "depth", "has 6 images but splits.mat names others too", "train")
+    splits.write_bytes(b"no matlab file")
+    _refused(tmp_path, "nyuv2", "depth", f"file {splits} cannot be read")
+    splits.unlink()
+    _refused(tmp_path, "nyuv2", "depth", "nyuv2 lacks splits.mat .* get the official one .make data.")
+    scipy.io.savemat(splits, ends)
+    half = mat.read_bytes()[:1000]
+    mat.unlink()  # HDF5 knows an open file again
+    mat.write_bytes(half)
+    _refused(tmp_path, "nyuv2", "depth", f"file {mat} cannot be read .damaged or half a download.; fetch it again")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_nyu_parquet_files(tmp_path, whole):
+    trees.nyu_parquet(tmp_path, whole)
+    train, test = (_subset(tmp_path, "nyuv2", "depth", split) for split in ("train", "test"))
+    assert len(train) == 5 and len(test) == 3 and len(set(train.ids + test.ids)) == 8
+    for i in (4, 0, 3):
+        image, depth = train[i]
+        assert (image == i).all() and image.shape == (3, 12, 16)
+        assert depth.shape == (12, 16) and torch.allclose(depth, torch.tensor(1.5 + i))
+    for file in (tmp_path / "nyuv2" / "data").iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    _refused(tmp_path, "nyuv2", "depth", "train-00000-of-00001.parquet cannot be read", "train")
+
+
+def test_parquet_files_of_something_else_are_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "nyuv2").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "nyuv2" / "train.parquet")
+    _refused(tmp_path, "nyuv2", "depth", "has no columns image and depth_map", "train")
+
+
+# --- DeACL ---
+
+
+@pytest.mark.parametrize(
+    ("name", "home"), [("imagenet", "imagenet"), ("imagenette", "imagenette2-320"), ("imagenette", "imagenette2")]
+)
+def test_wnid_folders(tmp_path, name, home):
+    trees.wnids(tmp_path, home)
+    (tmp_path / home / "train" / "n01" / "._hidden.JPEG").write_bytes(b"")
+    subset = _subset(tmp_path, name, "deacl", "train")
+    assert len(subset) == 12 and subset.ids[0] == "n01/n01_0.JPEG" and subset[0][0].shape == (3, 20, 26)
+    with pytest.raises(BadInput, match="has 12 images .* complete it .make data.*counts: any"):
+        _subset(tmp_path, name, "deacl", "train", "official")
+
+
+# --- folders of the user's own ---
+
+
+@pytest.mark.parametrize("held", ["test", "val"])
+def test_own_image_folder(tmp_path, held):
+    trees.image_folder(tmp_path, "pets", ("dog", "cat"), held)
+    subset = _subset(tmp_path, "pets", "classification", counts="official")  # of which there is none
+    assert subset.classes == ("cat", "dog") and [label for _, label in subset] == [0] * 3 + [1] * 3
+    assert all(f"pets/{held}/" in i for i in subset.ids) and len(_subset(tmp_path, "pets", "deacl", "train")) == 12
+    for file in (tmp_path / "pets" / held / "cat").iterdir():
+        file.unlink()
+    _refused(tmp_path, "pets", "classification", f"class folder pets/{held}/cat holds no images; fill it")
+    shutil.rmtree(tmp_path / "pets" / held / "cat")
+    _refused(tmp_path, "pets", "classification", f"pets/train and pets/{held} differ in class folders: cat", "train")
+    shutil.rmtree(tmp_path / "pets" / held)
+    _refused(tmp_path, "pets", "classification", "no data set 'pets' .test. .* pets/{train,test}/CLASS")
+
+
+def test_own_mask_folder(tmp_path):
+    trees.mask_folder(tmp_path)
+    subset = _subset(tmp_path, "street", "segmentation")
+    assert subset.classes == ("sky", "road", "car") and subset.ids[1] == "street/val/1"
+    assert (
+        set(subset[1][1].unique().tolist()) == {1, IGNORE} and len(_subset(tmp_path, "street", "deacl", "train")) == 8
+    )
+    (tmp_path / "street" / "images" / "val" / "2.png").unlink()
+    _refused(tmp_path, "street", "segmentation", "images/val has no image for .*/masks/val/2.png .1 missing.")
+    (tmp_path / "street" / "masks" / "val" / "1.png").unlink()
+    _refused(tmp_path, "street", "segmentation", r"masks/val lacks 1.png \(1 missing\); restore it or remove its image")
+    (tmp_path / "street" / "classes.txt").unlink()
+    with pytest.raises(BadInput, match="street/classes.txt is missing; write one class a line"):
+        datasets.class_names("street", "segmentation", str(tmp_path))
+
+
+@pytest.mark.parametrize("scale", [0, -1, "1000", None, float("inf")])
+def test_depth_scales_that_cannot_be(tmp_path, scale):
+    trees.depth_folder(tmp_path, scale=scale)
+    _refused(tmp_path, "sevenscenes", "depth", "sevenscenes/meta.json has no positive 'depth_scale'; write one")
+
+
+def test_deacl_takes_any_folder_of_images(tmp_path):
+    trees.flat_folder(tmp_path, "flat")
+    trees.picture(tmp_path / "flat" / "more" / "x.PNG")
+    subset = _subset(tmp_path, "flat", "deacl", "train")
+    assert len(subset) == 17 and subset.ids[-1] == "more/x.PNG" and "n0.jpg" in subset.ids
+    assert subset[3][1] == 0
+
+
+def test_check_covers_every_task_at_once(tmp_path):
+    sets = {"classification": "tiny_imagenet", "segmentation": "cityscapes", "depth": "nyuv2"}
+    tasks = {t: {"datasets": [name, "nothing"], "n_val": 1} for t, name in sets.items()}
+    deacl = {"dataset": "imagenette", "n_val": 1}
+    settings = planted.settings(data_root=str(tmp_path), counts="any", deacl=deacl, **tasks)
+    assert len(datasets.check(settings)) == 13  # train and test of six, train of DeACL
+    for make in (trees.tiny_imagenet, trees.cityscapes, trees.nyuv2, trees.wnids):
+        make(tmp_path)
+    found = datasets.check(settings)
+    assert len(found) == 6 and all("'nothing'" in sentence for sentence in found)
+
+
+# --- the real files beside the project ---
+
+
+def _real(*places):
+    if not all((DATA / place).exists() for place in places):
+        pytest.skip(f"{places[0]} is not in {DATA.parent.name}/data beside the project")
+    return str(DATA)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "place", "train", "test", "classes"),
+    [
+        ("cifar10", "classification", "cifar10", 4000, 600, 10),
+        ("cifar100", "classification", "cifar100", 900, 600, 100),
+        ("voc2012", "segmentation", "VOCdevkit", 300, 120, 21),
+        ("camvid", "segmentation", "camvid", 0, 0, 11),
+        ("sevenscenes", "depth", "sevenscenes", 150, 67, 0),
+        ("tiny_imagenet", "classification", "tiny-imagenet-200", 45_000, 3_000, 200),
+        ("imagenet_samples", "deacl", "imagenet_samples", 1000, None, 0),
+    ],
+)
+def test_real_data_sets(name, task, place, train, test, classes):
+    root = _real(place)
+    for split, count in (("train", train), ("test", test)):
+        if count is None:
+            continue
+        subset = _subset(root, name, task, split)
+        assert len(subset) == count or count == 0
+        assert len(subset.classes) == classes and len(set(subset.ids)) == len(subset)
+        image, target = subset.read(len(subset) // 2)
+        assert image.dtype == torch.uint8 and image.float().std() > 5
+        if task == "depth":
+            assert 0.3 < float(target[target > 0].median()) < 5
+        elif task == "classification":
+            assert len({item.target for item in subset.items}) == classes
+
+
+def test_real_tiny_imagenet_labels(tmp_path):
+    subset = _subset(_real("tiny-imagenet-200"), "tiny_imagenet", "classification")
+    (archive,) = (DATA / "tiny-imagenet-200").glob("val*.zip")
+    text = zipfile.ZipFile(archive).read("tiny-imagenet-200/val/val_annotations.txt").decode()
+    wnid = {row.split("\t")[0]: row.split("\t")[1] for row in text.splitlines()}
+    order = sorted((DATA / "tiny-imagenet-200" / "wnids.txt").read_text().split())
+    assert all(order[item.target] == wnid[Path(item.id).name] for item in subset.items[::50])
+
+
+def test_real_ade20k_pairs():
+    subset = _subset(_real("ADEChallengeData2016"), "ade20k", "segmentation")
+    assert len(subset) == 3 and subset.classes[0] == "wall" and subset.classes[2] == "sky"
+    for i in range(3):
+        image, mask = subset.read(i)
+        raw = np.array(catalogue.Image.open(subset.items[i].target.file))
+        assert image.shape[1:] == mask.shape and ((mask == IGNORE).numpy() == (raw == 0)).all()
+        assert (mask.numpy()[raw > 0] == raw[raw > 0] - 1).all()
+
+
+def test_real_nyu_split():
+    file = Path(_real("nyuv2/splits.mat")) / "nyuv2" / "splits.mat"
+    train, test = (catalogue._nyu_split(file, split) for split in ("train", "test"))
+    assert (
+        (len(train), len(test))
+        == (795, 654)
+        == (DATASETS["nyuv2"].counts["train"][0], DATASETS["nyuv2"].counts["test"][0])
+    )
+    assert sorted(train + test) == list(range(1449)) and test[:3] == [0, 1, 8]

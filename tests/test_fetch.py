@@ -1,0 +1,339 @@
+"""Fetching from a server in this process: resuming, checksums, unpacking, and what is said where it cannot be done."""
+
+import dataclasses
+import hashlib
+import shutil
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import planted
+import pytest
+import trees
+
+from ssl_robust import datasets, fetch
+from ssl_robust.catalogue import Archive
+from ssl_robust.settings import BadInput
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Files by name; asked: the Range of each request. limit: bytes after which the connection is dropped."""
+    told = SimpleNamespace(files={}, asked=[], limit=None, ranges=True, lie=None)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name, wish = self.path.rsplit("/", 1)[-1], self.headers.get("Range")
+            told.asked.append((name, wish))
+            if name not in told.files:
+                return self.send_error(404)
+            content = told.files[name]
+            start = int(wish.removeprefix("bytes=").rstrip("-")) if wish and told.ranges else 0
+            if wish and told.ranges and start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                return self.end_headers()
+            self.send_response(206 if wish and told.ranges else 200)
+            if wish and told.ranges:
+                first = told.lie if told.lie is not None else start
+                self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start : start + (told.limit or len(content))])
+
+        def log_message(self, *_):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    told.url = f"http://127.0.0.1:{httpd.server_port}"
+    monkeypatch.setattr(fetch, "PAUSE", 0.01)
+    monkeypatch.setattr(fetch, "CHUNK", 1000)
+    yield told
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+CONTENT = bytes(range(256)) * 40  # 10,240 bytes
+MD5 = f"md5:{hashlib.md5(CONTENT).hexdigest()}"
+
+
+# --- one file ---
+
+
+def test_a_file_is_downloaded_whole(server, tmp_path):
+    server.files["a.bin"] = CONTENT
+    fetch.download(f"{server.url}/a.bin", tmp_path / "deep" / "a.bin", MD5)
+    assert (tmp_path / "deep" / "a.bin").read_bytes() == CONTENT and server.asked == [("a.bin", None)]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.bin"]
+
+
+def test_an_interrupted_download_goes_on(server, tmp_path):
+    server.files["a.bin"] = CONTENT
+    (tmp_path / "a.bin.part").write_bytes(CONTENT[:4000])
+    fetch.download(f"{server.url}/a.bin", tmp_path / "a.bin", MD5)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT and server.asked == [("a.bin", "bytes=4000-")]
+
+
+def test_lost_connections_are_taken_up_again(server, tmp_path):
+    server.files["a.bin"], server.limit = CONTENT, 2500
+    fetch.download(f"{server.url}/a.bin", tmp_path / "a.bin", MD5)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+    assert [wish for _, wish in server.asked] == [None, *(f"bytes={n}-" for n in (2500, 5000, 7500, 10_000))]
+
+
+def test_a_server_that_brings_nothing_more_is_given_up(server, tmp_path):
+    server.files["a.bin"], server.limit, server.ranges = CONTENT, 2500, False
+    with pytest.raises(BadInput, match="not be downloaded .the connection was lost.; .* repeat make data to go on"):
+        fetch.download(f"{server.url}/a.bin", tmp_path / "a.bin", MD5)
+    assert len(server.asked) == fetch.TRIES + 1 and not (tmp_path / "a.bin").exists()
+    assert (tmp_path / "a.bin.part").stat().st_size == 2500
+    server.limit = None  # without ranges it starts anew
+    fetch.download(f"{server.url}/a.bin", tmp_path / "a.bin", MD5)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+
+
+def test_a_server_that_cannot_be_reached_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "PAUSE", 0.0)
+    with pytest.raises(BadInput, match=r"127.0.0.1:9/a.bin could not be downloaded \(.*refused.*\); 0.0 MB are kept"):
+        fetch.download("http://127.0.0.1:9/a.bin", tmp_path / "downloads" / "a.bin")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("extra", [b"", b"too much"])
+def test_a_part_that_is_whole_or_too_long(server, tmp_path, extra):
+    server.files["a.bin"] = CONTENT
+    (tmp_path / "a.bin.part").write_bytes(CONTENT + extra)
+    fetch.download(f"{server.url}/a.bin", tmp_path / "a.bin", MD5)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT and len(server.asked) == (2 if extra else 1)
+
+
+def test_a_server_that_sends_another_range_is_not_believed(server, tmp_path):
+    server.files["a.bin"], server.lie = CONTENT, 17
+    (tmp_path / "a.bin.part").write_bytes(CONTENT[:4000])
+    with pytest.raises(BadInput, match="could not be downloaded"):
+        fetch.download(f"{server.url}/a.bin", tmp_path / "a.bin", MD5)
+    assert (tmp_path / "a.bin.part").read_bytes() == CONTENT[:4000]
+
+
+def test_wrong_checksums_are_refused_and_nothing_is_left(server, tmp_path):
+    server.files["a.bin"] = CONTENT[:-1] + b"x"
+    with pytest.raises(BadInput, match=f"a.bin came with a wrong checksum .not {MD5}. and was deleted; repeat"):
+        fetch.download(f"{server.url}/a.bin", tmp_path / "a.bin", MD5)
+    assert not any(tmp_path.iterdir())
+
+
+def test_missing_files_are_refused_at_once(server, tmp_path):
+    with pytest.raises(BadInput, match="answered 'HTTP Error 404: Not Found'; get that file elsewhere"):
+        fetch.download(f"{server.url}/none.bin", tmp_path / "none.bin")
+    assert len(server.asked) == 1
+
+
+# --- unpacking ---
+
+
+def _packed(folder, file):
+    """Everything in `folder` as a zip or tar archive, as bytes."""
+    if file.suffix == ".zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            for path in sorted(folder.rglob("*")):
+                archive.write(path, path.relative_to(folder))
+    else:
+        with tarfile.open(file, "w:gz") as archive:
+            for path in sorted(folder.iterdir()):
+                archive.add(path, path.name)
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tgz"])
+def test_an_archive_appears_only_when_it_is_whole(tmp_path, suffix, monkeypatch):
+    trees.picture(tmp_path / "source" / "base" / "inner" / "a.png")
+    file, root = tmp_path / f"x{suffix}", tmp_path / "data"
+    whole = _packed(tmp_path / "source", file)
+    (root / f".unpacking-x{suffix}" / "base").mkdir(parents=True)  # left by a killed process
+    (root / f".unpacking-x{suffix}" / "base" / "old").write_text("")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fetch.unpack(file, root, "base/inner")
+    assert [*root.rglob("*")] == [root / "base"]
+    fetch.unpack(file, root, "base/inner")
+    assert [p.name for p in (root / "base" / "inner").iterdir()] == ["a.png"] and len([*root.iterdir()]) == 1
+    shutil.rmtree(root)
+    for content in (whole[: len(whole) // 2], b"no archive"):
+        file.write_bytes(content)
+        with pytest.raises(BadInput, match=f"{file} could not be unpacked .*; delete it and repeat make data"):
+            fetch.unpack(file, root, "base/inner")
+        assert not [*root.rglob("*.png")] and not [*root.glob(".unpack*")]
+
+
+def test_archives_cannot_write_elsewhere(tmp_path):
+    (tmp_path / "evil").write_text("")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(tmp_path / "evil", "../../evil2")
+    with pytest.raises(BadInput, match="could not be unpacked"):
+        fetch.unpack(tmp_path / "x.tar", tmp_path / "data" / "deep", "base")
+    assert not (tmp_path / "evil2").exists() and not (tmp_path / "data" / "evil2").exists()
+
+
+# --- data sets ---
+
+
+@pytest.fixture
+def small(server, tmp_path, monkeypatch):
+    """Small archives of CIFAR10, VOC, NYU-Depth-v2 and Tiny-ImageNet on the server, and entries that ask for them."""
+    source = tmp_path / "source"
+    makers = {"cifar10": (trees.cifar, "c.tar.gz"), "voc2012": (trees.voc, "v.zip")}
+    counts = {"cifar10": (20, 4), "voc2012": (8, 4), "nyuv2": (4, 2), "tiny_imagenet": (12, 5)}
+    archives = {}
+    for name, (make, file) in makers.items():
+        make(source / name)
+        server.files[file] = _packed(source / name, tmp_path / file)
+        archives[name] = [(file, datasets.DATASETS[name].archives[0].place)]
+    trees.nyuv2(source)
+    trees.tiny_imagenet(source, zipped=True)
+    archives["nyuv2"] = [(f, f"nyuv2/{f}") for f in ("nyu_depth_v2_labeled.mat", "splits.mat")]
+    archives["tiny_imagenet"] = [("tiny-imagenet-200.zip", "tiny-imagenet-200/tiny-imagenet-200.zip")]
+    for file, place in archives["nyuv2"] + archives["tiny_imagenet"]:
+        server.files[file] = (source / place).read_bytes()
+    for name, files in archives.items():
+        rows = tuple(
+            Archive(f"{server.url}/{f}", p, len(server.files[f]), f"sha1:{hashlib.sha1(server.files[f]).hexdigest()}")
+            for f, p in files
+        )
+        train, test = counts[name]
+        official = {"train": (train,), "test": (test,)}
+        entry = dataclasses.replace(datasets.DATASETS[name], archives=rows, counts=official, gigabytes=1e-3, md5={})
+        monkeypatch.setitem(datasets.DATASETS, name, entry)
+    return server
+
+
+def _settings(root, deacl="tiny_imagenet", counts="official", **names):
+    names = {"classification": "cifar10", "segmentation": "voc2012", "depth": "nyuv2"} | names
+    tasks = {task: {"datasets": [name], "n_val": 1} for task, name in names.items()}
+    return planted.settings(data_root=str(root), counts=counts, deacl={"dataset": deacl, "n_val": 1}, **tasks)
+
+
+def test_everything_is_fetched_once(small, tmp_path, capsys):
+    root = tmp_path / "data"
+    root.mkdir()
+    assert fetch.fetch(_settings(root)) == []
+    told = capsys.readouterr().out
+    for line in (
+        "cifar10: complete, 20 train and 4 test images",
+        "voc2012: complete, 8 train and 4 test images",
+        "nyuv2: complete, 4 train and 2 test images",
+        "tiny_imagenet: complete, 12 train images",
+    ):
+        assert line in told.splitlines()
+    assert datasets.check(_settings(root)) == [] and not any((root / "downloads").iterdir())
+    assert datasets.overview(_settings(root))["images"].tolist() == [12, 1, 4, 7, 1, 4, 3, 1, 2, 11, 1]
+    requests = len(small.asked)
+    assert requests == 5 and fetch.fetch(_settings(root)) == [] and len(small.asked) == requests
+
+
+def test_a_failed_data_set_does_not_stop_the_others(small, tmp_path):
+    del small.files["v.zip"]
+    small.files["splits.mat"] += b"x"
+    found = fetch.fetch(_settings(tmp_path))
+    assert len(found) == 2 and "404" in found[0] and "splits.mat came with a wrong checksum" in found[1]
+    assert (tmp_path / "cifar-10-batches-py").is_dir() and (tmp_path / "tiny-imagenet-200").is_dir()
+
+
+def test_what_is_there_in_part_is_not_overwritten(small, tmp_path):
+    trees.cifar(tmp_path, count=3)
+    found = fetch.fetch(_settings(tmp_path))
+    assert len(found) == 3 and "has 15 images" in found[0] and "has 12 images" not in str(found)
+    assert f"cifar10 was there in part; move {tmp_path}/cifar-10-batches-py away and repeat make data" in found[2]
+    assert not [name for name, _ in small.asked if name == "c.tar.gz"]
+    assert fetch.fetch(_settings(tmp_path, counts="any")) == []
+
+
+def test_a_changed_file_is_found(small, tmp_path, monkeypatch):
+    trees.cifar(tmp_path)
+    wrong = dataclasses.replace(datasets.DATASETS["cifar10"], md5={"cifar-10-batches-py/test_batch": "0"})
+    monkeypatch.setitem(datasets.DATASETS, "cifar10", wrong)
+    found = fetch.fetch(_settings(tmp_path))
+    assert "test_batch differs from the official file" in found[0] and "move" in found[1]
+    assert fetch.fetch(_settings(tmp_path, counts="any")) == []
+
+
+def test_a_full_disk_is_said_before(small, tmp_path, monkeypatch):
+    free = SimpleNamespace(total=0, used=0, free=500_000)
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: free)
+    found = fetch.fetch(_settings(tmp_path, deacl="scenes", depth="scenes"))
+    assert len(found) == 2 and not small.asked
+    assert f"Fetching cifar10 takes 0.0 GB, but the disk of {tmp_path} has 0.0 GB free; free some space" in found[0]
+    have = fetch.needed_bytes("nyuv2", tmp_path)
+    assert have == len(small.files["nyu_depth_v2_labeled.mat"]) + len(small.files["splits.mat"])
+    (tmp_path / "nyuv2").mkdir()
+    (tmp_path / "nyuv2" / "splits.mat.part").write_bytes(b"12345")
+    assert fetch.needed_bytes("nyuv2", tmp_path) == have - 5
+
+
+def test_what_must_be_got_by_hand_is_said_exactly(small, tmp_path):
+    found = fetch.fetch(_settings(tmp_path, deacl="imagenet", segmentation="cityscapes", depth="rooms"))
+    told = "\n".join(found)
+    assert "cityscapes-dataset.com/downloads" in told and f"unpack both in {tmp_path}/cityscapes" in told
+    assert "ILSVRC2012_img_train.tar (138 GB" in told and f"{tmp_path}/imagenet/train" in told
+    assert "no data set 'rooms'" in told and "rooms/{images,depth}/{train,val}" in told
+    assert len(found) == 4  # two for the folder of one's own, which has neither train nor test
+    trees.cityscapes(tmp_path)
+    found = fetch.fetch(_settings(tmp_path, segmentation="cityscapes"))
+    assert any("has 4 images" in sentence for sentence in found)
+    assert fetch.fetch(_settings(tmp_path, segmentation="cityscapes", counts="any")) == []
+
+
+# --- command line ---
+
+
+def _profile(monkeypatch, tmp_path, text):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "small.yaml").write_text(f"profile: small\nencoders: [{{name: embedded_vit}}]\n{text}")
+    monkeypatch.setattr(fetch, "PARAMS", tmp_path / "params")
+    monkeypatch.setattr("ssl_robust.run.PARAMS", tmp_path / "params")
+
+
+SECTION = "classification: {datasets: [%s], epochs: 1, batch: 1, lr: 1.0, n_val: 1}\n"
+
+
+def test_command_line(small, tmp_path, monkeypatch, capsys):
+    _profile(monkeypatch, tmp_path, SECTION % "cifar10")
+    folder = tmp_path / "new" / "data"
+    assert fetch.main(["--profile", "smal", "--data", str(folder)]) == 2 and not folder.exists()
+    assert fetch.main(["--profile", "small"]) == 2
+    assert "name one: make data DATA=FOLDER" in capsys.readouterr().err
+    assert fetch.main(["--profile", "small", "--data", str(folder)]) == 0
+    assert "Profile small: all data sets are complete." in capsys.readouterr().out
+    shutil.rmtree(folder)
+    small.files.clear()
+    assert fetch.main(["--profile", "small", "--data", str(folder)]) == 2
+    assert "404" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert fetch.main(["--profile", "small", "--data", str(tmp_path / "file")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_interruption_is_said(small, tmp_path, monkeypatch, capsys):
+    _profile(monkeypatch, tmp_path, SECTION % "cifar10")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch, "_transfer", stop)
+    assert fetch.main(["--profile", "small", "--data", str(tmp_path / "data")]) == 130
+    assert "repeat the command to go on" in capsys.readouterr().err
+
+
+def test_the_scenes_need_nothing(tmp_path, monkeypatch, capsys):
+    _profile(monkeypatch, tmp_path, SECTION % "scenes")
+    assert fetch.main(["--profile", "small"]) == 0
+    assert "scenes: rendered here, nothing to fetch" in capsys.readouterr().out
