@@ -101,6 +101,6 @@ runs/$(PROFILE)/data_root: FORCE | check
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo 'environment: installing the pinned packages into .venv (about 6 GB)'
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
-	@.venv/bin/python -m uv pip install --quiet --python .venv/bin/python -r requirements.lock
+	@.venv/bin/python -m uv pip install --quiet --compile-bytecode --python .venv/bin/python -r requirements.lock
 	@.venv/bin/python -m uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .
 	@touch $@
