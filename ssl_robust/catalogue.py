@@ -68,10 +68,24 @@ class Archive(NamedTuple):
     size: int  # bytes, about
     checksum: str = ""  # 'md5:...', 'sha1:...' or 'sha256:...'
 
+    @property
+    def name(self) -> str:
+        """The file's own name."""
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def as_it_is(self) -> bool:
+        """Whether the file itself is what belongs in the data folder, not what is packed in it."""
+        return self.place.endswith(self.name)
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """One data set: `items(root, task, split, n)` lists a split: train, test, or val if it has its own."""
+    """One data set: `items(root, task, split, n)` lists a split: train, test, or val if it has its own.
+
+    `n` counts only where images are rendered. What is not there is an empty list, FileNotFoundError or
+    NotADirectoryError; what is there in part or damaged is BadInput.
+    """
 
     tasks: tuple[str, ...]
     layout: str  # what must lie in the data folder, for the sentence that says it is missing
@@ -452,12 +466,15 @@ def _parquet_items(home: Path, split: str) -> list[Item]:
     """Rows of the parquet files whose names begin as the split's do: train, else test or val."""
     begin = ("train",) if split == "train" else ("test", "val")
     found = []
-    for file in sorted(f for f in home.rglob("*.parquet") if f.name.startswith(begin)):
+    # train-00000-of-00008.parquet, or as the hub converts it train/0000.parquet, partial-train/0000.parquet
+    named = [(f, (f.name, f.parent.name.removeprefix("partial-"))) for f in home.rglob("*.parquet")]
+    for file in sorted(f for f, names in named if any(name.startswith(begin) for name in names)):
         groups = _parquet(file).metadata
         for group in range(groups.num_row_groups):
             for row in range(groups.row_group(group).num_rows):
                 where = [Part(_parquet_cell, file, (group, row, column)) for column in ("image", "depth_map")]
-                found.append(Item(f"nyuv2/{file.stem}/{group}/{row}", *where))
+                place = file.relative_to(home).with_suffix("").as_posix()
+                found.append(Item(f"nyuv2/{place}/{group}/{row}", *where))
     return found
 
 

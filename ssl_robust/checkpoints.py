@@ -15,6 +15,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from .settings import BadInput
 
+LISTED = 20  # tensors that a refusal names, before it counts the rest
 CLASSIFIER = ("head.", "head_dist.", "fc.")  # a classifier that a checkpoint brings along is not part of the encoder
 
 
@@ -217,8 +218,9 @@ def load_weights(backbone: nn.Module, state: dict[str, Tensor], what: str) -> No
         if state[k].shape != own[k].shape
     ]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
         raise BadInput(
-            f"The checkpoint does not fit {what}: {'; '.join(sorted(wrong)[:3])}{more}; name its own model as timm."
+            f"The checkpoint does not fit {what}: {'; '.join(sorted(wrong)[:LISTED])}{more}; name as timm the model it "
+            f"was made for."
         )
     backbone.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})

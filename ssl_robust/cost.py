@@ -39,19 +39,18 @@ class Cost(NamedTuple):
     kept: float = 0.0  # bytes kept for the gradient
 
 
-# ---- devices -------------------------------------------------------------------------------------------------------
+# --- devices ---
 
 # fp32 TFLOP/s without tensor cores, GB/s, GB: the makers' data sheets; the longest name that fits the device counts
 GPUS = {
     "H200": (67.0, 4800, 141), "H100": (67.0, 3350, 80), "H100 PCIe": (51.0, 2000, 80), "A100": (19.5, 1555, 40),
-    "A100-SXM4-80GB": (19.5, 2039, 80), "L40S": (91.6, 864, 48), "L4": (30.3, 300, 24), "A10": (31.2, 600, 24),
-    "RTX A6000": (38.7, 768, 48), "RTX 4090": (82.6, 1008, 24), "RTX 3090": (35.6, 936, 24), "V100": (15.7, 900, 16),
-    "T4": (8.1, 320, 16),
+    "A100-SXM4-80GB": (19.5, 2039, 80), "L40S": (91.6, 864, 48), "L40": (90.5, 864, 48), "L4": (30.3, 300, 24),
+    "A10": (31.2, 600, 24), "RTX A6000": (38.7, 768, 48), "RTX 4090": (82.6, 1008, 24), "RTX 3090": (35.6, 936, 24),
+    "V100": (15.7, 900, 16), "T4": (8.1, 320, 16),
 }  # fmt: skip
 REFERENCE = ("H100", "RTX 4090", "L4")
 GPU_FLOPS, GPU_WRITTEN = 0.5, 0.2  # assumed shares of the data sheet; written bytes are also read, twice or so
 CPU_FLOPS, CPU_WRITTEN = 0.6, 1 / 125  # fitted: share of a matrix product's rate, and bytes written per FLOP of it
-CPU_CORES = Device("2 CPU cores", 1.5e11, 2.0e9)  # what the fit was made on
 LAUNCH = 1e-5  # seconds an operation takes at least
 
 
@@ -80,7 +79,7 @@ def this_device(settings: Settings) -> Device:
     return gpu(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
 
 
-# ---- the cost of one image -----------------------------------------------------------------------------------------
+# --- the cost of one image ---
 
 
 def seconds(flops: float, written: float, launches: float, device: Device) -> float:
@@ -181,8 +180,11 @@ def head_step(encoder: encoders.Encoder, task: str, size: tuple[int, int], class
     with torch.device("meta"):
         head, target = heads.HEADS[task](encoder.dim, classes).train(), _target(task, size)
         cls, patches = torch.zeros(1, encoder.dim), torch.zeros(1, encoder.dim, *grid(encoder, size))
-    predict = lambda: heads.predict(head, encoder, cls, patches, size)  # noqa: E731
-    return _counted(lambda: heads.training_loss(task, predict(), target), encoder, size)
+
+    def loss() -> Tensor:
+        return heads.training_loss(task, heads.predict(head, encoder, cls, patches, size), target)
+
+    return _counted(loss, encoder, size)
 
 
 def grid(encoder: encoders.Encoder, size: tuple[int, int]) -> tuple[int, ...]:
@@ -237,7 +239,7 @@ def _train(encoder: encoders.Encoder, what: str, size: tuple[int, int], *_: Any)
     return lambda: sum(loss_terms(encoder, goal, x, x))
 
 
-# ---- images of the data sets, as far as the cost depends on them ----
+# --- images of the data sets, as far as the cost depends on them ---
 
 
 class Shape(NamedTuple):

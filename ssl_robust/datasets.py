@@ -357,15 +357,26 @@ def _stack(rows: list[tuple[int, Tensor, Tensor]]) -> tuple[list[int], Tensor, T
 
 
 def peek(task: str, name: str, settings: Settings, count: int, side: int = 64) -> tuple[Tensor, Tensor]:
-    """The first `count` test images of one size, (k, 3, H, W) in [0,1], and their targets; `side`: short side in px."""
-    _, images, targets = next(batches(load(task, name, "test", settings, side), count))
+    """The first `count` test images of one size, (k, 3, H, W) in [0,1], and their targets; `side`: short side in px.
+
+    For 'deacl', which has no test split and no targets, augmented training images.
+    """
+    split = "train" if task == "deacl" else "test"
+    _, images, targets = next(batches(load(task, name, split, settings, side), count))
     return images, targets
 
 
 def wanted(settings: Settings) -> list[tuple[str, str]]:
-    """The data sets that `settings` asks for: (task, name), 'deacl' being a task too."""
+    """The data sets that `settings` asks for: (task, name), 'deacl' being a task too unless no row is fine-tuned."""
     used = [(t, name) for t in TASKS if getattr(settings, t) for name in settings.task(t).datasets]
-    return used + ([("deacl", settings.deacl.dataset)] if settings.deacl else [])
+    tuned = settings.deacl and any(row.tuned for row in settings.encoders)
+    return used + ([("deacl", settings.deacl.dataset)] if tuned else [])
+
+
+def usable(task: str, settings: Settings) -> list[str]:
+    """The data sets of a task or of 'deacl'; with missing: skip, those of them that are there and complete."""
+    names = [name for used, name in wanted(settings) if used == task]
+    return names if settings.missing == "stop" else [n for n in names if not problems(task, n, settings)]
 
 
 def overview(settings: Settings) -> pd.DataFrame:
@@ -373,10 +384,15 @@ def overview(settings: Settings) -> pd.DataFrame:
 
     Every image and target is read once (of large subsets, evenly spread ones), and official files are compared with
     their checksums, so a missing data set, a damaged file or a mask of another size than its image is found (BadInput
-    names it) before any long work.
+    names it) before any long work. With missing: skip, a data set that is not there is a row of 0 images with the
+    reason in place of the hash.
     """
     rows = []
     for task, name in wanted(settings):
+        absent = problems(task, name, settings) if settings.missing == "skip" else []
+        if absent:
+            rows.append({"task": task, "dataset": name, "split": "", "images": 0, "classes": 0, "hash": absent[0]})
+            continue
         if settings.counts == "official":
             verify(name, settings.data_root)
         for split in SPLITS[:2] if task == "deacl" else SPLITS:

@@ -108,7 +108,8 @@ class Encoder(nn.Module):
 
     Normalisation happens inside. Images that the patch (of a ResNet: the total stride) does not divide are padded on
     all sides with the mean colour, so h = ceil(H / patch), w = ceil(W / patch); position embeddings are interpolated to
-    that grid. No weight ever gets a gradient; the images do. `origin` says in words where the weights come from.
+    that grid. Images get a gradient, weights only where DeACL asks for one. `origin` says in words where the weights
+    come from; `patch` (px) and `dim` (D) are by default what a vision transformer of timm says of itself.
     """
 
     def __init__(
@@ -245,8 +246,35 @@ def load(row: EncoderRow, data_root: str = "", weights: Path | None = None) -> E
     else:
         state, kind = checkpoints.recognise(checkpoints.read(path), path)
         backbone, origin = _build(row, known, pretrained=False), f"{kind} {path.name}"
+        _take_grid(backbone, state)
         load_weights(backbone, state, f"{model_name(row)} ({path.name})")
     return _encoder(row, known, backbone, row.name, origin)
+
+
+def first(settings: Settings) -> Encoder:
+    """The encoder that notebooks show: of the first row with a Standard encoder; BadInput if it cannot be loaded.
+
+    With missing: skip, the first that can.
+    """
+    rows, why = [r for r in settings.encoders if "standard" in r.defenses] or settings.encoders, None
+    for row in rows:
+        try:
+            return load(row, settings.data_root)
+        except BadInput as problem:
+            why = why or problem
+            if settings.missing == "stop":
+                break
+    raise why
+
+
+def _take_grid(backbone: nn.Module, state: dict[str, Tensor]) -> None:
+    """Gives the backbone the position grid of a checkpoint trained at another native size, where it can interpolate."""
+    own, given = getattr(backbone, "pos_embed", None), state.get("pos_embed")
+    if not hasattr(backbone, "positions") or given is None or given.ndim != 3 or given.shape[2] != own.shape[2]:
+        return
+    grid = given.shape[1] - (0 if backbone.no_embed_class else backbone.num_prefix_tokens)
+    if given.shape != own.shape and grid > 0 and math.isqrt(grid) ** 2 == grid:
+        backbone.pos_embed = nn.Parameter(torch.empty_like(given), requires_grad=False)
 
 
 def random_init(row: EncoderRow, seed: int = 0) -> Encoder:
@@ -445,7 +473,8 @@ def _import(row: EncoderRow) -> ModuleType:
     sys.path[:0] = [str(place) for place in (records.ROOT / "notebooks", records.ROOT, Path.cwd())]
     try:
         importlib.invalidate_caches()  # the file may just have been written
-        return importlib.import_module(module)
+        # read anew each time: in a running kernel the file may have been edited since
+        return importlib.reload(sys.modules[module]) if module in sys.modules else importlib.import_module(module)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
             raise BadInput(

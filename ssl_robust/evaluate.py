@@ -165,7 +165,10 @@ def skipped(profile: str, task: str) -> list[dict[str, str]]:
 def prepare(
     task: str, dataset: str, row: EncoderRow, settings: Settings, defense: str = "standard", weights: Path | None = None
 ) -> tuple[TaskModel, Subset]:
-    """Model and test images of one row; the head is trained if it is not on disk."""
+    """Model and test images of one row, in the protocol of `settings`; the head is trained if it is not on disk.
+
+    `weights` replaces the encoder's own, as in encoders.load. Raises BadInput if a data set or weights are missing.
+    """
     return _prepared(task, dataset, encoders.load(row, settings.data_root, weights), settings, defense)
 
 
@@ -186,16 +189,21 @@ def remove_other(task: str, kept: list[dict[str, Any]], profile: str) -> None:
             path.unlink()
 
 
-def examples(task: str, settings: Settings, count: int = 4) -> Path:
+def examples(task: str, settings: Settings, count: int = 4) -> list[Path]:
     """Attack `count` test images of the first data set on the first encoder (Standard) and keep them for pictures.
 
-    With missing: skip, the first that can be used.
-
-    Returns runs/<profile>/examples/<task>.safetensors, which plots.load_example reads and Figure 1 is drawn from:
+    With missing: skip, these are the first that can be used. Raises BadInput without attack settings.
+    Returns [runs/<profile>/examples/<task>.safetensors], which plots.load_example reads and Figure 1 is drawn from, or
+    [] if every row is skipped. In the file:
     images, adv_embed, adv_task (k, 3, H, W) in [0,1]; target, pred_clean, pred_embed, pred_task as in datasets.py.
     """
     _attack("task", settings)
-    model, test = _first_usable(task, settings)
+    path = records.runs_dir(settings.profile) / "examples" / f"{task}.safetensors"
+    path.unlink(missing_ok=True)
+    found = _first_usable(task, settings)
+    if found is None:
+        return []
+    model, test = found
     device = records.pick_device(settings.device)
     indices, x, target = next(datasets.batches(test, count))
     x, target, ids = x.to(device), target.to(device), [test.ids[i] for i in indices]
@@ -212,19 +220,19 @@ def examples(task: str, settings: Settings, count: int = 4) -> Path:
         "encoder": model.encoder.name,
     }
     shown = {k: v.detach().cpu().contiguous() for k, v in shown.items()}
-    path = records.runs_dir(settings.profile) / "examples" / f"{task}.safetensors"
     records.write_bytes(heads.tensor_file(shown, about), path)
-    return path
+    return [path]
 
 
-def _first_usable(task: str, settings: Settings) -> tuple[TaskModel, Subset]:
-    """Standard model and test images of the first row that is not skipped."""
+def _first_usable(task: str, settings: Settings) -> tuple[TaskModel, Subset] | None:
+    """Standard model and test images of the first row that is not skipped; None if all are."""
     lost: list[dict[str, str]] = []
+    standard = [row for row in settings.encoders if "standard" in row.defenses] or settings.encoders
     for dataset in settings.task(task).datasets:
-        for row in settings.encoders:
+        for row in standard:
             with skipping(settings, lost, [_place(dataset, row, "standard")]):
                 return prepare(task, dataset, row, settings)
-    raise BadInput(lost[0]["why"])
+    return None
 
 
 def effects(settings: Settings, notebook: str) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 from . import datasets
 from .catalogue import DATASETS, Archive
 from .progress import track
-from .run import BAD_INPUT, INTERRUPTED, PARAMS, read_profile
+from .run import BAD_INPUT, INTERRUPTED, PARAMS, data_folder, read_profile
 from .settings import BadInput, Settings, check, read_params
 
 CHUNK = 2**20
@@ -87,7 +87,7 @@ def _complete(url: str, part: Path) -> None:
     raise BadInput(f"{url} could not be downloaded ({problem}); {kept}, repeat make data to go on from there.")
 
 
-def verify(file: Path, checksum: str) -> bool:
+def _right(file: Path, checksum: str) -> bool:
     """Whether `file` has the checksum 'kind:hexadecimal' (any file has none: '')."""
     kind, _, expected = checksum.partition(":")
     if not kind:
@@ -105,7 +105,7 @@ def download(url: str, file: Path, checksum: str = "") -> None:
     found = file if file.is_file() else part
     if found is part:
         _complete(url, part)
-    if not verify(found, checksum):
+    if not _right(found, checksum):
         found.unlink()
         raise BadInput(f"{url} came with a wrong checksum (not {checksum}) and was deleted; repeat make data.")
     os.replace(found, file)
@@ -133,13 +133,9 @@ def unpack(file: Path, root: Path, place: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _as_it_is(archive: Archive) -> bool:
-    return archive.place.endswith(archive.url.rsplit("/", 1)[-1])
-
-
 def _file(archive: Archive, root: Path) -> Path:
     """Where an archive is downloaded to."""
-    return root / (archive.place if _as_it_is(archive) else f"downloads/{archive.url.rsplit('/', 1)[-1]}")
+    return root / (archive.place if archive.as_it_is else f"downloads/{archive.name}")
 
 
 def needed_bytes(name: str, root: Path) -> int:
@@ -147,7 +143,7 @@ def needed_bytes(name: str, root: Path) -> int:
     missing = [a for a in DATASETS[name].archives if not (root / a.place).exists()]
     files = [_file(a, root) for a in missing]
     have = sum(_size(f) + _size(f.with_name(f"{f.name}.part")) for f in files)
-    unpacked = 0 if all(_as_it_is(a) for a in missing) else int(DATASETS[name].gigabytes * 1e9)
+    unpacked = 0 if all(a.as_it_is for a in missing) else int(DATASETS[name].gigabytes * 1e9)
     return max(0, sum(a.size for a in missing) - have) + unpacked
 
 
@@ -163,16 +159,20 @@ def get(name: str, root: Path) -> None:
         file = _file(archive, root)
         print(f"{name}: fetching {archive.url} ({archive.size / 1e6:.1f} MB)", flush=True)
         download(archive.url, file, archive.checksum)
-        if not _as_it_is(archive):
+        if not archive.as_it_is:
             print(f"{name}: unpacking {file.name}", flush=True)
             unpack(file, root, archive.place)
             file.unlink()
 
 
+def _tasks(name: str, settings: Settings) -> list[str]:
+    """The tasks that use a data set, 'deacl' being one too."""
+    return [task for task, used in datasets.wanted(settings) if used == name]
+
+
 def _problems(name: str, settings: Settings) -> list[str]:
     """What is wrong with one data set for all tasks that use it."""
-    tasks = [task for task, used in datasets.wanted(settings) if used == name]
-    found = [problem for task in tasks for problem in datasets.problems(task, name, settings)]
+    found = [problem for task in _tasks(name, settings) for problem in datasets.problems(task, name, settings)]
     if not found and settings.counts == "official":
         try:
             datasets.verify(name, settings.data_root)
@@ -183,7 +183,7 @@ def _problems(name: str, settings: Settings) -> list[str]:
 
 def _summary(name: str, settings: Settings) -> str:
     """The line of a complete data set: its images."""
-    tasks = [task for task, used in datasets.wanted(settings) if used == name]
+    tasks = _tasks(name, settings)
     if datasets.entry(name, tasks[0]).own_val:
         return f"{name}: rendered here, nothing to fetch"
     splits = ("train",) if tasks == ["deacl"] else ("train", "test")
@@ -228,14 +228,13 @@ def fetch(settings: Settings) -> list[str]:
 
 def _settings(profile: str, data: str) -> Settings:
     """Settings of a profile; the data folder is made if it is not there."""
-    parameters = check(**read_params(PARAMS / f"{profile}.yaml"))  # first, so that a misspelt profile makes no folder
-    given = data or parameters.data_root
-    if given:
-        folder = (Path() if data else PARAMS.parent) / Path(given).expanduser()
-        try:
+    settings = check(**read_params(PARAMS / f"{profile}.yaml"))  # first, so that a misspelt profile makes no folder
+    folder = data_folder(settings, data)
+    try:
+        if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"The data folder '{given}' cannot be made ({error.strerror}); name another one.") from None
+    except OSError as error:
+        raise BadInput(f"The data folder '{folder}' cannot be made ({error.strerror}); name another one.") from None
     return read_profile(profile, data)
 
 

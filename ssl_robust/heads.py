@@ -215,7 +215,7 @@ def features(encoder: Encoder, subset: Subset, batch: int, device: str, dense: b
 
 
 def token_bytes(encoder: Encoder, subset: Subset, device: str, dense: bool) -> int:
-    """Memory that `features` of the subset takes, reckoned from its first image."""
+    """Bytes that `features` of the subset takes, reckoned from its first image."""
     (first,) = encoded(encoder, _ordered(subset, [0]), 1, device, dense)
     return len(subset) * sum(part.nbytes for part in first)
 
@@ -337,7 +337,7 @@ def _held_out_metric(task: str, head: nn.Module, encoder: Encoder, batches: Batc
 
 
 def head_path(profile: str, task: str, dataset: str, encoder: str, defense: str) -> Path:
-    """File of one trained head."""
+    """File of one trained head: weights, and as metadata the key of its inputs and its history."""
     return records.runs_dir(profile) / "heads" / f"{task}__{dataset}__{encoder}__{defense}.safetensors"
 
 
@@ -374,7 +374,7 @@ def fit_all(settings: Settings) -> pd.DataFrame:
     """
     rows, lost = [], []
     wanted = [(t, d) for t in TASKS if getattr(settings, t) for d in settings.task(t).datasets]
-    for row in settings.encoders:
+    for row in (r for r in settings.encoders if "standard" in r.defenses):
         names = [{"task": t, "dataset": d, "encoder": row.name, "defense": "standard"} for t, d in wanted]
         with skipping(settings, lost, names):
             encoder = encoders.load(row, settings.data_root)

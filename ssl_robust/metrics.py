@@ -98,8 +98,8 @@ def constant_value(task: str, targets: list[Tensor], classes: int) -> float:
     if task == "depth":
         depths = torch.cat([t[valid_depth(t)] for t in targets]).double()
         return float(depths.std(correction=0))
-    labels = torch.cat([t.flatten() for t in targets]).long()
-    share = torch.bincount(labels[labels != IGNORE], minlength=classes).double()
+    # counted one by one: all masks of a large data set as int64 would be many gigabytes
+    share = sum(torch.bincount(t[t != IGNORE].long(), minlength=classes) for t in targets).double()
     share = share / share.sum()
     if task == "classification":
         return float(share.max())

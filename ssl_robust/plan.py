@@ -16,18 +16,19 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from . import attacks, catalogue, cost, datasets, encoders, heads, records, released
 from .cost import Cost, Device, Step, attack_step, encoder_of, image_size, reading, traced
+from .evaluate import KINDS
 from .settings import TASKS, BadInput, EncoderRow, Settings, TaskSettings
 
 STAGES = ("00_data", "01_heads", "02_deacl", "03_attack_classification", "04_attack_segmentation",
           "05_attack_depth", "06_figures")  # fmt: skip
 STAGE = dict(zip(TASKS, STAGES[3:6], strict=True))  # the notebook that attacks each task
-KINDS = ("clean", "embed", "task")
 EXAMPLES = 4  # images of Figure 1, attacked once more
 START, DRAW = 9.0, 11.0  # seconds of a notebook for imports and pictures; more of them in 06_figures
 CELL = 0.1  # seconds of a table cell for its metric and its record
 SCENES_PER_SECOND = 30.0  # rendered on two CPU cores
 MEMORY, CONTEXT = 1.3, 1e9  # assumed: what is not counted, as a factor, and bytes of the CUDA context
 PATIENCE = 3.0  # seconds for the hub to answer
+UNKNOWN = 10**9  # images of a data set that is not there yet: more than any profile asks for
 
 
 class Work(NamedTuple):
@@ -67,8 +68,8 @@ def counts(task: str, name: str, settings: Settings) -> tuple[int, int, int]:
 def _listed(name: str, task: str, split: str, root: str) -> int:
     try:
         return len(datasets.list_items(name, task, split, 1, root))
-    except BadInput:  # not there yet
-        return 10**9
+    except BadInput:
+        return UNKNOWN
 
 
 def _there(name: str, task: str, split: str, settings: Settings) -> int:
@@ -78,10 +79,10 @@ def _there(name: str, task: str, split: str, settings: Settings) -> int:
         return official[0]
     if task == "deacl" and split == "test":
         return 0
-    return min(_listed(name, task, split, settings.data_root), max(official or (10**9,)))
+    return min(_listed(name, task, split, settings.data_root), max(official or (UNKNOWN,)))
 
 
-# ---- the work of a profile -----------------------------------------------------------------------------------------
+# --- the work of a profile ---
 
 
 def all_work(settings: Settings) -> list[Work]:
@@ -121,16 +122,16 @@ def _data(settings: Settings) -> Iterator[Work]:
 
 def tuned(row: EncoderRow, settings: Settings) -> bool:
     """Whether DeACL is run for this row here."""
-    return "deacl" in row.defenses and settings.deacl is not None and not row.deacl_checkpoint
+    return row.tuned and settings.deacl is not None
 
 
 def variants(row: EncoderRow, settings: Settings, first: bool) -> list[str]:
     """Defenses of a row in the tables; on the `first` data set also the DeACL epochs of Figure 2."""
     if not tuned(row, settings):
         return list(row.defenses)
-    between = [n for n in settings.deacl.checkpoints if n != settings.deacl.epochs]
-    epochs = [f"deacl-epoch{n}" for n in sorted(set(between)) if first]
-    return [d for d in ("standard", *epochs, "deacl") if d in (*row.defenses, *epochs)]
+    between = set(settings.deacl.checkpoints) - {settings.deacl.epochs} if first else ()
+    standard = ["standard"] if "standard" in row.defenses else []
+    return [*standard, *(f"deacl-epoch{n}" for n in sorted(between)), "deacl"]
 
 
 def section_of(task: str, row: EncoderRow, settings: Settings) -> TaskSettings:
@@ -179,11 +180,20 @@ def _table(task: str, settings: Settings) -> Iterator[Work]:
     yield from (cell(task, name, row, "Figure 1", kind, settings, EXAMPLES) for kind in KINDS)
 
 
+def _test_size(task: str, name: str, row: EncoderRow, settings: Settings) -> tuple[int, int]:
+    """(H, W) of the test images of a table row."""
+    return image_size(task, "test", name, section_of(task, row, settings).size, encoder_of(row).native)
+
+
+def _stride(task: str, row: EncoderRow, settings: Settings) -> float:
+    """Stride of the sliding window as a fraction of it; 1 where there is none."""
+    return getattr(section_of(task, row, settings), "stride", 1.0)
+
+
 def _step(task: str, name: str, row: EncoderRow, kind: str, settings: Settings) -> Step:
     """One image of a table row in one attack step."""
-    section, encoder = section_of(task, row, settings), encoder_of(row)
-    size = image_size(task, "test", name, section.size, encoder.native)
-    return attack_step(encoder, task, kind, size, cost.shape(name).classes, getattr(section, "stride", 1.0))
+    size, stride = _test_size(task, name, row, settings), _stride(task, row, settings)
+    return attack_step(encoder_of(row), task, kind, size, cost.shape(name).classes, stride)
 
 
 def cell(task: str, name: str, row: EncoderRow, defense: str, kind: str, settings: Settings, n: int = 0) -> Work:
@@ -196,8 +206,8 @@ def cell(task: str, name: str, row: EncoderRow, defense: str, kind: str, setting
         step = _step(task, name, row, kind, settings)
         looks = (kind == "embed") + steps * settings.attack.best  # the clean embedding; with best each loss once more
         parts += [_times(step.whole, n * steps, calls * steps), _times(step.forward, n * looks, calls * looks)]
-    size = image_size(task, "test", name, section.size, encoder_of(row).native)
-    read = 4 / 3 * n * reading(name, size)  # once more in three cells, for the value of a constant prediction
+    # read once more in three cells, for the value of a constant prediction
+    read = 4 / 3 * n * reading(name, _test_size(task, name, row, settings))
     about = (STAGE[task], task, name, row.name, defense, kind)
     return Work(*about, n, steps, **_sum(*parts), fixed=read + CELL)
 
@@ -221,7 +231,7 @@ def _deacl(row: EncoderRow, settings: Settings) -> Iterator[Work]:
     yield Work("02_deacl", "deacl", cfg.dataset, row.name, "deacl", "deacl", train, cfg.steps, **total, fixed=read)
 
 
-# ---- memory and disk -----------------------------------------------------------------------------------------------
+# --- memory and disk ---
 
 
 def memory(settings: Settings) -> tuple[float, str]:
@@ -248,7 +258,7 @@ def _peaks(settings: Settings) -> Iterator[tuple[float, str]]:
 def disk(settings: Settings) -> tuple[float, float]:
     """Bytes of the data sets with the archives they come in, and of public weights, heads and DeACL checkpoints."""
     used = {name: catalogue.DATASETS.get(name) for _, name in datasets.wanted(settings)}
-    data = sum(d.gigabytes * 1e9 + sum(a.size for a in d.archives) for d in used.values() if d)
+    data = sum(d.gigabytes * 1e9 + sum(a.size for a in d.archives if not a.as_it_is) for d in used.values() if d)
     weights = sum(cost.weight_bytes(encoder_of(row)) for row in fetched(settings))
     return data, weights + sum(_run_bytes(row, settings) for row in settings.encoders)
 
@@ -265,7 +275,7 @@ def _run_bytes(row: EncoderRow, settings: Settings) -> float:
     return heads_ + cost.weight_bytes(encoder) * (len(kept) + 2 * bool(kept))
 
 
-# ---- the plan in words ---------------------------------------------------------------------------------------------
+# --- the plan in words ---
 
 
 def text(settings: Settings, missing: list[str]) -> str:
@@ -299,10 +309,10 @@ def _number(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in a unit that suits them."""
-    for limit, unit, words in ((100, 1, "s"), (6000, 60, "min"), (48 * 3600, 3600, "h"), (math.inf, 86400, "days")):
+    for limit, unit, words in ((100, 1, "s"), (6000, 60, "min")):
         if seconds < limit:
-            return f"{seconds / unit:.{1 if words in ('h', 'days') else 0}f} {words}"
-    raise AssertionError
+            return f"{seconds / unit:.0f} {words}"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _table_text(number: int, task: str, settings: Settings, work: list[Work]) -> str:
@@ -317,11 +327,10 @@ def _table_text(number: int, task: str, settings: Settings, work: list[Work]) ->
 
 
 def _row_text(task: str, name: str, row: EncoderRow, defense: str, settings: Settings, work: list[Work]) -> list[str]:
-    section, encoder = section_of(task, row, settings), encoder_of(row)
-    size, stride = image_size(task, "test", name, section.size, encoder.native), getattr(section, "stride", 1.0)
-    step = _step(task, name, row, "task", settings)
+    size, step = _test_size(task, name, row, settings), _step(task, name, row, "task", settings)
     mine = [w for w in work if w[1:5] == (task, name, row.name, defense)]
-    seen = cost.windows(size, encoder.native, stride) if task == "segmentation" else 1
+    native, stride = encoder_of(row).native, _stride(task, row, settings)
+    seen = cost.windows(size, native, stride) if task == "segmentation" else 1
     steps = settings.attack.steps if settings.attack else 0
     flops = [step.forward.flops / 1e9, step.whole.flops / 1e9, sum(w.flops for w in mine) / 1e15]
     images = counts(task, name, settings)[2]
@@ -380,7 +389,7 @@ def header(settings: Settings) -> list[str]:
     ]
 
 
-# ---- what is missing -----------------------------------------------------------------------------------------------
+# --- what is missing ---
 
 
 def problems(settings: Settings) -> tuple[list[str], list[str]]:

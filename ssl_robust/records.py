@@ -55,14 +55,14 @@ def write_bytes(data: bytes, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(content: dict[str, Any], path: Path) -> Path:
+def write_json(content: dict[str, Any] | list[Any], path: Path) -> Path:
     """Write `content` as JSON, atomically; returns the path."""
     write_bytes((json.dumps(content, indent=1, allow_nan=False) + "\n").encode(), path)
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON file; raises BadInput naming the file if it is damaged."""
+def read_json(path: Path) -> Any:
+    """Content of one JSON file; raises BadInput naming the file if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):

@@ -153,7 +153,10 @@ def adjusted(settings: Settings, native: int) -> Settings:
 
 
 def attack_loss(kind: str, task: str, names: Names) -> list[Callable[..., Tensor]]:
-    """The loss that replaces the one of attacks.py for the attack `kind` ('embed' or 'task'); empty: none does."""
+    """The loss that replaces the one of attacks.py for the attack `kind` ('embed' or 'task'); empty: none does.
+
+    As a list, so that callers pass it on as the last argument that a loss of attacks.py may be given.
+    """
     role = "embed" if kind == "embed" else task
     name, loss = {
         "embed": ("embed_mse", mean_square),

@@ -1,7 +1,8 @@
 """Executes a notebook with a profile's parameters: python -m ssl_robust.run 00_data --profile demo [--data FOLDER].
 
-The only module that knows papermill. Exit codes: 0 done, 1 the notebook failed, 2 bad input, 130 interrupted, 138 the
-kernel died; whatever goes wrong is said in one sentence on stderr.
+In place of a notebook, --check says what is wrong or missing, --plan what would be done. The only module that knows
+papermill. Exit codes: 0 done, 1 the notebook failed, 2 bad input, 130 interrupted, 138 the kernel died; whatever goes
+wrong is said in one sentence on stderr.
 """
 
 import argparse
@@ -31,20 +32,29 @@ def read_profile(profile: str, data: str = "") -> Settings:
 
     Raises BadInput for an unknown profile or parameter, a bad value, or a data folder that does not exist.
     """
-    settings = _with_data(check(**read_params(PARAMS / f"{profile}.yaml")), data)
+    settings = _settings(profile, data)
     problem = _data_problem(settings)
     if problem:
         raise BadInput(problem)
     return settings
 
 
-def _with_data(settings: Settings, data: str) -> Settings:
-    given = data or settings.data_root
-    if not given:
+def data_folder(settings: Settings, data: str) -> Path | None:
+    """The data folder: `data`, relative to where one is, else data_root, relative to the project; None: not given."""
+    if data:
+        return Path(data).expanduser()
+    return PARAMS.parent / Path(settings.data_root).expanduser() if settings.data_root else None
+
+
+def _settings(profile: str, data: str) -> Settings:
+    """Those of read_profile, but their data folder need not exist."""
+    settings = check(**read_params(PARAMS / f"{profile}.yaml"))
+    folder = data_folder(settings, data)
+    if folder is None:
         return settings
-    # A relative data_root in the YAML file means relative to the project; notebooks run in another folder than either.
-    folder = (Path() if data else PARAMS.parent) / Path(given).expanduser()
-    return settings.model_copy(update={"data_root": str(folder.resolve() if folder.is_dir() else given)})
+    # absolute, because notebooks run in a folder of their own
+    root = str(folder.resolve()) if folder.is_dir() else data or settings.data_root
+    return settings.model_copy(update={"data_root": root})
 
 
 def _data_problem(settings: Settings) -> str:
@@ -180,6 +190,9 @@ def _failed_cell(error: PapermillExecutionError, notebook: str, profile: str) ->
     message = " ".join(error.evalue.split()).rstrip(".")
     if error.ename == BadInput.__name__:
         return _fail(f"{message}.", BAD_INPUT)
+    if error.ename == "OutOfMemoryError":  # torch's, of a GPU; what is computed so far is kept
+        remedy = f"lower attack_batch, which changes no result, or batch in params/{profile}.yaml and repeat"
+        return _fail(f"The GPU has too little memory for notebook {notebook}; {remedy}.", 1)
     place = _shown(executed_path(profile, notebook))
     return _fail(f"Notebook {notebook} failed by {error.ename}: {message}; the full traceback is in {place}.", 1)
 
@@ -229,7 +242,7 @@ def _look(profile: str, data: str, answer: Callable[[Settings], int]) -> int:
     wrong = wrong_parameters(profile)
     if wrong:
         return _fail("\n".join(wrong), BAD_INPUT)
-    return answer(_with_data(check(**read_params(PARAMS / f"{profile}.yaml")), data))
+    return answer(_settings(profile, data))
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -37,10 +37,15 @@ class EncoderRow(_Strict):
     timm: str = Field("", description="timm model; default: the model that the name stands for (encoders.KNOWN)")
     call: str = Field("", description="'module:function' of an encoder of your own: images -> (cls, patches)")
     checkpoint: str = Field("", description="local weight file; a relative path is looked up in the data folder")
-    normalise: Literal["model", "imagenet", "inception", "clip", "none"] | Normalise = "model"
+    normalise: Literal["model", "imagenet", "inception", "clip", "cifar", "none"] | Normalise = "model"
     native: int | None = Field(None, ge=8, description="native input side in px; default: model")
     defenses: list[Literal["standard", "deacl"]] = Field(["standard"], min_length=1)
     deacl_checkpoint: str = Field("", description="a robust encoder made elsewhere, in place of fine-tuning here")
+
+    @property
+    def tuned(self) -> bool:
+        """Whether DeACL is run for this row: it is asked for and no checkpoint of it is given."""
+        return "deacl" in self.defenses and not self.deacl_checkpoint
 
     @model_validator(mode="after")
     def _one_origin(self) -> "EncoderRow":

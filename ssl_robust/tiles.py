@@ -26,7 +26,7 @@ MARKERS = {"clean": "o", "embed": "s", "task": "^"}
 # Paul Tol's muted scheme for the first classes; further ones walk round the hue circle by the golden angle
 CLASSES = ["#CC6677", "#DDCC77", "#332288", "#44AA99", "#882255", "#88CCEE", "#117733", "#AA4499", "#EE7733", "#DDDDDD"]
 DEPTHS = "viridis_r"  # near is bright
-IGNORED = 255
+IGNORED = 255  # catalogue.IGNORE, whose module would bring torch along
 STYLE = {
     **sns.axes_style("ticks"),
     "font.size": 10,

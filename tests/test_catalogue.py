@@ -351,11 +351,11 @@ def test_check_covers_every_task_at_once(tmp_path):
     tasks = {t: {"datasets": [name, "nothing"], "n_val": 1} for t, name in sets.items()}
     deacl = {"dataset": "imagenette", "n_val": 1}
     settings = planted.settings(data_root=str(tmp_path), counts="any", deacl=deacl, **tasks)
-    assert len(datasets.check(settings)) == 13  # train and test of six, train of DeACL
+    assert len(datasets.check(settings)) == 7  # two of each task, one of DeACL
     for make in (trees.tiny_imagenet, trees.cityscapes, trees.nyuv2, trees.wnids):
         make(tmp_path)
     found = datasets.check(settings)
-    assert len(found) == 6 and all("'nothing'" in sentence for sentence in found)
+    assert len(found) == 3 and all("'nothing'" in sentence for sentence in found)
 
 
 # --- the real files beside the project ---

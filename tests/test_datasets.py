@@ -318,7 +318,7 @@ def test_a_missing_data_folder_is_said_with_the_remedy(tmp_path):
 
 
 def test_check_lists_everything_that_is_missing(tmp_path):
-    assert len(datasets.check(_settings(tmp_path))) == 7  # train and test of three tasks, train of DeACL
+    assert len(datasets.check(_settings(tmp_path))) == 4  # one of each task and of DeACL
     for task in REAL:
         REAL[task][1](tmp_path)
     assert datasets.check(_settings(tmp_path)) == []
@@ -326,6 +326,25 @@ def test_check_lists_everything_that_is_missing(tmp_path):
     (tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt").unlink()
     (problem,) = datasets.check(_settings(tmp_path))
     assert "'voc2012' (test)" in problem
+
+
+def test_data_sets_that_are_not_there_are_skipped_where_that_is_wanted(tmp_path):
+    REAL["depth"][1](tmp_path)
+    settings = _settings(tmp_path).model_copy(update={"missing": "skip"})
+    assert datasets.usable("depth", settings) == settings.depth.datasets
+    assert datasets.usable("segmentation", settings) == [] == datasets.usable("deacl", settings)
+    overview = datasets.overview(settings)
+    assert overview["images"].tolist() == [0, 0, 4, 3, 3, 0]
+    assert "was not found" in overview["hash"][1]
+    with pytest.raises(BadInput, match="was not found"):
+        datasets.overview(_settings(tmp_path))
+
+
+def test_no_data_of_deacl_are_wanted_where_no_row_is_fine_tuned(tmp_path):
+    given = {"name": "planted", "defenses": ["standard", "deacl"], "deacl_checkpoint": "robust.pth"}
+    for rows, wanted in (([given], 0), ([{"name": "planted"}], 0), ([given, {"name": "b", "defenses": ["deacl"]}], 1)):
+        settings = planted.settings(encoders=rows)
+        assert datasets.wanted(settings).count(("deacl", "toys")) == wanted
 
 
 def test_unknown_names_list_what_there_is():
@@ -421,7 +440,7 @@ def test_official_counts_are_demanded_unless_any_will_do(tmp_path):
     ):
         datasets.load("segmentation", "voc2012", "test", _settings(tmp_path, counts="official"), 8)
     found = [p for p in datasets.check(_settings(tmp_path, counts="official")) if "'voc2012'" in p]
-    assert len(found) == 2 and all("counts: any" in p for p in found)
+    assert len(found) == 1 and "counts: any" in found[0]
     assert len(_load("segmentation", "test", tmp_path)) == 3
 
 

@@ -84,6 +84,12 @@ FAILURES = {
         "Notebook 00_try failed by ZeroDivisionError: division by zero; "
         "the full traceback is in runs/tiny/00_try.ipynb.",
     ),
+    "full GPU": (
+        "class OutOfMemoryError(RuntimeError): ...\nraise OutOfMemoryError('CUDA out of memory. Tried ...')",
+        1,
+        "The GPU has too little memory for notebook 00_try; "
+        "lower attack_batch, which changes no result, or batch in params/tiny.yaml and repeat.",
+    ),
     "killed": (
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
         138,
