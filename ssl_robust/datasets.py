@@ -65,13 +65,13 @@ def class_names(name: str, task: str, root: str = "") -> tuple[str, ...]:
 
 
 def _not_found(name: str, task: str, what: str, root: str) -> BadInput:
-    where = f"the data folder '{root}'" if root else "no data folder: DATA is not set"
+    where = f"in the data folder '{root}'" if root else "as no data folder is given"
     layout = entry(name, task).layout
     if name not in DATASETS:
-        own = f"or give a folder of your own, {layout}; none was found in {where}"
+        own = f"or give a folder of your own, {layout}; none was found {where}"
         return BadInput(f"There is no data set '{name}' ({what}) for {task}; choose one of: {_able(task)}; {own}.")
     return BadInput(
-        f"Data set '{name}' ({what}) was not found in {where}; it should hold {layout} "
+        f"Data set '{name}' ({what}) was not found {where}; it should hold {layout} "
         f"(give the folder as make ... DATA=FOLDER or as data_root; make data fills it)."
     )
 

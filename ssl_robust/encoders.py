@@ -240,7 +240,13 @@ def load(row: EncoderRow, data_root: str = "", weights: Path | None = None) -> E
     if row.call:
         return _load_own(row)
     known = describe(row)
-    path = weights or (Path(data_root) / row.checkpoint if row.checkpoint else None if known.timm else EMBEDDED_WEIGHTS)
+    path = weights or (
+        Path(data_root) / Path(row.checkpoint).expanduser()
+        if row.checkpoint
+        else None
+        if known.timm
+        else EMBEDDED_WEIGHTS
+    )
     if path is None:
         backbone, origin = _build(row, known, pretrained=True), f"timm: {known.timm}"
     else:

@@ -310,7 +310,7 @@ def test_few_images_and_rendered_ones_are_read_in_this_process(toys, tmp_path, m
 
 
 def test_a_missing_data_folder_is_said_with_the_remedy(tmp_path):
-    for root, words in (("", "no data folder: DATA is not set"), (tmp_path / "gone", f"data folder '{tmp_path}/gone'")):
+    for root, words in (("", "as no data folder is given"), (tmp_path / "gone", f"data folder '{tmp_path}/gone'")):
         with pytest.raises(BadInput) as refusal:
             _load("segmentation", "test", root)
         assert "'voc2012' (test) was not found" in str(refusal.value) and words in str(refusal.value)
