@@ -190,12 +190,16 @@ def _image_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
     return items
 
 
+def _own_pairs(home: Path, targets: str, split: str) -> list[tuple[str, Path, Path]]:
+    """Identifier, image and target of each pair in home/images/PART and home/TARGETS/PART."""
+    part = "train" if split == "train" else _held_out(home / "images")
+    pairs = _pairs(home / "images" / part, home / targets / part)
+    return [(f"{home.name}/{part}/{image.stem}", image, target) for image, target in pairs]
+
+
 def _mask_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
     def items(root: Path, task: str, split: str, n: int) -> list[Item]:
-        home = root / name
-        part = "train" if split == "train" else _held_out(home / "images")
-        pairs = _pairs(home / "images" / part, home / "masks" / part)
-        return [Item(f"{name}/{part}/{i.stem}", i, m) for i, m in pairs]
+        return [Item(where, image, mask) for where, image, mask in _own_pairs(root / name, "masks", split)]
 
     return items
 
@@ -216,11 +220,8 @@ def _depth_scale(home: Path) -> float:
 
 def _depth_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
     def items(root: Path, task: str, split: str, n: int) -> list[Item]:
-        home = root / name
-        part = "train" if split == "train" else _held_out(home / "images")
-        pairs = _pairs(home / "images" / part, home / "depth" / part)
-        scale = _depth_scale(home)
-        return [Item(f"{name}/{part}/{i.stem}", i, Part(_depth_png, d, scale)) for i, d in pairs]
+        pairs, scale = _own_pairs(root / name, "depth", split), _depth_scale(root / name)
+        return [Item(where, image, Part(_depth_png, depth, scale)) for where, image, depth in pairs]
 
     return items
 
@@ -354,11 +355,10 @@ def _stl_image(path: Path, i: int) -> np.ndarray:
 
 
 def _stl10(root: Path, task: str, split: str, n: int) -> list[Item]:
-    home = root / "stl10_binary"
-    pixels, labels = _bytes_of(home / f"{split}_X.bin"), _bytes_of(home / f"{split}_y.bin")
+    file = root / "stl10_binary" / f"{split}_X.bin"
+    pixels, labels = _bytes_of(file), _bytes_of(file.with_name(f"{split}_y.bin"))
     if len(pixels) != len(labels) * 3 * 96 * 96 or (len(labels) and not 1 <= labels.min() <= labels.max() <= 10):
-        raise damaged(home / f"{split}_X.bin")
-    file = home / f"{split}_X.bin"
+        raise damaged(file)
     return [Item(f"stl10/{split}/{i}", Part(_stl_image, file, i), int(y) - 1) for i, y in enumerate(labels)]
 
 

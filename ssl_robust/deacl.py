@@ -18,7 +18,7 @@ from torch import Tensor
 from . import attacks, datasets, encoders, records
 from .datasets import Subset
 from .encoders import Encoder
-from .heads import skipped_path, skipping, write_skipped
+from .heads import skipping
 from .progress import track
 from .settings import Attack, BadInput, DeACL, EncoderRow, Settings
 
@@ -138,7 +138,7 @@ def finetune_all(settings: Settings) -> dict[str, dict[str, Any]]:
         dataset = "" if row.deacl_checkpoint else settings.deacl.dataset
         with skipping(settings, lost, [{"dataset": dataset, "encoder": row.name, "defense": "deacl"}]):
             runs[row.name] = _made_elsewhere(row, settings) if row.deacl_checkpoint else _made_here(row, settings)
-    write_skipped(settings.profile, "deacl", lost)
+    records.write_skipped(settings.profile, "deacl", lost)
     return runs
 
 
@@ -241,8 +241,8 @@ def variants(row: EncoderRow, profile: str, data_root: str = "") -> list[tuple[s
 
 def _index(row: EncoderRow, profile: str) -> dict[str, Any]:
     """What finetune left of a row."""
-    skipped, path = skipped_path(profile, "deacl"), folder(profile, row.name) / "deacl.json"
-    for lost in records.read_json(skipped) if skipped.is_file() else []:
+    path = folder(profile, row.name) / "deacl.json"
+    for lost in records.read_skipped(records.skipped_path(profile, "deacl")):
         if lost["encoder"] == row.name:
             raise BadInput(lost["why"])
     if not path.is_file():

@@ -302,7 +302,7 @@ def check(settings: Settings) -> list[str]:
     problems = []
     for row in settings.encoders:
         given = [Path(settings.data_root) / row.deacl_checkpoint] if row.deacl_checkpoint else []
-        standard = [None] if "standard" in row.defenses or not given else []
+        standard = [None] if row.needs_standard else []
         for weights in (*standard, *given):
             try:
                 _check_row(row, settings.data_root, weights)

@@ -120,7 +120,7 @@ def run_task(task: str, settings: Settings, notebook: str) -> list[dict[str, Any
 
     Cells already on disk that were made from the same settings, weights, data and code are kept. Checkpoints between
     are evaluated on the first data set only. Raises BadInput if something that an earlier notebook makes is missing, or
-    a data set or weights; with missing: skip, such rows are left out instead, see `skipped`.
+    a data set or weights; with missing: skip, such rows are left out instead, see records.read_skipped.
     """
     names, found, lost = settings.task(task).datasets, [], []
     _attack("task", settings)
@@ -133,7 +133,7 @@ def run_task(task: str, settings: Settings, notebook: str) -> list[dict[str, Any
                     found += _variant(task, row, variant, settings, notebook, lost)
     found.sort(key=lambda record: names.index(record["dataset"]))
     remove_other(task, found, settings.profile)
-    heads.write_skipped(settings.profile, task, lost)
+    records.write_skipped(settings.profile, task, lost)
     return found
 
 
@@ -154,12 +154,6 @@ def _variant(
             made = _prepared(task, dataset, encoder, settings, defense)
             found += [cell(*made, (defense, epoch), kind, settings, notebook) for kind in KINDS]
     return found
-
-
-def skipped(profile: str, task: str) -> list[dict[str, str]]:
-    """Rows that could not be run and why, [{dataset, encoder, defense, why}]; task: one of TASKS, 'heads', 'deacl'."""
-    path = heads.skipped_path(profile, task)
-    return records.read_json(path) if path.is_file() else []
 
 
 def prepare(

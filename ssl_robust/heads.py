@@ -264,15 +264,20 @@ def fit(
 Source = Callable[[list[int], int], Batches]  # (order of the images, batch) -> their tokens
 
 
+def kept(bytes_train: float, bytes_val: float, section: TaskSettings) -> tuple[bool, bool]:
+    """Whether tokens of the training images (bytes of one view) and of the held-out ones stay in CACHE."""
+    keep_val = bytes_val <= CACHE
+    room = CACHE - bytes_val * keep_val
+    return section.views < section.epochs and bytes_train * section.views <= room, keep_val
+
+
 def token_sources(
     task: str, encoder: Encoder, train: Subset, val: Subset, section: TaskSettings, device: str
 ) -> tuple[Source, Source]:
     """Where training and held-out tokens come from: memory if CACHE has room for them, else the encoder."""
     dense = task != "classification"
     bytes_val, bytes_train = (token_bytes(encoder, subset, device, dense) for subset in (val, train))
-    keep_val = bytes_val <= CACHE
-    room = CACHE - bytes_val * keep_val
-    keep_train = section.views < section.epochs and bytes_train * section.views <= room
+    keep_train, keep_val = kept(bytes_train, bytes_val, section)
     return tuple(
         (_kept if keep else _streamed)(encoder, subset, section.attack_batch, device, dense)
         for subset, keep in ((train, keep_train), (val, keep_val))
@@ -381,7 +386,7 @@ def fit_all(settings: Settings) -> pd.DataFrame:
             for (task, dataset), name in zip(wanted, names, strict=True):
                 with skipping(settings, lost, [name]):
                     rows.append(_summary(task, dataset, row.name, fitted(task, dataset, encoder, settings)[1]))
-    write_skipped(settings.profile, "heads", lost)
+    records.write_skipped(settings.profile, "heads", lost)
     columns = ["task", "dataset", "encoder", "metric", "epoch", "held_out", "first_loss", "last_loss"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -403,21 +408,6 @@ def skipping(settings: Settings, lost: list[dict[str, str]], rows: list[dict[str
         if settings.missing == "stop":
             raise
         lost += [{**row, "why": str(problem)} for row in rows]
-
-
-def skipped_path(profile: str, part: str) -> Path:
-    """File that lists the skipped rows of `part`: a task, 'heads' or 'deacl'."""
-    return records.results_dir(profile) / part / "skipped.json"
-
-
-def write_skipped(profile: str, part: str, lost: list[dict[str, str]]) -> None:
-    """Write the skipped rows, one for each place in the table; no file if there are none."""
-    path = skipped_path(profile, part)
-    path.unlink(missing_ok=True)
-    # the first reason stands: a row's later variants fail for the same one
-    rows = {tuple(v for k, v in row.items() if k != "why"): row for row in reversed(lost)}
-    if lost:
-        records.write_json(list(reversed(rows.values())), path)
 
 
 def labels(task: str, prediction: Tensor) -> Tensor:

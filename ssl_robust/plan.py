@@ -145,9 +145,7 @@ def encodings(task: str, row: EncoderRow, size: tuple[int, int], train: int, val
     tokens = 1 + (task != "classification") * math.prod(cost.grid(encoder, size))
     pixels = 0 if task == "classification" else math.prod(size)
     each = 4 * encoder.dim * tokens + pixels * (4 if task == "depth" else 1)
-    keep_val = val * each <= heads.CACHE
-    room = heads.CACHE - val * each * keep_val
-    keep_train = section.views < section.epochs and train * section.views * each <= room
+    keep_train, keep_val = heads.kept(train * each, val * each, section)
     return train * (section.views if keep_train else section.epochs) + val * (1 if keep_val else section.epochs)
 
 
@@ -441,9 +439,8 @@ def fetched(settings: Settings) -> list[EncoderRow]:
     """The rows whose weights timm fetches from its hub."""
     found = []
     for row in settings.encoders:
-        needed = "standard" in row.defenses or not row.deacl_checkpoint
         try:
-            if needed and not row.call and not row.checkpoint:
+            if row.needs_standard and not row.call and not row.checkpoint:
                 known = encoders.describe(row)
                 found += [row] if known.timm and known.public else []
         except BadInput:  # encoders.check says it

@@ -74,6 +74,26 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [read_json(p) for p in sorted(folder.glob("*/*__*__*__*.json"))]
 
 
+def skipped_path(profile: str, part: str) -> Path:
+    """File that lists the skipped rows of `part`: a task, 'heads' or 'deacl'."""
+    return results_dir(profile) / part / "skipped.json"
+
+
+def read_skipped(path: Path) -> list[dict[str, str]]:
+    """Rows that could not be run and why, [{dataset, encoder, defense, why}]; empty if there is no such file."""
+    return read_json(path) if path.is_file() else []
+
+
+def write_skipped(profile: str, part: str, lost: list[dict[str, str]]) -> None:
+    """Write the skipped rows, one for each place in the table; no file if there are none."""
+    path = skipped_path(profile, part)
+    path.unlink(missing_ok=True)
+    # the first reason stands: a row's later variants fail for the same one
+    rows = {tuple(v for k, v in row.items() if k != "why"): row for row in reversed(lost)}
+    if lost:
+        write_json(list(reversed(rows.values())), path)
+
+
 def reusable(path: Path, key: str) -> dict[str, Any] | None:
     """The record at `path` if it is whole and was made from exactly what `key` hashes, else None."""
     try:

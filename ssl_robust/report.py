@@ -56,7 +56,7 @@ def read_skipped(folder: Path) -> list[Record]:
 
     `folder` is results/<profile> or figures/<profile>/records; empty if nothing was skipped.
     """
-    return [{"task": path.parent.name, **row} for path in _skipped_paths(folder) for row in disk.read_json(path)]
+    return [{"task": path.parent.name, **row} for path in _skipped_paths(folder) for row in disk.read_skipped(path)]
 
 
 def _skipped_paths(folder: Path) -> list[Path]:

@@ -47,6 +47,11 @@ class EncoderRow(_Strict):
         """Whether DeACL is run for this row: it is asked for and no checkpoint of it is given."""
         return "deacl" in self.defenses and not self.deacl_checkpoint
 
+    @property
+    def needs_standard(self) -> bool:
+        """Whether the Standard encoder is used: as a row of its own, or as the teacher of DeACL."""
+        return "standard" in self.defenses or not self.deacl_checkpoint
+
     @model_validator(mode="after")
     def _one_origin(self) -> "EncoderRow":
         if self.call and (self.timm or self.checkpoint or "deacl" in self.defenses):

@@ -251,7 +251,7 @@ def test_rows_that_cannot_be_run_are_skipped_with_the_reason(partly):
     found = evaluate.run_task("depth", partly, "n")
     rows = [(r["dataset"], r["encoder"], r["defense"], r["attack"]) for r in found]
     assert rows == [("toys", "planted", d, kind) for d in ("standard", "deacl") for kind in evaluate.KINDS]
-    lost = evaluate.skipped("toy", "depth")
+    lost = records.read_skipped(records.skipped_path("toy", "depth"))
     assert [(r["dataset"], r["encoder"], r["defense"]) for r in lost] == [
         ("nowhere", "gone", "standard"), ("toys", "gone", "standard"), ("nowhere", "planted", "standard"),
         ("nowhere", "planted", "deacl"),
@@ -272,14 +272,14 @@ def test_the_list_of_skipped_rows_goes_when_nothing_is_skipped(partly):
     assert path.is_file() and path not in (records.results_dir("toy")).glob("*/*__*__*__*.json")
     whole = planted.settings(encoders=[{"name": "planted"}], missing="skip")
     assert len(evaluate.run_task("depth", whole, "n")) == 3 and not path.exists()
-    assert evaluate.skipped("toy", "depth") == []
+    assert records.read_skipped(records.skipped_path("toy", "depth")) == []
 
 
 def test_rows_whose_deacl_was_skipped_are_skipped_for_its_reason(partly):
     nowhere = planted.settings(deacl={"dataset": "nowhere"}, missing="skip", encoders=partly.encoders[1:])
     assert deacl.finetune_all(nowhere.model_copy(update={"encoders": partly.encoders[1:]})) == {}
     evaluate.run_task("classification", partly, "n")
-    lost = [r for r in evaluate.skipped("toy", "classification") if r["encoder"] == "planted"]
+    lost = [r for r in records.read_skipped(records.skipped_path("toy", "classification")) if r["encoder"] == "planted"]
     assert [(r["dataset"], r["defense"]) for r in lost] == [("toys", "deacl")] and "nowhere" in lost[0]["why"]
 
 
