@@ -1,7 +1,7 @@
 """The schema of params/*.yaml and of every notebook's parameters cell; each refusal of a bad parameter is made here."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -68,6 +68,7 @@ class Attack(_Strict):
     step: float = Field(2 / 255, ge=0, le=1, description="step size, in [0,1] pixel units")
     steps: int = Field(20, ge=1, le=10_000)
     best: bool = Field(False, description="return the iterate of the largest loss instead of the last")
+    stop_when_broken: bool = Field(True, description="PGD on classes: images whose class is surely lost are finished")
 
 
 class TaskSettings(_Strict):
@@ -82,8 +83,9 @@ class TaskSettings(_Strict):
     batch: int = Field(..., ge=1)
     lr: float = Field(..., gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    views: int = Field(2, ge=1, description="augmented copies of each training image; epoch e uses copy e mod views")
-    attack_batch: int = Field(32, ge=1, description="images attacked at a time; no influence on the result")
+    attack_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="images attacked at a time: as many as suit the device, or a number; halved if memory lacks"
+    )
 
     @field_validator("size")
     @classmethod
@@ -94,8 +96,12 @@ class TaskSettings(_Strict):
 
 
 class Segmentation(TaskSettings):
-    """Segmentation adds the sliding window: its side is the encoder's native px."""
+    """Segmentation adds its augmentation and the sliding window, whose side is the encoder's native px.
 
+    The other tasks need no views: their only augmentation is a flip, and the tokens of both sides are kept.
+    """
+
+    views: int = Field(2, ge=1, description="augmented copies of each training image; epoch e uses copy e mod views")
     stride: float = Field(341 / 518, gt=0, le=1, description="stride as a fraction of the window")
 
 
@@ -123,6 +129,9 @@ class DeACL(_Strict):
     steps: int = Field(5, ge=1)
     attack_on: Literal["trained", "original"] = Field("trained", description="the encoder on which x' is made")
     checkpoints: list[int] = Field([], description="epochs kept for Figure 2, besides the last")
+    processes: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="processes that share each batch; auto: one for each GPU of this machine"
+    )
 
     @model_validator(mode="after")
     def _checkpoints_inside(self) -> "DeACL":
@@ -130,6 +139,28 @@ class DeACL(_Strict):
         if outside:
             raise ValueError(f"checkpoints {outside} lie outside 1..{self.epochs} epochs; remove them or train longer")
         return self
+
+
+class Sanity(_Strict):
+    """How hard the attacks are checked (notebook 07_sanity), on the first `n` test images of each data set."""
+
+    n: int = Field(16, ge=2, description="test images of each check")
+    more_steps: int = Field(5, ge=1, description="the task attack with so many times its steps")
+    restarts: int = Field(2, ge=1, description="the task attack from so many further random starts")
+    eps: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 32 / 255, 64 / 255],
+        min_length=2, description="radii of the sweep, in [0,1] pixel units",
+    )  # fmt: skip
+
+
+class Bench(_Strict):
+    """What `make bench` times: frozen encoders under PGD and EmbedAttack, side by side with other implementations."""
+
+    encoders: list[str] = Field(["embedded_vit", "dinov2_vits14"], min_length=1, description="names or timm models")
+    size: int = Field(224, ge=8, description="side of the images in px, but not above the encoder's native px")
+    images: int = Field(16, ge=1)
+    steps: int = Field(5, ge=1)
+    repeats: int = Field(3, ge=2, description="rounds, each of which times everything once")
 
 
 class Settings(_Strict):
@@ -144,12 +175,24 @@ class Settings(_Strict):
     )
     counts: Literal["official", "any"] = Field("official", description="any: data sets that were cut down are accepted")
     missing: Literal["stop", "skip"] = Field("stop", description="stop at missing data or weights, or skip those rows")
+    damaged: Literal["stop", "skip"] = Field(
+        "stop", description="stop at an unreadable image, or leave it out and count"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of attack steps: auto is bf16 where the device computes it fast; predictions are fp32"
+    )
+    strong: bool = Field(False, description="also AutoAttack, APGD, CosPGD and losses of SEA, see ssl_robust/strong.py")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="further seeds: heads and attacks are repeated with each, tables give mean and spread"
+    )
     encoders: list[EncoderRow] = Field(min_length=1)
     classification: TaskSettings | None = None
     segmentation: Segmentation | None = None
     depth: Depth | None = None
     attack: Attack | None = None
     deacl: DeACL | None = None
+    sanity: Sanity | None = None
+    bench: Bench | None = None
 
     @model_validator(mode="after")
     def _names_unique(self) -> "Settings":
@@ -164,6 +207,20 @@ class Settings(_Strict):
         if section is None:
             raise BadInput(f"The settings have no section '{name}'; add one (params/demo.yaml shows how).")
         return section
+
+
+class Cluster(_Strict):
+    """A file of params/cluster/: what each job of `make paper EXECUTOR=slurm` asks for."""
+
+    partition: str = Field("", description="Slurm partition; empty: the cluster's default")
+    account: str = ""
+    gpus: int = Field(1, ge=0, description="GPUs of a job")
+    deacl_gpus: int = Field(1, ge=0, description="GPUs of a DeACL job, which shares its batches among them")
+    cpus: int = Field(8, ge=1, description="CPU cores of a job")
+    memory: int = Field(64, ge=1, description="main memory of a job in GB")
+    hours: float = Field(24, gt=0, description="time limit of a job; one that meets it is taken up again")
+    setup: list[str] = Field([], description="shell lines before each job, e.g. 'module load cuda'")
+    at_once: int = Field(2, ge=1, description="EXECUTOR=local: jobs that run at the same time")
 
 
 def _sentence(error: dict[str, Any]) -> str:
