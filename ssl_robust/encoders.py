@@ -19,7 +19,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from . import checkpoints, records
+from . import checkpoints, records, vit
 from .checkpoints import load_weights, read_weights
 from .settings import BadInput, EncoderRow, Settings
 
@@ -41,7 +41,7 @@ class Known(NamedTuple):
     native: int  # px
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    # how its authors interpolate the position embedding, (offset, antialias) of `resample`; None: as timm does
+    # how its authors interpolate the position embedding, (offset, antialias) of vit.resample; None: as timm does
     positions: tuple[float, bool] | None = None
     public: bool = True  # whether timm can fetch the weights
     cifar_stem: bool = False  # 3x3 convolution of stride 1 and no max pool, for 32 px
@@ -132,9 +132,16 @@ class Encoder(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return tokens(self.backbone, self._normalised(x), self.patch)
+
+    def cls(self, x: Tensor) -> Tensor:
+        """The CLS token (B, D) alone, the same as of forward up to rounding, for less work where that is possible."""
+        x = self._normalised(x)
+        return vit.cls_token(self.backbone, x) if vit.plain(self.backbone) else tokens(self.backbone, x, self.patch)[0]
+
+    def _normalised(self, x: Tensor) -> Tensor:
         left, right, top, bottom = self.padding(*x.shape[-2:])
-        x = F.pad((x - self.mean) / self.std, (left, right, top, bottom))  # 0 is the mean colour here
-        return tokens(self.backbone, x, self.patch)
+        return F.pad((x - self.mean) / self.std, (left, right, top, bottom))  # 0 is the mean colour here
 
     def padding(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Pixels added (left, right, top, bottom) so that the patch divides both sides."""
@@ -172,7 +179,7 @@ def tokens(backbone: nn.Module, x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     grid = (x.shape[-2] // patch, x.shape[-1] // patch)
     if isinstance(backbone, Own):
         return backbone(x, grid)
-    features = backbone.forward_features(x)
+    features = vit.features(backbone, x) if vit.plain(backbone) else backbone.forward_features(x)
     if features.ndim == 4:
         return _map_tokens(backbone, features, grid)
     prefix = backbone.num_prefix_tokens or 0  # CLS token, registers
@@ -193,32 +200,6 @@ def _map_tokens(backbone: nn.Module, features: Tensor, grid: tuple[int, int]) ->
         # a padded stem gives one cell more than patches; its cells lie half a patch off, means of neighbours on them
         features = F.avg_pool2d(features, 2, stride=1)
     return cls, features
-
-
-# --- position embeddings ---
-
-
-def resample(positions: Tensor, grid: tuple[int, int], offset: float, antialias: bool) -> Tensor:
-    """A square grid's position embedding (1, N, D) on another grid (1, h * w, D), bicubic, as its authors do it.
-
-    With an offset the scale is (h + offset) / sqrt(N), so that the cells lie slightly denser than they should
-    (DINO, DINOv2); without one it is exactly h / sqrt(N) (DINOv2 with registers, which smooths as well).
-    """
-    side = math.isqrt(positions.shape[1])
-    if grid == (side, side):
-        return positions
-    square = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
-    scale = {"scale_factor": [(n + offset) / side for n in grid]} if offset else {"size": grid}
-    return F.interpolate(square, **scale, mode="bicubic", antialias=antialias).flatten(2).transpose(1, 2)
-
-
-def _add_positions(self: VisionTransformer, x: Tensor) -> Tensor:
-    """Takes the place of timm's `_pos_embed`: embedded patches (B, h, w, D) -> all tokens with their positions."""
-    own = 0 if self.no_embed_class else self.num_prefix_tokens  # tokens before the patches that have a position
-    patches = x.flatten(1, 2) + resample(self.pos_embed[:, own:], tuple(x.shape[1:3]), *self.positions)
-    prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
-    prefix = torch.cat(prefix, 1) + self.pos_embed[:, :own] if own else torch.cat(prefix, 1)
-    return self.pos_drop(torch.cat([prefix, patches], 1))
 
 
 def _positions_of(model: str) -> tuple[float, bool] | None:
@@ -369,7 +350,7 @@ def _build(row: EncoderRow, known: Known, pretrained: bool) -> nn.Module:
         backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=2, bias=False)
         backbone.maxpool = nn.Identity()
     if known.positions and isinstance(backbone, VisionTransformer):
-        backbone.positions, backbone._pos_embed = known.positions, MethodType(_add_positions, backbone)
+        backbone.positions, backbone._pos_embed = known.positions, MethodType(vit.add_positions, backbone)
     return backbone
 
 

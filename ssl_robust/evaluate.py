@@ -1,16 +1,17 @@
 """Clean and attacked evaluation through one path, one record per table cell."""
 
 import json
+import math
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from . import attacks, datasets, deacl, encoders, heads, metrics, records, released
+from . import attacks, compute, datasets, deacl, encoders, heads, health, metrics, records, released, strong
 from .datasets import Subset
 from .encoders import Encoder
 from .heads import TaskModel, skipping
@@ -18,48 +19,119 @@ from .progress import track
 from .settings import TASKS, Attack, BadInput, EncoderRow, Settings
 
 KINDS = ("clean", "embed", "task")
-CODE = (*heads.CODE, "attacks", "released", "evaluate")
+WORST = "worst"
+CODE = tuple(dict.fromkeys((*heads.CODE, "attacks", "strong", "released", "health", "evaluate")))
+Variant = tuple[str, int, Path | None]  # defense, epochs of DeACL, weight file
+
+
+class Cell(NamedTuple):
+    """One place in a table, or on Figure 2."""
+
+    dataset: str
+    row: EncoderRow
+    variant: Variant
+    kind: str
+
+
+class Outcome(NamedTuple):
+    """What `evaluate` found: statistics (N, ..) of each image (metrics.py), and what happened on the way."""
+
+    stats: Tensor
+    largest: float  # |x_adv - x| that occurred
+    nonfinite: int  # images with a non-finite prediction
+    traces: list[attacks.Trace]
+    wrong: Tensor  # (N,) bool in the order of the traces: whether the class is lost; empty for dense tasks
+    batch: int  # images that were attacked at a time
+
+
+def kinds(task: str, settings: Settings) -> tuple[str, ...]:
+    """The attacks that are run: those of the paper, and with strong: true those of strong.py."""
+    return (*KINDS, *(strong.NAMES[task] if settings.strong else ()))
 
 
 def attack_name(task: str, kind: str) -> str:
-    """Name of the attack in the paper."""
-    return {"clean": "none", "embed": "EmbedAttack", "task": attacks.NAMES[task]}[kind]
+    """Name of the attack in tables."""
+    names = {"clean": "none", "embed": "EmbedAttack", "task": attacks.NAMES[task], WORST: "worst case"}
+    return names.get(kind) or strong.TITLES[kind]
+
+
+def perturbed(
+    kind: str, model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int,
+    precision: str, trace: attacks.Trace | None = None,
+) -> Tensor:  # fmt: skip
+    """x (B, 3, H, W) under the attack `kind`: one of KINDS, or of strong.NAMES."""
+    if kind in strong.NAMES[model.task]:
+        return strong.attacked(kind, model, x, target, ids, attack, seed, precision)
+    return attacks.attacked(kind, model, x, target, ids, attack, seed, precision, trace)
 
 
 def evaluate(
-    model: TaskModel, test: Subset, kind: str, attack: Attack, batch: int, seed: int, device: str
-) -> tuple[Tensor, float, int]:
-    """Statistics of every test image (see metrics.py) under `kind`: 'clean', 'embed' or 'task'.
-
-    Returns them with the largest |x_adv - x| that occurred and the number of images with a non-finite prediction.
-    """
-    rows, largest, nonfinite = {}, 0.0, 0
+    model: TaskModel, test: Subset, kind: str, attack: Attack | None, batch: int | str, seed: int, device: str,
+    precision: str = "fp32",
+) -> Outcome:  # fmt: skip
+    """Every test image under `kind` (see perturbed): attacked in `precision`, `batch` at a time, predicted in fp32."""
+    rows, traces, wrong, largest, nonfinite = {}, [], [], 0.0, 0
     statistics = released.statistics(model.task, kind, model.protocol)
     name = f"{attack_name(model.task, kind)} on {model.encoder.name}, {test.name}"
-    parts = datasets.batches(test, batch)
+    size = at_once(model, test, batch, device)
+    parts = datasets.batches(test, size)
     for indices, x, target in track(parts, total=len(test), desc=name, size=lambda part: len(part[0])):
-        x, target = x.to(device), target.to(device)
-        adv = attacks.attacked(kind, model, x, target, [test.ids[i] for i in indices], attack, seed)
+        x, target, ids = x.to(device), target.to(device), [test.ids[i] for i in indices]
+
+        def attacked(rows: slice, x: Tensor = x, target: Tensor = target, ids: list[str] = ids) -> Tensor:
+            traces.append([])
+            return perturbed(
+                kind, model, x[rows], target[rows], ids[rows], attack, seed, precision, traces[-1]
+            )  # fmt: skip
+
+        adv, size = compute.in_parts(attacked, len(x), size)
         with torch.no_grad():
-            prediction = model(adv)
+            prediction, size = compute.in_parts(lambda rows, adv=adv: model(adv[rows]), len(adv), size)
         largest = max(largest, float((adv - x).abs().max()))
         nonfinite += int((~prediction.flatten(1).isfinite()).any(1).sum())
+        if model.task == "classification":
+            wrong.append((prediction.argmax(1) != target).cpu())
         stats = statistics(model.task, prediction, target, len(test.classes))
         rows.update(zip(indices, stats, strict=True))
-    return torch.stack([rows[i] for i in range(len(test))]), largest, nonfinite
+    stats = torch.stack([rows[i] for i in range(len(test))])
+    return Outcome(stats, largest, nonfinite, traces, torch.cat([torch.zeros(0).bool(), *wrong]), size)
 
 
-def measured(model: TaskModel, test: Subset, kind: str, settings: Settings) -> dict[str, Any]:
-    """The numbers of one table cell, in the model's protocol: what `cell` writes, without anything on disk."""
+def at_once(model: TaskModel, test: Subset, setting: int | str, device: str) -> int:
+    """Images of `test` that are attacked at a time, see compute.batch_for."""
+    size, windows = tuple(test[0][0].shape[-2:]), 1
+    if model.task == "segmentation":
+        native = model.encoder.native
+        windows = math.prod(len(heads.window_starts(side, native, model.stride)) for side in size)
+        size = tuple(min(side, native) for side in size)
+    return compute.batch_for(compute.tokens_of(model.encoder.patch, size, windows), device, setting)
+
+
+def measured(model: TaskModel, test: Subset, kind: str, settings: Settings) -> tuple[dict[str, Any], Tensor]:
+    """The numbers of one table cell, in the model's protocol, and its images' statistics; nothing on disk changes."""
     task, device, start = model.task, records.pick_device(settings.device), time.perf_counter()
+    precision = compute.precision(settings.precision, device)
     batch = settings.task(task).attack_batch
-    stats, largest, nonfinite = evaluate(model, test, kind, settings.attack, batch, settings.seed, device)
-    reduce = released.reduction(task, test.classes, model.protocol)
+    out = evaluate(model, test, kind, settings.attack, batch, settings.seed, device, precision)
+    found = health.summarise(
+        out.traces, kind, task, out.wrong if task == "classification" else None, math.log(max(2, len(test.classes))),
+        settings.attack.steps if settings.attack else None, out.nonfinite,
+    )  # fmt: skip
     return {
-        "value": metrics.value(task, stats, reduce), "se": metrics.standard_error(task, stats, settings.seed, reduce),
-        "n": len(test), "chance": _chance(test, released.unmasked(kind, model.protocol), model.protocol),
-        "max_perturbation": largest, "nonfinite": nonfinite, "per_image": metrics.per_image(task, stats, reduce),
-        "seconds": round(time.perf_counter() - start, 2),
+        **_numbers(model, test, kind, out.stats, settings.seed),
+        "max_perturbation": out.largest, "nonfinite": out.nonfinite, "health": found | {"flags": health.flags(found)},
+        "batch": out.batch, "seconds": round(time.perf_counter() - start, 2),
+    }, out.stats  # fmt: skip
+
+
+def _numbers(model: TaskModel, test: Subset, kind: str, stats: Tensor, seed: int) -> dict[str, Any]:
+    """What follows from the images' statistics."""
+    task, reduce = model.task, released.reduction(model.task, test.classes, model.protocol)
+    return {
+        "value": metrics.value(task, stats, reduce), "se": metrics.standard_error(task, stats, seed, reduce),
+        "n": len(test), "damaged": len(getattr(test, "damaged", [])),
+        "chance": _chance(test, released.unmasked(kind, model.protocol), model.protocol),
+        "per_image": metrics.per_image(task, stats, reduce),
     }  # fmt: skip
 
 
@@ -79,6 +151,9 @@ def _attack(kind: str, settings: Settings) -> dict[str, Any] | None:
     return settings.attack.model_dump()
 
 
+# --- one cell on disk: its record, and beside it the statistics of its images, from which `worst` is made ---
+
+
 def cell(
     model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, settings: Settings, notebook: str,
     part: str = "",
@@ -88,8 +163,63 @@ def cell(
     `variant`: the defense and its epochs of DeACL; `part`: a folder within the profile's, for what no table shows.
     Raises BadInput if an attack is asked for without settings of it.
     """
+    about = _about(model, test, variant, kind, settings, notebook)
+    path = _path(about, settings, part)
+    found = _read(path, about["key"])
+    if found:
+        return found[0]
+    numbers, stats = measured(model, test, kind, settings)
+    return _write(path, about | numbers, stats, settings)
+
+
+def stored(
+    model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, settings: Settings
+) -> dict[str, Any] | None:
+    """The record of a cell if `cell` would only read it, else None."""
+    about = _about(model, test, variant, kind, settings, "")
+    found = _read(_path(about, settings), about["key"])
+    return found and found[0]
+
+
+def worst(
+    model: TaskModel, test: Subset, variant: tuple[str, int], settings: Settings, notebook: str
+) -> dict[str, Any] | None:
+    """The record of the worst case: each image under that of the attacks run on this row that hurts it most.
+
+    Made from what `cell` left; None while one of the attacks is not there.
+    """
+    task, names, start = model.task, kinds(model.task, settings), time.perf_counter()
+    abouts = [_about(model, test, variant, kind, settings, notebook) for kind in names]
+    about = _about(model, test, variant, WORST, settings, notebook)
+    about["key"] = records.digest([about["key"], *(a["key"] for a in abouts)])
+    path = _path(about, settings)
+    found = _read(path, about["key"])
+    if found:
+        return found[0]
+    cells = [_read(_path(a, settings), a["key"]) for a in abouts]
+    if not all(cells):
+        return None
+    sign = metrics.BETTER[metrics.METRIC[task]]
+    values = sign * torch.tensor([record["per_image"] for record, _ in cells])  # (kinds, N)
+    chosen = values.argmin(0)
+    stats = torch.stack([stats for _, stats in cells])[chosen, torch.arange(len(chosen))]
+    about |= _numbers(model, test, "task", stats, settings.seed) | {
+        "max_perturbation": max(record["max_perturbation"] for record, _ in cells),
+        "nonfinite": sum(record["nonfinite"] for record, _ in cells), "health": {"flags": []}, "batch": 0,
+        "chosen": {kind: int((chosen == i).sum()) for i, kind in enumerate(names)},
+        "seconds": round(time.perf_counter() - start, 2),
+    }  # fmt: skip
+    return _write(path, about, stats, settings)
+
+
+def _about(
+    model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, settings: Settings, notebook: str
+) -> dict[str, Any]:
+    """What a record says of its cell before anything is computed, and the key of all that its numbers depend on."""
     task, (defense, epoch), attack = model.task, variant, _attack(kind, settings)
     section, protocol = released.adjusted(settings, model.encoder.native).task(task), released.label(model.protocol)
+    device = records.pick_device(settings.device)
+    precision = "fp32" if kind == "clean" else compute.precision(settings.precision, device)
     hashes = {
         "weights": model.encoder.hash,
         "head": records.state_hash(model.head.state_dict()),
@@ -97,39 +227,81 @@ def cell(
         "code": records.code_hash(*CODE),
     }
     used = section.model_dump(include={"size", "n_test", "crop"}) | {"stride": model.stride}
-    key = records.digest([task, kind, attack, used, protocol, settings.seed, hashes])
-    path = records.record_path(f"{settings.profile}/{part}", task, test.name, model.encoder.name, defense, kind)
-    record = records.reusable(path, key)
-    if record:
-        return record
-    record = {
-        "schema": records.SCHEMA, "key": key, "task": task, "dataset": test.name, "encoder": model.encoder.name,
+    return {
+        "schema": records.SCHEMA,
+        "key": records.digest([task, kind, attack, used, protocol, settings.seed, precision, hashes]),
+        "task": task, "dataset": test.name, "encoder": model.encoder.name,
         "defense": defense, "epoch": epoch, "attack": kind, "attack_name": attack_name(task, kind),
-        "metric": metrics.METRIC[task], "protocol": protocol, "counts": settings.counts,
-        **measured(model, test, kind, settings),
+        "metric": metrics.METRIC[task], "protocol": protocol, "counts": settings.counts, "precision": precision,
         "settings": {"attack": attack, "task": section.model_dump()}, "seed": settings.seed, "hashes": hashes,
-        "notebook": f"runs/{settings.profile}/{notebook}.ipynb",
-        **records.provenance(records.pick_device(settings.device)),
+        "notebook": f"runs/{settings.profile.partition('/')[0]}/{notebook}.ipynb",
     }  # fmt: skip
-    records.write_json(record, path)
+
+
+def _path(about: dict[str, Any], settings: Settings, part: str = "") -> Path:
+    names = (about[key] for key in ("task", "dataset", "encoder", "defense", "attack"))
+    return records.record_path(f"{settings.profile}/{part}", *names)
+
+
+def _write(path: Path, record: dict[str, Any], stats: Tensor, settings: Settings) -> dict[str, Any]:
+    """Writes statistics first and the record last, so that a record never lacks them."""
+    record |= records.provenance(records.pick_device(settings.device))
+    index = stats.nonzero()  # confusion matrices of many classes are nearly empty
+    parts = {"index": index.int(), "values": stats[tuple(index.T)], "shape": torch.tensor(stats.shape)}
+    records.write_tensors(parts, {"key": record["key"]}, path.with_suffix(".safetensors"))
+    records.write_record(record, path)
     return record
+
+
+def _read(path: Path, key: str) -> tuple[dict[str, Any], Tensor] | None:
+    """Record and statistics at `path` if both are whole and were made from exactly what `key` hashes, else None."""
+    record = records.reusable(path, key)
+    try:
+        parts, about = records.read_tensors(path.with_suffix(".safetensors"))
+    except BadInput:
+        return None
+    if not record or about.get("key") != key:
+        return None
+    stats = torch.zeros(parts["shape"].tolist(), dtype=torch.float64)
+    stats[tuple(parts["index"].long().T)] = parts["values"]
+    return record, stats
+
+
+# --- all cells of a task ---
+
+
+def wanted_cells(task: str, settings: Settings, row: EncoderRow, variant: Variant) -> list[Cell]:
+    """The cells of one variant of a row: checkpoints between are evaluated on the first data set only."""
+    names = settings.task(task).datasets
+    places = names if variant[0] in row.defenses else names[:1]
+    return [Cell(dataset, row, variant, kind) for dataset in places for kind in kinds(task, settings)]
 
 
 def run_task(task: str, settings: Settings, notebook: str) -> list[dict[str, Any]]:
     """All records of one task: each data set, encoder, defense and attack, and for Figure 2 the DeACL epochs between.
 
-    Cells already on disk that were made from the same settings, weights, data and code are kept. Checkpoints between
-    are evaluated on the first data set only. Raises BadInput if something that an earlier notebook makes is missing, or
-    a data set or weights; with missing: skip, such rows are left out instead, see records.read_skipped.
+    Cells already on disk that were made from the same settings, weights, data and code are kept. With settings.seeds
+    everything but the DeACL fine-tuning is repeated, into results/<profile>/seeds/<seed>; the records of settings.seed
+    are returned. Raises BadInput if something that an earlier notebook makes is missing, or a data set or weights;
+    with missing: skip, such rows are left out instead, see records.read_skipped.
     """
-    names, found, lost = settings.task(task).datasets, [], []
     _attack("task", settings)
     records.pick_device(settings.device)
+    found = _run_seed(task, settings, settings.profile, notebook)
+    for seed in settings.seeds:
+        again = settings.model_copy(update={"seed": seed, "profile": f"{settings.profile}/seeds/{seed}"})
+        _run_seed(task, again, settings.profile, notebook)
+    return found
+
+
+def _run_seed(task: str, settings: Settings, profile: str, notebook: str) -> list[dict[str, Any]]:
+    """All records of one task and seed; `profile`: whose DeACL checkpoints are evaluated."""
+    names, found, lost = settings.task(task).datasets, [], []
     for row in settings.encoders:
         for defense in (d for d in ("standard", "deacl") if d in row.defenses):
             only = row.model_copy(update={"defenses": [defense]})
             with skipping(settings, lost, [_place(dataset, row, defense) for dataset in names]):
-                for variant in deacl.variants(only, settings.profile, settings.data_root):
+                for variant in deacl.variants(only, profile, settings.data_root):
                     found += _variant(task, row, variant, settings, notebook, lost)
     found.sort(key=lambda record: names.index(record["dataset"]))
     remove_other(task, found, settings.profile)
@@ -142,17 +314,18 @@ def _place(dataset: str, row: EncoderRow, defense: str) -> dict[str, str]:
 
 
 def _variant(
-    task: str, row: EncoderRow, variant: tuple[str, int, Path | None], settings: Settings, notebook: str,
-    lost: list[dict[str, str]],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Records of one (defense, epochs, weights) of a row on all its data sets; the encoder is loaded once."""
-    defense, epoch, weights = variant
-    names, found = settings.task(task).datasets, []
+    task: str, row: EncoderRow, variant: Variant, settings: Settings, notebook: str, lost: list[dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Records of one variant of a row on all its data sets; the encoder is loaded once."""
+    (defense, epoch, weights), found = variant, []
+    cells = wanted_cells(task, settings, row, variant)
     encoder = encoders.load(row, settings.data_root, weights)
-    for dataset in names if defense in row.defenses else names[:1]:
+    for dataset in dict.fromkeys(c.dataset for c in cells):
         with skipping(settings, lost, [_place(dataset, row, defense)]):
             made = _prepared(task, dataset, encoder, settings, defense)
-            found += [cell(*made, (defense, epoch), kind, settings, notebook) for kind in KINDS]
+            chosen = [c.kind for c in cells if c.dataset == dataset]
+            found += [cell(*made, (defense, epoch), kind, settings, notebook) for kind in chosen]
+            found.append(worst(*made, (defense, epoch), settings, notebook))
     return found
 
 
@@ -181,6 +354,7 @@ def remove_other(task: str, kept: list[dict[str, Any]], profile: str) -> None:
     for path in records.results_dir(profile).glob(f"{task}/*__*__*__*.json"):
         if path not in names:
             path.unlink()
+            path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 def examples(task: str, settings: Settings, count: int = 4) -> list[Path]:
@@ -201,9 +375,9 @@ def examples(task: str, settings: Settings, count: int = 4) -> list[Path]:
     device = records.pick_device(settings.device)
     indices, x, target = next(datasets.batches(test, count))
     x, target, ids = x.to(device), target.to(device), [test.ids[i] for i in indices]
-    shown = {"images": x, "target": target}
+    shown, precision = {"images": x, "target": target}, compute.precision(settings.precision, device)
     for kind in KINDS:
-        adv = attacks.attacked(kind, model, x, target, ids, settings.attack, settings.seed)
+        adv = attacks.attacked(kind, model, x, target, ids, settings.attack, settings.seed, precision)
         with torch.no_grad():
             shown |= {f"adv_{kind}": adv, f"pred_{kind}": heads.labels(task, model(adv))}
     del shown["adv_clean"]
@@ -213,8 +387,7 @@ def examples(task: str, settings: Settings, count: int = 4) -> list[Path]:
         "dataset": test.name,
         "encoder": model.encoder.name,
     }
-    shown = {k: v.detach().cpu().contiguous() for k, v in shown.items()}
-    records.write_bytes(heads.tensor_file(shown, about), path)
+    records.write_tensors(shown, about, path)
     return [path]
 
 

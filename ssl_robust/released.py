@@ -177,15 +177,15 @@ def scaled_cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
     return F.cross_entropy(logits / logits.detach().amax(1, keepdim=True).clamp(min=1), truth, reduction="none")
 
 
-def two_means(logits: Tensor, mask: Tensor, weight: float) -> Tensor:
-    """(1-weight) * mean loss of right pixels + weight * mean loss of wrong ones -> (B,); an empty set counts as 0.
+def two_means(logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean loss of the right pixels and of the wrong ones, (B, 2); that of an empty set is 0.
 
     logits (B, C, H, W), mask (B, H, W) with IGNORE where a pixel is in neither set.
     """
     pixel = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="none").flatten(1)  # 0 where ignored
     right, seen = (logits.argmax(1) == mask).flatten(1), (mask != IGNORE).flatten(1)
-    means = [(pixel * chosen).sum(1) / chosen.sum(1).clamp(min=1) for chosen in (right & seen, ~right & seen)]
-    return (1 - weight) * means[0] + weight * means[1]
+    sets = (right & seen, ~right & seen)
+    return torch.stack([(pixel * chosen).sum(1) / chosen.sum(1).clamp(min=1) for chosen in sets], 1)
 
 
 def warm_up(g: Tensor, valid: Tensor) -> Tensor:

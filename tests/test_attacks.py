@@ -59,10 +59,10 @@ def test_loss_of_an_image_is_independent_of_the_others(task, kind):
     planted, x = model(task), images(4, 24)
     truth, adv = target(task, x), (x + 0.01).clamp(0, 1)
     together = attacks.loss_for(kind, planted, x, truth, 5)(adv, 3)
-    assert together.shape == (4,) and (together > 0).all()
+    assert len(together) == 4 and (together > 0).all()
     for i in range(4):
         alone = attacks.loss_for(kind, planted, x[i : i + 1], truth[i : i + 1], 5)(adv[i : i + 1], 3)
-        assert float(alone) == pytest.approx(float(together[i]), rel=1e-5)
+        assert torch.allclose(alone[0], together[i], rtol=1e-5)
 
 
 @EACH
@@ -160,11 +160,13 @@ def test_segpgd_by_hand():
     logits = torch.tensor([[[[2.0, 0.1], [1.0, -1.0]], [[0.5, 0.3], [-1.0, 3.0]], [[-1.0, 0.2], [0.0, 0.5]]]])
     mask = [[0, 2], [datasets.IGNORE, 1]]  # right, wrong, ignored, right
     for weight in (0.0, 0.25, 0.5, 1.0):
-        found = attacks.segpgd(logits, torch.tensor([mask]), weight)
+        found = attacks.segpgd(attacks.segpgd_parts(logits, torch.tensor([mask])), weight)
         assert float(found) == pytest.approx(_by_hand(logits[0], mask, weight), rel=1e-5)
     loss = attacks.segpgd_loss(lambda x: x, torch.tensor([mask], dtype=torch.uint8), 4)
     for t, weight in ((1, 0), (2, 1 / 8), (3, 2 / 8), (4, 3 / 8)):  # lambda(t) = (t - 1) / 2T
-        assert float(loss(logits, t)) == pytest.approx(_by_hand(logits[0], mask, weight), rel=1e-5)
+        climbed, compared = loss(logits, t)[0]
+        assert float(climbed) == pytest.approx(_by_hand(logits[0], mask, weight), rel=1e-5)
+        assert float(compared) == pytest.approx(_by_hand(logits[0], mask, 0.5), rel=1e-5)
 
 
 def _waves(adv, t):
@@ -206,3 +208,90 @@ def test_embedded_architecture_under_attack(kind):
     loss = attacks.loss_for(kind, planted, x, truth, 4)
     adv, noisy = _run(kind, planted, x, truth, Attack(steps=4)), attacks.random_start(x, PAPER.eps, _ids(2), 0)
     assert (loss(adv, 4) > loss(noisy, 4)).all()
+
+
+# --- images that are finished, and what the loop saw ---
+
+
+def test_images_whose_class_is_surely_lost_leave_the_batch():
+    x, label = _around_half([0.01, 0.2, -0.01, -0.2])  # two within reach of eps, two far beyond it
+    planted, seen = brightness_model(), []
+    whole = planted.forward
+    planted.forward = lambda images: seen.append(len(images)) or whole(images)
+    trace = []
+    attack = Attack(steps=8)
+    adv = attacks.attacked("task", planted, x, label, _ids(4), attack, 0, trace=trace)
+    assert max(seen) == 4 and min(seen) == 2 and trace[-2]["index"].tolist() == [1, 3]
+    assert (whole(adv).argmax(1) != label).tolist() == [True, False, True, False]
+    assert (adv - x).abs().max() <= attack.eps + 1e-7
+    left = trace[-1]["loss"][[0, 2]]
+    assert (left > math.log(2) + attacks.MARGIN).all()  # they were finished where they are
+    kept = attacks.attacked(
+        "task", planted, x, label, _ids(4), attack.model_copy(update={"stop_when_broken": False}), 0
+    )
+    assert torch.equal(kept[[1, 3]], adv[[1, 3]]) and not torch.equal(kept[[0, 2]], adv[[0, 2]])
+    assert torch.equal(whole(kept).argmax(1), whole(adv).argmax(1))
+
+
+def test_the_margin_is_never_reached_by_an_image_that_is_classified_rightly():
+    generator = torch.Generator().manual_seed(0)
+    for classes in (2, 3, 10):
+        logits = 3 * torch.randn(5000, classes, generator=generator)
+        logits[::2] = 0.01 * logits[::2]  # nearly undecided ones come nearest
+        label = logits.argmax(1)
+        assert (attacks.cross_entropy(logits, label) <= math.log(classes) + 1e-6).all()
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_all_images_may_be_finished_early(best):
+    x, label = _around_half([0.01, -0.01])
+    trace = []
+    adv = attacks.attacked("task", brightness_model(), x, label, _ids(2), Attack(steps=20, best=best), 0, trace=trace)
+    assert len(trace) < 20 and (brightness_model()(adv).argmax(1) != label).all()
+
+
+def test_nothing_leaves_under_the_released_code_or_embed_attack():
+    x, label = _around_half([0.01, -0.01])
+    planted = brightness_model()
+    planted.protocol = frozenset({"pgd_scaled_logits"})
+    for kind in ("task", "embed"):
+        trace = []
+        attacks.attacked(kind, planted, x, label, _ids(2), Attack(steps=6), 0, trace=trace)
+        assert [entry["step"] for entry in trace] == [*range(1, 7), None]
+        assert all(len(entry["index"]) == 2 for entry in trace)
+
+
+@EACH
+def test_the_trace_holds_what_every_step_saw(task, kind):
+    planted, x, trace = model(task), images(3, 24), []
+    truth = target(task, x)
+    attack = Attack(steps=3, stop_when_broken=False)
+    adv = attacks.attacked(kind, planted, x, truth, _ids(3), attack, 0, trace=trace)
+    assert torch.equal(adv, _run(kind, planted, x, truth, attack))
+    assert [entry["step"] for entry in trace] == [1, 2, 3, None]
+    assert all(entry["loss"].shape == (3,) and entry["loss"].isfinite().all() for entry in trace)
+    assert not any(entry["zero"].any() or entry["nan"].any() for entry in trace[:-1])
+    loss = attacks.loss_for(kind, planted, x, truth, 3)(adv, 3)
+    assert torch.allclose(trace[-1]["loss"], loss[:, 1] if loss.ndim == 2 else loss)
+
+
+def test_vanishing_and_undefined_gradients_are_noted():
+    x, trace = images(3), []
+
+    def loss(adv, t):
+        return torch.stack([adv[0].sum(), 0 * adv[1].sum(), (adv[2] - adv[2]).sum().sqrt()])
+
+    attacks.pgd(x, loss, Attack(steps=2), trace=trace)
+    assert trace[0]["zero"].tolist() == [False, True, False] and trace[0]["nan"].tolist() == [False, False, True]
+
+
+def test_memory_does_not_grow_with_the_steps():
+    planted, x, alive = model("classification"), images(2), []
+    loss = attacks.loss_for("task", planted, x, torch.tensor([0, 1]), 5)
+
+    def counting(adv, t):
+        alive.append(adv)
+        return loss(adv, t)
+
+    attacks.pgd(x, counting, Attack(steps=5))
+    assert all(adv.grad_fn is None for adv in alive)  # no iterate remembers how it was made

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ssl_robust import encoders, records
 from ssl_robust.settings import BadInput, EncoderRow, check
+from ssl_robust.vit import resample
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 EMBEDDED = EncoderRow(name="embedded_vit")
@@ -350,11 +351,11 @@ def test_positions_are_resampled_as_their_authors_do(old, grid, positions):
     down, across = (_plain(old, n, 0.1) if positions == encoders.DINO else _smooth(old, n) for n in grid)
     square = embedding[0].double().numpy().reshape(old, old, 5)
     expected = torch.from_numpy(np.einsum("ia,jb,abd->ijd", down, across, square).reshape(1, -1, 5)).float()
-    found = encoders.resample(embedding, grid, *positions)
+    found = resample(embedding, grid, *positions)
     assert torch.allclose(found, expected, atol=1e-4)
     if positions == encoders.DINO:
         assert not torch.allclose(found, resample_abs_pos_embed(embedding, grid, num_prefix_tokens=0), atol=1e-2)
-    assert torch.equal(encoders.resample(embedding, (old, old), *positions), embedding)
+    assert torch.equal(resample(embedding, (old, old), *positions), embedding)
 
 
 @pytest.fixture
@@ -370,7 +371,7 @@ def test_a_loaded_model_uses_the_positions_of_its_authors(dino):
     embedded = torch.zeros(2, 3, 6, 24)
     with torch.no_grad():
         tokens = dino.backbone._pos_embed(embedded)
-    expected = encoders.resample(dino.backbone.pos_embed[:, 1:], (3, 6), 0.1, False)
+    expected = resample(dino.backbone.pos_embed[:, 1:], (3, 6), 0.1, False)
     assert torch.equal(tokens[1, 1:], expected[0])
     assert torch.equal(tokens[0, 0], (dino.backbone.cls_token + dino.backbone.pos_embed[:, :1])[0, 0])
 

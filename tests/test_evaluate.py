@@ -15,8 +15,9 @@ from ssl_robust.settings import TASKS, Attack, BadInput
 FIELDS = {
     "schema", "key", "task", "dataset", "encoder", "defense", "epoch", "attack", "attack_name", "metric", "value", "se",
     "n", "chance", "protocol", "counts", "settings", "seed", "hashes", "max_perturbation", "nonfinite", "per_image",
-    "seconds", "notebook", "git", "versions", "device", "threads", "made",
+    "seconds", "notebook", "git", "versions", "device", "threads", "made", "precision", "batch", "health", "damaged",
 }  # fmt: skip
+ALL = (*evaluate.KINDS, evaluate.WORST)
 NAMES = {"classification": "PGD", "segmentation": "SegPGD", "depth": "DepthPGD"}
 
 
@@ -37,11 +38,12 @@ def test_clean_and_attacked_take_one_path(task, toys):
         for kind in evaluate.KINDS
         for eps in (0.0, 0.3)
     }
-    clean, largest, nonfinite = found["clean", 0.3]
-    assert largest == 0 and nonfinite == 0
+    clean = found["clean", 0.3]
+    assert clean.largest == 0 and clean.nonfinite == 0
     for kind in ("embed", "task"):
-        assert torch.equal(found[kind, 0.0][0], clean) and found[kind, 0.0][1] == 0
-        assert found[kind, 0.3][1] == pytest.approx(0.3, abs=1e-6) and not torch.equal(found[kind, 0.3][0], clean)
+        assert torch.equal(found[kind, 0.0].stats, clean.stats) and found[kind, 0.0].largest == 0
+        assert found[kind, 0.3].largest == pytest.approx(0.3, abs=1e-6)
+        assert not torch.equal(found[kind, 0.3].stats, clean.stats)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -57,7 +59,7 @@ def test_statistics_are_in_the_order_of_the_images_whatever_their_sizes(toys):
     items = [i._replace(image=i.image[:, n % 3 :], target=i.target[n % 3 :]) for n, i in enumerate(items)]
     test = datasets.Subset("toys", "segmentation", items, datasets.transform("segmentation", "test", "original", 16))
     model = planted.model("segmentation")
-    stats, *_ = evaluate.evaluate(model, test, "clean", None, 4, 0, "cpu")
+    stats = evaluate.evaluate(model, test, "clean", None, 4, 0, "cpu").stats
     for i in range(len(test)):
         image, mask = test[i]
         with torch.no_grad():
@@ -68,8 +70,7 @@ def test_statistics_are_in_the_order_of_the_images_whatever_their_sizes(toys):
 def test_images_without_a_finite_prediction_are_counted(toys):
     model = planted.model("classification")
     model.head.linear.bias[0] = torch.nan
-    _, _, nonfinite = evaluate.evaluate(model, _test_set("classification"), "clean", None, 3, 0, "cpu")
-    assert nonfinite == 8
+    assert evaluate.evaluate(model, _test_set("classification"), "clean", None, 3, 0, "cpu").nonfinite == 8
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -77,7 +78,8 @@ def test_images_without_a_finite_prediction_are_counted(toys):
 def test_a_record_says_all(task, kind, toys):
     record = _cell(task, kind)
     path = records.record_path("toy", task, "toys", "planted", "standard", kind)
-    assert records.read_json(path) == record and set(record) == FIELDS
+    assert records.read_record(path) == record and set(record) >= FIELDS
+    assert record["precision"] == "fp32" and record["health"]["flags"] is not None and record["damaged"] == 0
     assert record["protocol"] == "paper"
     assert record["attack_name"] == {"clean": "none", "embed": "EmbedAttack", "task": NAMES[task]}[kind]
     assert (record["metric"], record["n"], record["nonfinite"]) == (metrics.METRIC[task], 8, 0)
@@ -142,7 +144,7 @@ def test_targets_are_read_once_for_the_best_constant(toys, monkeypatch):
     original = datasets.Subset.__getitem__
     monkeypatch.setattr(datasets.Subset, "__getitem__", lambda subset, i: reads.append(i) or original(subset, i))
     found = [evaluate.cell(model, test, ("standard", 0), kind, planted.settings(), "n") for kind in evaluate.KINDS]
-    assert len(reads) == 4 * len(test)  # three evaluations and one look at the targets
+    assert len(reads) == 4 * len(test) + 3  # three evaluations, whose batch depends on the first, one look at targets
     assert len({record["chance"] for record in found}) == 1
 
 
@@ -167,7 +169,69 @@ def test_a_damaged_record_is_made_again(evaluations):
     path = records.record_path("toy", "depth", "toys", "planted", "standard", "embed")
     path.write_text(path.read_text()[:50])
     again = _cell("depth", "embed")
-    assert len(evaluations) == 2 and again["value"] == first["value"] and records.read_json(path) == again
+    assert len(evaluations) == 2 and again["value"] == first["value"] and records.read_record(path) == again
+
+
+def test_lost_statistics_are_made_again(evaluations):
+    first = _cell("depth", "embed")
+    path = records.record_path("toy", "depth", "toys", "planted", "standard", "embed").with_suffix(".safetensors")
+    for content in (b"", path.read_bytes()[:-9], path.read_bytes().replace(first["key"].encode(), b"0" * 16)):
+        before = len(evaluations)
+        path.write_bytes(content)
+        assert _cell("depth", "embed")["per_image"] == first["per_image"] and len(evaluations) == before + 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
+    settings = planted.settings()
+    model, test = planted.model(task), _test_set(task, settings)
+    assert evaluate.worst(model, test, ("standard", 0), settings, "n") is None  # nothing was attacked yet
+    found = {kind: evaluate.cell(model, test, ("standard", 0), kind, settings, "n") for kind in evaluate.KINDS}
+    worst = evaluate.worst(model, test, ("standard", 0), settings, "n")
+    hurt = min if metrics.BETTER[metrics.METRIC[task]] > 0 else max
+    expected = [hurt(values) for values in zip(*(r["per_image"] for r in found.values()), strict=True)]
+    assert worst["per_image"] == expected and sum(worst["chosen"].values()) == worst["n"] == 8
+    assert worst["attack"] == "worst" and worst["max_perturbation"] == max(
+        record["max_perturbation"] for record in found.values()
+    )
+    if task == "classification":
+        assert worst["value"] == pytest.approx(sum(expected) / 8)
+    assert evaluate.worst(model, test, ("standard", 0), settings, "n") == worst  # read, with the time it was made
+    other = settings.model_copy(update={"seed": 1})
+    assert evaluate.worst(model, test, ("standard", 0), other, "n") is None
+
+
+def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(toys, monkeypatch):
+    model, test, original = planted.model("depth"), _test_set("depth"), attacks.attacked
+    asked = []
+
+    def hungry(kind, model, x, *rest):
+        asked.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(kind, model, x, *rest)
+
+    whole = evaluate.evaluate(model, test, "task", Attack(steps=2), 8, 0, "cpu")
+    monkeypatch.setattr(attacks, "attacked", hungry)
+    parts = evaluate.evaluate(model, test, "task", Attack(steps=2), 8, 0, "cpu")
+    assert asked == [8, 4, 2, 2, 2, 2] and parts.batch == 2 and whole.batch == 8
+    assert torch.allclose(whole.stats, parts.stats, rtol=1e-4)
+
+
+def test_seeds_are_repeated_beside_the_first_one(tuned):
+    found = evaluate.run_task("depth", tuned.model_copy(update={"seeds": [1, 2]}), "05_attack_depth")
+    assert {r["seed"] for r in found} == {0}
+    values = [found[0]["value"]]
+    for seed in (1, 2):
+        folder = records.results_dir("toy") / "seeds" / str(seed)
+        again = records.read_records(folder)
+        assert len(again) == len(found) and {r["seed"] for r in again} == {seed}
+        assert {r["notebook"] for r in again} == {"runs/toy/05_attack_depth.ipynb"}
+        values.append(next(r for r in again if (r["defense"], r["attack"]) == ("standard", "clean"))["value"])
+    assert len(set(values)) == 3  # other images and other heads
+    assert len(records.read_records(records.results_dir("toy"))) == len(
+        found
+    )  # those of other seeds are not among them
 
 
 @pytest.fixture
@@ -190,15 +254,16 @@ def test_a_task_is_evaluated_in_all_variants_and_other_rows_are_removed(tuned):
     found = evaluate.run_task("classification", tuned, "03_attack_classification")
     rows = [(r["defense"], r["epoch"], r["attack"]) for r in found]
     variants = [("standard", 0), ("deacl-epoch1", 1), ("deacl", 2)]
-    assert rows == [(*v, kind) for v in variants for kind in ("clean", "embed", "task")]
+    assert rows == [(*v, kind) for v in variants for kind in ("clean", "embed", "task", "worst")]
     assert len({r["hashes"]["weights"] for r in found}) == 3
     folder = records.results_dir("toy")
     records.write_json({}, folder / "depth" / "toys__gone__standard__clean.json")  # of another task: stays
     records.write_json({}, folder / "classification" / "toys__gone__standard__clean.json")
     fewer = planted.settings(encoders=[{"name": "planted"}])
     evaluate.run_task("classification", fewer, "03_attack_classification")
-    left = sorted(p.stem for p in (folder / "classification").iterdir())
-    assert left == [f"toys__planted__standard__{kind}" for kind in ("clean", "embed", "task")]
+    left = sorted(p.name for p in (folder / "classification").iterdir())
+    names = [f"toys__planted__standard__{kind}" for kind in ("clean", "embed", "task", "worst")]
+    assert left == [name + end for name in names for end in (".json", ".safetensors")]
     assert len(list((folder / "depth").iterdir())) == 1
 
 
@@ -207,6 +272,7 @@ def test_checkpoints_between_are_evaluated_on_the_first_data_set_alone(tuned, mo
     monkeypatch.setattr(evaluate, "KINDS", ("clean",))
     settings = tuned.model_copy(update={"depth": tuned.depth.model_copy(update={"datasets": ["toys", "toys2"]})})
     found = [(r["dataset"], r["defense"]) for r in evaluate.run_task("depth", settings, "n")]
+    found = list(dict.fromkeys(found))
     assert found[:3] == [("toys", "standard"), ("toys", "deacl-epoch1"), ("toys", "deacl")]
     assert found[3:] == [("toys2", "standard"), ("toys2", "deacl")]
 
@@ -250,7 +316,7 @@ def test_rows_that_cannot_be_run_are_skipped_with_the_reason(partly):
     records.write_json({}, stale)  # of a time when it was there
     found = evaluate.run_task("depth", partly, "n")
     rows = [(r["dataset"], r["encoder"], r["defense"], r["attack"]) for r in found]
-    assert rows == [("toys", "planted", d, kind) for d in ("standard", "deacl") for kind in evaluate.KINDS]
+    assert rows == [("toys", "planted", d, kind) for d in ("standard", "deacl") for kind in ALL]
     lost = records.read_skipped(records.skipped_path("toy", "depth"))
     assert [(r["dataset"], r["encoder"], r["defense"]) for r in lost] == [
         ("nowhere", "gone", "standard"), ("toys", "gone", "standard"), ("nowhere", "planted", "standard"),
@@ -271,7 +337,7 @@ def test_the_list_of_skipped_rows_goes_when_nothing_is_skipped(partly):
     path = records.results_dir("toy") / "depth" / "skipped.json"
     assert path.is_file() and path not in (records.results_dir("toy")).glob("*/*__*__*__*.json")
     whole = planted.settings(encoders=[{"name": "planted"}], missing="skip")
-    assert len(evaluate.run_task("depth", whole, "n")) == 3 and not path.exists()
+    assert len(evaluate.run_task("depth", whole, "n")) == len(ALL) and not path.exists()
     assert records.read_skipped(records.skipped_path("toy", "depth")) == []
 
 

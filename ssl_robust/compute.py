@@ -1,0 +1,84 @@
+"""How attack steps are computed: precision, images at a time, and what happens when memory runs out."""
+
+import gc
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+# Tokens that fill a device; more at a time take more memory and are no faster (make bench shows it for this machine).
+TOKENS = {"cpu": 2048, "cuda": 65536}
+
+
+def precision(setting: str, device: str) -> str:
+    """'fp32' or 'bf16' for the setting 'auto', 'fp32' or 'bf16'; auto: bf16 where the device multiplies it faster."""
+    return ("bf16" if fast_bf16(device) else "fp32") if setting == "auto" else setting
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether the device has matrix instructions for bf16: GPUs from compute capability 8.0 on, some CPUs."""
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell, and then computes fp32
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def steps_in(precision: str, device: str | torch.device) -> AbstractContextManager:
+    """Context of attack steps: autocast to bf16, or nothing for fp32.
+
+    Weights and images stay fp32, and so do heads and losses (see heads.TaskModel). Predictions are made outside.
+    """
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def batch_for(tokens: int, device: str, setting: str | int = "auto") -> int:
+    """Images at a time: the setting, or for 'auto' as many as fill the device with their `tokens` each.
+
+    A rule instead of a measurement, because the rounding of results, and so the same tables for the same seed, depends
+    on it; where memory lacks, `in_parts` goes below it.
+    """
+    return max(1, TOKENS[device] // tokens) if setting == "auto" else setting
+
+
+def tokens_of(patch: int, size: tuple[int, int], windows: int = 1) -> int:
+    """Tokens of an image of `size` (H, W), or of so many windows of that size."""
+    return windows * (1 + math.prod(-(-side // patch) for side in size))
+
+
+def in_parts(work: Callable[[slice], Tensor], count: int, size: int) -> tuple[Tensor, int]:
+    """`work` on rows 0..count in parts of at most `size`, joined, and the size that was possible.
+
+    When memory runs out the size is halved, so a batch that is too large costs time and no result; a single image that
+    does not fit raises torch's error.
+    """
+    done, parts = 0, []
+    while done < count:
+        part = _tried(work, slice(done, min(done + size, count)), last=size == 1)
+        if part is None:
+            size = (min(size, count - done) + 1) // 2
+            _free()
+        else:
+            parts.append(part)
+            done += size
+    return torch.cat(parts), size
+
+
+def _tried(work: Callable[[slice], Tensor], rows: slice, last: bool) -> Tensor | None:
+    try:
+        return work(rows)
+    except RuntimeError as error:
+        if last or not _memory_lacks(error):
+            raise
+    return None  # outside of the block, where the failed call's tensors are still held
+
+
+def _memory_lacks(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,69 @@
+"""Precision, batch sizes and memory of attack steps."""
+
+import pytest
+import torch
+from planted import images, model
+
+from ssl_robust import attacks, compute
+from ssl_robust.settings import Attack
+
+
+def test_bf16_is_chosen_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert compute.precision("auto", "cpu") == "bf16" and compute.precision("fp32", "cpu") == "fp32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True}, raising=False)
+    assert compute.precision("auto", "cpu") == "fp32" and compute.precision("bf16", "cpu") == "bf16"
+    for capability, expected in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert compute.precision("auto", "cuda") == expected
+
+
+def test_steps_in_bf16_stay_in_the_ball_and_predictions_stay_fp32():
+    planted, x, label = model("classification"), images(4), torch.tensor([0, 1, 2, 0])
+    seen = []
+
+    def loss(adv, t):
+        token = planted.encoder(adv)[0]
+        seen.append(token.dtype)
+        return attacks.cross_entropy(planted(adv), label)
+
+    adv = attacks.pgd(x, loss, Attack(steps=2), precision="bf16")
+    assert seen == [torch.bfloat16] * 2 and adv.dtype == torch.float32
+    assert (adv - x).abs().max() <= Attack().eps + 1e-7 and planted(adv).dtype == torch.float32
+    attacks.pgd(x, loss, Attack(steps=1), precision="fp32")
+    assert seen[-1] == torch.float32
+
+
+def test_a_batch_fills_the_device_unless_a_number_is_given():
+    assert compute.tokens_of(8, (64, 64)) == 65 and compute.tokens_of(14, (224, 225), windows=3) == 3 * (16 * 17 + 1)
+    assert compute.batch_for(65, "cpu") * 65 <= compute.TOKENS["cpu"] < (compute.batch_for(65, "cpu") + 1) * 65
+    assert compute.batch_for(10**9, "cpu") == 1 and compute.batch_for(65, "cpu", 7) == 7
+    assert compute.batch_for(257, "cuda") > compute.batch_for(257, "cpu")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("[..] can't allocate memory: you tried")])
+def test_parts_are_halved_when_memory_runs_out(error):
+    data, tried = torch.arange(11), []
+
+    def work(rows):
+        tried.append(len(data[rows]))
+        if tried[-1] > 3:
+            raise error
+        return data[rows] * 2
+
+    found, size = compute.in_parts(work, 11, 100)
+    assert torch.equal(found, data * 2) and size == 3 and tried == [11, 6, 3, 3, 3, 2]
+
+
+def test_a_single_image_that_does_not_fit_and_other_errors_are_raised():
+    def work(rows):
+        raise torch.OutOfMemoryError("x")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        compute.in_parts(work, 3, 4)
+
+    def wrong(rows):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        compute.in_parts(wrong, 3, 4)
