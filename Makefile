@@ -2,6 +2,9 @@
 # the notebook writes as its last act, so a killed notebook never counts as done. Executed copies lie in runs/<profile>.
 PROFILE ?= demo
 DATA    ?=
+# Where `make paper` computes: here, notebook by notebook; local or slurm: as jobs, see params/cluster/$(CLUSTER).yaml
+EXECUTOR ?=
+CLUSTER ?= $(EXECUTOR)
 PYTHON  ?= python3
 # In an environment of your own, e.g. conda's, say: make paper PY=python STAMP=
 PY      := .venv/bin/python
@@ -11,8 +14,11 @@ UV      := 0.13.9
 ifneq ($(words $(PROFILE))$(findstring /,$(PROFILE)),1)
 $(error PROFILE must be one name without a slash; write for example PROFILE=demo)
 endif
+ifneq ($(filter-out local slurm,$(EXECUTOR)),)
+$(error EXECUTOR must be local or slurm, or nothing; write for example EXECUTOR=local)
+endif
 RESULTS := results/$(PROFILE)
-STAGES  := 00_data 01_heads 02_deacl 03_attack_classification 04_attack_segmentation 05_attack_depth 06_figures
+STAGES  := 00_data 01_heads 02_deacl 03_attack_classification 04_attack_segmentation 05_attack_depth 06_figures 07_sanity
 ATTACKS := $(filter 03% 04% 05%,$(STAGES))
 RUN      = $(PY) -m ssl_robust.run --profile $(PROFILE) --data "$(DATA)"
 stages   = $(patsubst %,$(RESULTS)/%.json,$(1))
@@ -21,11 +27,13 @@ modules  = $(patsubst %,ssl_robust/%.py,$(1))
 made     = $(if $(filter-out $(notdir $(wildcard figures/$(PROFILE)/*)),$(1)),FORCE)
 
 .DELETE_ON_ERROR:
-.PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook lab test reference encoder lock clean check FORCE
+.PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook explain bench lab test reference encoder lock
+.PHONY: clean check FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9 ]+:.*## / { printf "make %-26s %s\n", $$1, $$2 }' Makefile
-	@echo 'Variables: PROFILE=$(PROFILE) (a file in params/), DATA=$(DATA) (folder of real images), PYTHON=$(PYTHON)'
+	@echo 'Variables: PROFILE=$(PROFILE) (a file in params/), DATA=$(DATA) (folder of real images), PYTHON=$(PYTHON),'
+	@echo '           EXECUTOR=$(EXECUTOR) (of paper: local or slurm, jobs in place of notebooks), CLUSTER=$(CLUSTER) (a file in params/cluster/)'
 
 env: $(STAMP) ## the environment in .venv, alone
 
@@ -35,8 +43,15 @@ plan: $(STAMP) ## what PROFILE would do: rows, minutes, memory, disk, what is mi
 data: $(STAMP) ## fetch the data sets of PROFILE into DATA
 	@$(PY) -m ssl_robust.fetch --profile $(PROFILE) --data "$(DATA)"
 
-paper: $(call stages,06_figures) ## Tables 1-3, Figures 1-2 and index.html in figures/PROFILE
+ifeq ($(EXECUTOR),)
+paper: $(call stages,06_figures 07_sanity) ## Tables 1-3, Figures 1-2 and index.html in figures/PROFILE
 	@$(PY) -m ssl_robust.report $(PROFILE)
+else
+# Results come from jobs, and the notebooks find them; jobs.json is there while jobs of the cluster wait or run.
+paper: $(call stages,00_data)
+	@$(PY) -m ssl_robust.grid --profile $(PROFILE) --data "$(DATA)" --executor $(EXECUTOR) --cluster "$(CLUSTER)" || [ $$? = 3 ]
+	@[ -e runs/$(PROFILE)/grid/jobs.json ] || $(MAKE) --no-print-directory paper EXECUTOR=
+endif
 
 table1: $(call stages,03_attack_classification) ## Table 1, classification
 table2: $(call stages,04_attack_segmentation) ## Table 2, segmentation
@@ -47,6 +62,12 @@ table1 table2 table3 fig1 fig2:
 
 notebook: $(if $(NAME),$(STAMP) check) ## one notebook with PROFILE: NAME=appendix_protocols
 	@$(if $(NAME),$(RUN) $(NAME),echo 'NAME is empty; write for example: make notebook NAME=appendix_protocols' >&2; exit 2)
+
+explain: $(STAMP) ## how one table cell came about: CELL=table1/scenes/embedded_vit/standard/task
+	@$(if $(CELL),$(PY) -m ssl_robust.explain --profile $(PROFILE) "$(CELL)",echo 'CELL is empty; write for example: make explain CELL=table1/scenes/embedded_vit/standard/task' >&2; exit 2)
+
+bench: $(STAMP) ## speed and strength of the attacks beside other implementations, in figures/bench
+	@$(PY) -m ssl_robust.run appendix_bench --profile bench --data "$(DATA)"
 
 lab: $(STAMP) ## JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks
@@ -74,11 +95,12 @@ check: | $(STAMP)
 	@$(RUN) --check
 
 # Each stage names the earlier stages it reads and the modules it is the first to use; later ones inherit them.
-$(call stages,00_data):    $(call modules,settings records progress scenes catalogue datasets plots tiles claims)
-$(call stages,01_heads):   $(call stages,00_data) $(call modules,checkpoints encoders metrics released heads) $(wildcard ssl_robust/weights/*.safetensors)
-$(call stages,02_deacl):   $(call stages,01_heads) $(call modules,attacks deacl evaluate)
-$(call stages,$(ATTACKS)): $(call stages,01_heads 02_deacl) $(call modules,report layout) ssl_robust/reported.csv
+$(call stages,00_data):    $(call modules,settings records progress scenes catalogue datasets plots tiles paired claims)
+$(call stages,01_heads):   $(call stages,00_data) $(call modules,compute vit checkpoints callables encoders metrics released heads) $(wildcard ssl_robust/weights/*.safetensors)
+$(call stages,02_deacl):   $(call stages,01_heads) $(call modules,attacks strong health deacl evaluate)
+$(call stages,$(ATTACKS)): $(call stages,01_heads 02_deacl) $(call modules,timing evidence tables report layout) ssl_robust/reported.csv
 $(call stages,06_figures): $(call stages,$(ATTACKS))
+$(call stages,07_sanity):  $(call stages,$(ATTACKS)) $(call modules,sanity)
 
 $(call stages,03_attack_classification): $(call made,table1.csv)
 $(call stages,04_attack_segmentation):   $(call made,table2.csv)

@@ -39,9 +39,10 @@ def pgd(
     """Projected gradient ascent on `loss_fn` inside the ball of `attack.eps` around x.
 
     x, start: (B, 3, H, W) in [0,1]. loss_fn(x_adv, t) -> (B,) for t = 1..steps, computed in `precision`; or (B, 2), of
-    which the first column is climbed and the second compares iterates. Returns x_adv of the shape of x with |x_adv - x| <= eps and values in [0,1]: the last iterate, or with `attack.best` each image's
-    of largest loss. Images whose loss exceeds `enough` are finished and leave the batch as they are; `loss_of` then
-    gives the loss of those that go on, from their positions (b,) in x.
+    which the first column is climbed and the second compares iterates. Returns x_adv of the shape of x with
+    |x_adv - x| <= eps and values in [0,1]: the last iterate, or with `attack.best` each image's of largest loss. Images
+    whose loss exceeds `enough` are finished and leave the batch as they are; `loss_of` then gives the loss of those
+    that go on, from their positions (b,) in x.
 
     A `trace` gets {"step": t, "index": positions of the images in the batch, "loss": their loss before the step,
     "zero", "nan": whether their gradient is 0 everywhere, or not finite}, (b,) each, and at the end the loss of all
@@ -127,14 +128,36 @@ def cross_entropy_loss(model: TaskModel, label: Tensor, loss: PairLoss = cross_e
     return lambda adv, t: loss(model(adv), label)
 
 
+class _Parts(torch.autograd.Function):
+    """The sums of segpgd_parts, with their gradient in a third of the passes over the logits that autograd makes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, mask: Tensor) -> Tensor:
+        seen = mask != IGNORE
+        label = torch.where(seen, mask, 0)[:, None]  # (B, 1, H, W)
+        top, picked = logits.amax(1, keepdim=True), logits.gather(1, label)
+        e = (logits - top).exp_()
+        total = e.sum(1, keepdim=True)
+        pixel = ((total.log() + top - picked)[:, 0] * seen).flatten(1)  # cross-entropy, 0 where ignored
+        right = (picked >= top)[:, 0] & seen
+        ctx.save_for_backward(e, total, label, seen, right)
+        parts = (pixel * right.flatten(1)).mean(1)
+        return torch.stack([parts, pixel.mean(1) - parts], 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        e, total, label, seen, right = ctx.saved_tensors
+        weight = torch.where(right, gradient[:, 0, None, None], gradient[:, 1, None, None]) * seen / right[0].numel()
+        out = e * (weight[:, None] / total)  # softmax minus one-hot, weighted
+        return out.scatter_add_(1, label, -weight[:, None]), None
+
+
 def segpgd_parts(logits: Tensor, mask: Tensor) -> Tensor:
     """The two sums of eq. 1 over HW, (B, 2): cross-entropy of the right pixels, and of the wrong ones.
 
-    logits (B, C, H, W), mask (B, H, W) with IGNORE where a pixel counts in neither set.
+    logits (B, C, H, W), mask (B, H, W) with IGNORE where a pixel counts in neither set. A tie counts as right.
     """
-    pixel = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="none").flatten(1)  # 0 where ignored
-    right = (logits.argmax(1) == mask).flatten(1)
-    return torch.stack([torch.where(right, pixel, 0).mean(1), torch.where(right, 0, pixel).mean(1)], 1)
+    return _Parts.apply(logits, mask)
 
 
 def segpgd(parts: Tensor, weight: float) -> Tensor:

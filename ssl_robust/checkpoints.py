@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from . import records
 from .settings import BadInput
 
 LISTED = 20  # tensors that a refusal names, before it counts the rest
@@ -92,16 +91,19 @@ class UnreadDict:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Content of a safetensors or PyTorch file, read without executing code; BadInput if missing or damaged."""
+    """Content of a safetensors or PyTorch file, read without executing code; BadInput if missing or damaged.
+
+    Files of this project carry a hash of their content, which must be right.
+    """
     if not path.is_file():
         raise BadInput(
             f"The checkpoint {path} does not exist; correct the path (relative ones start in the data folder)."
         )
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
+        content = records.read_tensors(path)[0] if path.suffix == ".safetensors" else _torch_load(path)
     except BadInput:
         raise
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"The checkpoint {path} cannot be read ({type(error).__name__}: truncated?); fetch it again."
         ) from None

@@ -3,6 +3,7 @@
 The cost of one image is counted, not measured: each model runs once on torch's meta device, which computes shapes only.
 Seconds are FLOPs and written bytes over a device's rates. The rate of a CPU follows from a short measurement and two
 constants that were fitted to runs of this project; those of GPUs are data-sheet numbers times an assumed efficiency.
+Attack steps and DeACL have a rate of their own where they are computed in bf16.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from . import encoders, heads
+from . import compute, datasets, encoders, heads, records
 from .deacl import loss_terms
 from .settings import EncoderRow, Settings
 
@@ -28,6 +29,8 @@ class Device(NamedTuple):
     flops: float  # per second
     written: float  # bytes per second
     memory: float = math.inf  # bytes
+    bf16: float = 0.0  # FLOPs per second of attack steps in bf16; 0: they are computed in fp32
+    readers: int = 1  # processes that read images for it
 
 
 class Cost(NamedTuple):
@@ -41,42 +44,76 @@ class Cost(NamedTuple):
 
 # --- devices ---
 
-# fp32 TFLOP/s without tensor cores, GB/s, GB: the makers' data sheets; the longest name that fits the device counts
+# TFLOP/s in fp32 without tensor cores and in dense bf16 with them (0: none), GB/s, GB: the makers' data sheets; the
+# longest name that fits the device counts
 GPUS = {
-    "H200": (67.0, 4800, 141), "H100": (67.0, 3350, 80), "H100 PCIe": (51.0, 2000, 80), "A100": (19.5, 1555, 40),
-    "A100-SXM4-80GB": (19.5, 2039, 80), "L40S": (91.6, 864, 48), "L40": (90.5, 864, 48), "L4": (30.3, 300, 24),
-    "A10": (31.2, 600, 24), "RTX A6000": (38.7, 768, 48), "RTX 4090": (82.6, 1008, 24), "RTX 3090": (35.6, 936, 24),
-    "V100": (15.7, 900, 16), "T4": (8.1, 320, 16),
+    "H200": (67.0, 989, 4800, 141), "H100": (67.0, 989, 3350, 80), "H100 PCIe": (51.0, 756, 2000, 80),
+    "A100": (19.5, 312, 1555, 40), "A100-SXM4-80GB": (19.5, 312, 2039, 80), "L40S": (91.6, 362, 864, 48),
+    "L40": (90.5, 181, 864, 48), "L4": (30.3, 121, 300, 24), "A10": (31.2, 125, 600, 24),
+    "RTX A6000": (38.7, 155, 768, 48), "RTX 4090": (82.6, 165, 1008, 24), "RTX 3090": (35.6, 71, 936, 24),
+    "V100": (15.7, 0, 900, 16), "T4": (8.1, 0, 320, 16),
 }  # fmt: skip
 REFERENCE = ("H100", "RTX 4090", "L4")
-GPU_FLOPS, GPU_WRITTEN = 0.5, 0.2  # assumed shares of the data sheet; written bytes are also read, twice or so
+ASSUMED_FP32, ASSUMED_BF16 = 0.5, 0.3  # assumed, not measured: shares of the data sheet's FLOP/s
+ASSUMED_WRITTEN = 0.2  # assumed share of the data sheet's bytes/s; written bytes are also read, twice or so
+ASSUMED_HALF = 0.6  # assumed: bytes of a step in bf16 for each of it in fp32; norms and sums stay fp32
+ASSUMED_READERS = 8  # assumed: CPU cores beside each GPU, which read images while it computes
+RENTED, ASSUMED_PRICE = "H100", {"H100": 2.5}  # assumed: US dollars for an hour of one rented GPU
 CPU_FLOPS, CPU_WRITTEN = 0.6, 1 / 125  # fitted: share of a matrix product's rate, and bytes written per FLOP of it
+ASSUMED_CPU_BF16 = 0.3  # assumed share of a bf16 matrix product's rate, as no such CPU has run the project yet
+# Shares of its steps that an image takes part in PGD on classes before its class is surely lost (stop_when_broken), by
+# defense: Standard as measured on the scenes, DeACL assumed
+STEPS_TAKEN = {"standard": 0.25, "deacl": 0.45}
 LAUNCH = 1e-5  # seconds an operation takes at least
 
 
-def gpu(name: str, memory: float = 0.0) -> Device:
-    """A GPU by its name as CUDA tells it; an unknown one counts as an L4. `memory`: its bytes, if known."""
+def gpu(name: str, memory: float = 0.0, precision: str = "auto") -> Device:
+    """A GPU by its name as CUDA tells it; an unknown one counts as an L4. `memory`: its bytes, if known.
+
+    precision: the setting; 'auto' and 'bf16' are bf16 where the GPU has tensor cores for it.
+    """
     fits = [known for known in GPUS if known.replace("-", " ") in name.replace("-", " ")]
-    peak, bandwidth, gigabytes = GPUS[max(fits, key=len, default="L4")]
-    return Device(name, peak * 1e12 * GPU_FLOPS, bandwidth * 1e9 * GPU_WRITTEN, memory or gigabytes * 1e9)
+    fp32, bf16, bandwidth, gigabytes = GPUS[max(fits, key=len, default="L4")]
+    steps = 0.0 if precision == "fp32" else bf16 * 1e12 * ASSUMED_BF16
+    rates = fp32 * 1e12 * ASSUMED_FP32, bandwidth * 1e9 * ASSUMED_WRITTEN
+    return Device(name, *rates, memory or gigabytes * 1e9, steps, ASSUMED_READERS)
 
 
-def cpu(seconds: float = 0.3) -> Device:
-    """This machine's CPU, its rate measured by matrix products for that many seconds."""
-    a, best, end = torch.rand(1024, 1024), math.inf, time.perf_counter() + seconds
+def cpu(seconds: float = 0.3, precision: str = "auto") -> Device:
+    """This machine's CPU, its rate measured by matrix products for that many seconds; `precision`: the setting."""
+    rate = _products(torch.float32, seconds)
+    low = compute.precision(precision, "cpu") == "bf16"
+    steps = _products(torch.bfloat16, seconds) * ASSUMED_CPU_BF16 if low else 0.0
+    name = f"CPU, threads: {torch.get_num_threads()}"
+    return Device(name, rate * CPU_FLOPS, rate * CPU_WRITTEN, bf16=steps, readers=max(1, datasets.ahead()))
+
+
+def _products(dtype: torch.dtype, seconds: float) -> float:
+    """FLOPs per second of matrix products, the best of some."""
+    a, best, end = torch.rand(1024, 1024).to(dtype), math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - start)
-    rate = 2 * 1024**3 / best
-    return Device(f"CPU, threads: {torch.get_num_threads()}", rate * CPU_FLOPS, rate * CPU_WRITTEN)
+    return 2 * 1024**3 / best
+
+
+def in_steps(device: Device) -> Device:
+    """The device as it computes attack steps: in bf16 if it does so."""
+    return device._replace(flops=device.bf16, written=device.written / ASSUMED_HALF) if device.bf16 else device
+
+
+def kind(settings: Settings) -> str:
+    """'cuda' or 'cpu': where the settings will be run, as far as can be said here."""
+    return "cuda" if settings.device == "cuda" else records.pick_device(settings.device)
 
 
 def this_device(settings: Settings) -> Device:
     """What the notebooks would use here: the GPU unless there is none or device is cpu."""
     if settings.device == "cpu" or not torch.cuda.is_available():
-        return cpu()
-    return gpu(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
+        return cpu(precision=settings.precision)
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return gpu(torch.cuda.get_device_name(), memory, settings.precision)
 
 
 # --- the cost of one image ---
@@ -154,7 +191,7 @@ def attack_step(
     if kind == "task" and task != "classification":
         return traced(encoder, task, size, classes, stride)
     if task != "segmentation":
-        return traced(encoder, "embed", size)
+        return traced(encoder, "cls" if task == "classification" else "embed", size)
     count, window = windows(size, encoder.native, stride), tuple(min(side, encoder.native) for side in size)
     return Step(*(Cost(*(count * part for part in made)) for made in traced(encoder, "embed", window)))
 
@@ -163,9 +200,10 @@ def attack_step(
 def traced(encoder: encoders.Encoder, what: str, size: tuple[int, int], classes: int = 0, stride: float = 1.0) -> Step:
     """Cost of one image of `size`, counted once.
 
-    what: 'embed' is the encoder, 'segmentation' and 'depth' their attack, 'train' a step of eq. 2 without its attack.
+    what: 'embed' is the encoder, 'cls' its CLS token alone, 'segmentation' and 'depth' their attack, 'train' a step of
+    eq. 2 without its attack.
     """
-    prepare = {"embed": _embed, "train": _train}.get(what, _predict)
+    prepare = {"embed": _embed, "cls": _embed, "train": _train}.get(what, _predict)
     side = tuple(min(s, encoder.native) for s in size) if what == "segmentation" else size
     with torch.device("meta"):
         loss = prepare(encoder, what, size, classes, stride)
@@ -222,7 +260,7 @@ def _target(task: str, size: tuple[int, int]) -> Tensor:
 
 def _embed(encoder: encoders.Encoder, what: str, size: tuple[int, int], *_: Any) -> Callable[[], Tensor]:
     x = torch.zeros(1, 3, *size, requires_grad=True)
-    return lambda: torch.linalg.vector_norm(encoder(x)[1])
+    return lambda: torch.linalg.vector_norm(encoder.cls(x) if what == "cls" else encoder(x)[1])
 
 
 def _predict(

@@ -11,6 +11,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from . import catalogue
+from . import catalogue, records
 from .catalogue import DATASETS, IGNORE, Dataset, Item, Part
 from .progress import track
 from .settings import TASKS, BadInput, Settings
@@ -34,7 +35,14 @@ SPLITS = ("train", "val", "test")
 SAMPLE = 2000  # images of a large subset whose content is hashed, and which are read through before long work
 SAMPLE_INSIDE = 200  # the same for the hash of images inside large files, which change as a whole
 BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # pictures' errors
+FLIPPED = ("classification", "depth")  # tasks whose only augmentation is a flip, left to right
 EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)  # rows and columns of the crop by Eigen et al., as fractions
+
+
+class Unreadable(BadInput):
+    """`file` of a data set cannot be read: it is damaged, empty, or no picture."""
+
+    file: Path | None = None
 
 
 def _able(task: str) -> str:
@@ -118,7 +126,8 @@ class Subset(torch.utils.data.Dataset):
     """The images of one split of one data set, read, resized and augmented one by one.
 
     `subset[i]` is (image uint8 (3, H, W), target). Augmentation is drawn from (seed, view, image), so it does not
-    depend on the order in which images are asked for. `hash` says which images and files these are.
+    depend on the order in which images are asked for. `flip`: whether images are turned left to right, None: drawn
+    for each like any augmentation. `hash` says which images and files these are; `damaged` names files left out.
     """
 
     def __init__(
@@ -128,6 +137,8 @@ class Subset(torch.utils.data.Dataset):
         self.ids = [item.id for item in items]
         self.classes = class_names(name, task, root)
         self.view = 0
+        self.flip: bool | None = False
+        self.damaged: list[str] = []
 
     def __len__(self) -> int:
         return len(self.items)
@@ -148,7 +159,13 @@ class Subset(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(image_seed(self.seed + self.view, self.ids[i]))
             image, target = self.transform(image, target)
+        if self.flipped(i):
+            image, target = (_mirrored(part) for part in (image, target))
         return image, torch.as_tensor(target)
+
+    def flipped(self, i: int) -> bool:
+        """Whether image i is turned left to right in this view."""
+        return bool(image_seed(self.seed + self.view, self.ids[i]) % 2) if self.flip is None else self.flip
 
     @property
     def hash(self) -> str:
@@ -159,6 +176,11 @@ class Subset(torch.utils.data.Dataset):
             for part in (item.image, item.target):
                 hasher.update(_content(part))
         return hasher.hexdigest()[:16]
+
+
+def _mirrored(part: Tensor | int) -> Tensor | int:
+    """An image or a map turned left to right; a class stays what it is."""
+    return v2.functional.horizontal_flip(part) if isinstance(part, Tensor) else part
 
 
 def spread(items: Sequence[Any], count: int = SAMPLE) -> Sequence[Any]:
@@ -189,8 +211,11 @@ def image_seed(seed: int, image_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{image_id}".encode()).digest()[:7], "big")
 
 
-def _unreadable(file: Path) -> BadInput:
-    return BadInput(f"The image file {file} cannot be read (damaged or empty); replace or remove it.")
+def _unreadable(file: Path) -> Unreadable:
+    remedy = "replace or remove it, or set damaged: skip"
+    problem = Unreadable(f"The image file {file} cannot be read (damaged or empty); {remedy}.")
+    problem.file = file
+    return problem
 
 
 def _pixels(part: Path | Part) -> np.ndarray:
@@ -251,6 +276,8 @@ def _target(part: Path | Part, task: str) -> Tensor:
 def transform(task: str, split: str, size: int | str, native: int, crop: str = "none") -> v2.Compose:
     """Resizing by the short side to `size` (px, 'native' or 'original'), and for train the paper's augmentation.
 
+    The flip of the tasks that are FLIPPED and no more is not part of it: see Subset.
+
     Classification ends in a square of the short side. Segmentation trains on crops of `native` px, the window of the
     sliding-window evaluation; its held-out images are cropped alike. Masks and depth maps are resized by nearest value.
     crop: 'eigen' makes the depth of test images invalid outside the centre crop by Eigen et al.
@@ -266,12 +293,10 @@ def transform(task: str, split: str, size: int | str, native: int, crop: str = "
     if task == "segmentation" and split == "val":
         steps.append(v2.CenterCrop(native))
     augment = {
-        "classification": [v2.RandomHorizontalFlip()],
         "segmentation": [v2.RandomCrop(native), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()],
-        "depth": [v2.RandomHorizontalFlip()],
         "deacl": [v2.RandomResizedCrop(native, (0.5, 1)), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()],
     }
-    return v2.Compose(steps + (augment[task] if split == "train" else []))
+    return v2.Compose(steps + (augment.get(task, []) if split == "train" else []))
 
 
 class _AtLeast(v2.Transform):
@@ -301,6 +326,7 @@ def load(task: str, name: str, split: str, settings: Settings, native: int) -> S
     """The subset of data set `name` that `settings` asks for, for an encoder of `native` px.
 
     task: one of TASKS, or 'deacl' (images only). Raises BadInput if the data set is missing or does not serve the task.
+    With damaged: skip, images that cannot be read, or whose target cannot, are left out after all else is drawn.
     """
     if task == "deacl":
         n, n_val, size = getattr(settings.deacl, f"n_{split}"), settings.deacl.n_val, "native"
@@ -309,14 +335,65 @@ def load(task: str, name: str, split: str, settings: Settings, native: int) -> S
         n, n_val, size = getattr(section, f"n_{split}"), section.n_val, section.size
     crop = settings.depth.crop if task == "depth" else "none"
     items = select(name, task, split, n, n_val, settings.seed, settings.data_root, settings.counts)
-    return Subset(name, task, items, transform(task, split, size, native, crop), settings.seed, settings.data_root)
+    damaged = _damaged(task, name, split, items, settings) if settings.damaged == "skip" else {}
+    items = [item for item in items if item.id not in damaged]
+    made = transform(task, split, size, native, crop)
+    subset = Subset(name, task, items, made, settings.seed, settings.data_root)
+    subset.flip, subset.damaged = None if task in FLIPPED and split == "train" else False, list(damaged.values())
+    return subset
+
+
+def _damaged(task: str, name: str, split: str, items: list[Item], settings: Settings) -> dict[str, str]:
+    """Those of `items` that cannot be read, {identifier: file}; found by reading all once, and again if one changes.
+
+    Raises BadInput if no image would be left, or for a target that can be read and is wrong.
+    """
+    stored = [item for item in items if not isinstance(item.image, Tensor)]
+    path = records.runs_dir(settings.profile) / "damaged" / f"{task}__{name}__{split}.json"
+    key = records.digest([[item.id, *map(_state, item[1:])] for item in stored])
+    found = records.reusable(path, key) if stored else {"damaged": {}}
+    if found is None:
+        with ThreadPoolExecutor(1 if isinstance(stored[0].image, Part) else min(8, _cores())) as pool:
+            whys = pool.map(lambda item: _why_unreadable(item, task), stored)
+            whys = list(track(whys, total=len(stored), desc=f"looking for damage in {name} ({split})"))
+        found = {"key": key, "damaged": {i.id: why for i, why in zip(stored, whys, strict=True) if why}}
+        records.write_record(found, path)
+    if len(found["damaged"]) == len(items):
+        raise BadInput(f"None of the {len(items)} images of {name} ({split}) can be read; restore the data set.")
+    return found["damaged"]
+
+
+def _state(part: object) -> object:
+    """What changes when a file does; parts of a file and labels stand for themselves."""
+    file = _file(part)
+    if not isinstance(file, Path):
+        return None if isinstance(part, Tensor) else part
+    state = file.stat() if file.is_file() else None
+    return [str(file), repr(part[2:]) if isinstance(part, Part) else "", state and (state.st_size, state.st_mtime_ns)]
+
+
+def _why_unreadable(item: Item, task: str) -> str:
+    """The file that keeps an item from being read; empty if there is none."""
+    try:
+        read(item, task)
+    except Unreadable as problem:
+        return str(problem.file)
+    return ""
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ahead() -> int:
+    """Processes that read ahead on this machine: none on two cores."""
+    return 0 if _cores() <= 2 else min(8, _cores() - 1)
 
 
 def workers(subset: Subset) -> int:
     """Processes that read a subset's images ahead: none for a few images, for tensors or on two cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     few = len(subset) < 200 or isinstance(subset.items[0].image, Tensor)
-    return 0 if few or cores <= 2 else min(8, cores - 1)
+    return 0 if few else ahead()
 
 
 def _each(subset: Subset) -> Iterator[tuple[Tensor, Tensor]]:
@@ -335,7 +412,8 @@ def plainly(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tenso
     try:
         yield from loader
     except BadInput as problem:  # from a worker: its whole traceback, with the sentence at its end
-        raise BadInput(str(problem).strip().splitlines()[-1].rpartition("BadInput: ")[2] or str(problem)) from None
+        last = str(problem).strip().splitlines()[-1]
+        raise BadInput(re.sub(r"^[\w.]*(BadInput|Unreadable): ", "", last)) from None
 
 
 def batches(subset: Subset, size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
@@ -385,13 +463,14 @@ def overview(settings: Settings) -> pd.DataFrame:
     Every image and target is read once (of large subsets, evenly spread ones), and official files are compared with
     their checksums, so a missing data set, a damaged file or a mask of another size than its image is found (BadInput
     names it) before any long work. With missing: skip, a data set that is not there is a row of 0 images with the
-    reason in place of the hash.
+    reason in place of the hash. With damaged: skip, a column 'damaged' counts the images left out.
     """
     rows = []
     for task, name in wanted(settings):
         absent = problems(task, name, settings) if settings.missing == "skip" else []
         if absent:
-            rows.append({"task": task, "dataset": name, "split": "", "images": 0, "classes": 0, "hash": absent[0]})
+            none = {"split": "", "images": 0, "classes": 0, "hash": absent[0], "damaged": 0}
+            rows.append({"task": task, "dataset": name, **none})
             continue
         if settings.counts == "official":
             verify(name, settings.data_root)
@@ -400,8 +479,9 @@ def overview(settings: Settings) -> pd.DataFrame:
             for i in track(spread(range(len(subset))), desc=f"reading {name} ({split})"):
                 subset.read(i)
             sizes = {"images": len(subset), "classes": len(subset.classes), "hash": subset.hash}
-            rows.append({"task": task, "dataset": name, "split": split, **sizes})
-    return pd.DataFrame(rows)
+            rows.append({"task": task, "dataset": name, "split": split, **sizes, "damaged": len(subset.damaged)})
+    found = pd.DataFrame(rows)
+    return found if settings.damaged == "skip" else found.drop(columns="damaged", errors="ignore")
 
 
 def verify(name: str, root: str) -> None:

@@ -1,21 +1,36 @@
 """DeACL (eq. 2, section 3.3, appendix C.2): fine-tune an encoder towards robustness, the original as its teacher.
 
+Several processes (GPUs, nodes) share each batch through accelerate; what is computed does not depend on how many they
+are, up to rounding. Notebooks start them themselves; on several nodes they are started by
+accelerate launch [--num_machines M ...] -m ssl_robust.deacl --profile PROFILE [--data FOLDER] [--encoder NAME].
+
 Encoders stay in eval mode while they are fine-tuned: batch norm (of a ResNet, say) keeps the statistics it was
 pretrained with, and its scale and shift are trained like every other weight.
 """
 
+import argparse
 import copy
 import io
 import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
-from torch import Tensor
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, notebook_launcher
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.other import get_free_port
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from . import attacks, datasets, encoders, records
+from . import attacks, compute, datasets, encoders, records
 from .datasets import Subset
 from .encoders import Encoder
 from .heads import skipping
@@ -23,30 +38,49 @@ from .progress import track
 from .settings import Attack, BadInput, DeACL, EncoderRow, Settings
 
 GIVEN = -1  # the epochs of a checkpoint that was made elsewhere: unknown
-CODE = ("catalogue", "datasets", "scenes", "checkpoints", "encoders", "attacks", "deacl")
+SAVE_SECONDS = 600.0  # between the states stored within an epoch
+CODE = ("catalogue", "datasets", "scenes", "checkpoints", "encoders", "vit", "compute", "attacks", "deacl")
+
+
+# --- eq. 2 ---
 
 
 def embed(encoder: Encoder, x: Tensor) -> Tensor:
-    """The embedding of eq. 2: the CLS token (B, D)."""
-    return encoder(x)[0]
+    """The embedding of eq. 2: the CLS token (B, D), fp32 whatever it was computed in."""
+    return encoder.cls(x).float()
 
 
 def loss_terms(student: Encoder, clean_target: Tensor, x: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor]:
-    """The two terms of eq. 2 without gamma, scalars: -cos(f_theta(x), f(x)) and -cos(f_theta(x'), f_theta(x)).
+    """The two terms of eq. 2 without gamma, scalars: -cos(f_theta(x), f(x)), -cos(f_theta(x'), f_theta(x)), summed.
 
-    clean_target (B, D) is f(x) of the teacher; x, x_adv are (B, 3, H, W) in [0,1].
+    The sums are over the images. clean_target (B, D) is f(x) of the teacher; x, x_adv are (B, 3, H, W) in [0,1].
     """
     clean, adversarial = embed(student, x), embed(student, x_adv)
-    return -F.cosine_similarity(clean, clean_target).mean(), -F.cosine_similarity(adversarial, clean).mean()
+    return -F.cosine_similarity(clean, clean_target).sum(), -F.cosine_similarity(adversarial, clean).sum()
+
+
+class LossTerms(nn.Module):
+    """`loss_terms` (2,) as one module: DistributedDataParallel wants one forward pass for each backward pass."""
+
+    def __init__(self, student: Encoder) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, clean_target: Tensor, x: Tensor, x_adv: Tensor) -> Tensor:
+        return torch.stack(loss_terms(self.student, clean_target, x, x_adv))
 
 
 def adversarial_images(
-    attacked: Encoder, clean_target: Tensor, x: Tensor, ids: list[str], cfg: DeACL, seed: int
+    attacked: Encoder, clean_target: Tensor, x: Tensor, ids: list[str], cfg: DeACL, seed: int, precision: str = "fp32"
 ) -> Tensor:
     """x' by PGD on the encoder `attacked`: the cosine to the teacher's clean embedding is made small."""
     attack = Attack(eps=cfg.eps, step=cfg.step, steps=cfg.steps)
     start = attacks.random_start(x, cfg.eps, ids, seed)
-    return attacks.pgd(x, lambda adv, t: -F.cosine_similarity(embed(attacked, adv), clean_target), attack, start)
+
+    def loss(adv: Tensor, t: int) -> Tensor:
+        return -F.cosine_similarity(embed(attacked, adv), clean_target)
+
+    return attacks.pgd(x, loss, attack, start, precision)
 
 
 def learning_rate(epoch: float, cfg: DeACL) -> float:
@@ -58,63 +92,130 @@ def learning_rate(epoch: float, cfg: DeACL) -> float:
     )
 
 
-def train_step(
-    student: Encoder,
-    teacher: Encoder,
-    x: Tensor,
-    ids: list[str],
-    optimizer: torch.optim.Optimizer,
-    cfg: DeACL,
-    seed: int,
-) -> tuple[float, float]:
-    """One step of SGD on eq. 2; returns its two terms."""
-    with torch.no_grad():
-        clean_target = embed(teacher, x)
-    student.backbone.requires_grad_(False)  # the attack needs no weight gradient
-    x_adv = adversarial_images(student if cfg.attack_on == "trained" else teacher, clean_target, x, ids, cfg, seed)
-    student.backbone.requires_grad_(True)
-    preserve, robust = loss_terms(student, clean_target, x, x_adv)
-    optimizer.zero_grad()
-    (preserve + cfg.gamma * robust).backward()
-    optimizer.step()
-    return preserve.item(), robust.item()
+# --- training, as one of several processes or alone ---
 
 
-def robustness(encoder: Encoder, held_out: Subset, cfg: DeACL, seed: int, device: str) -> float:
-    """Mean cos(f_theta(x'), f_theta(x)) over held-out images attacked on this encoder: 1 is unmoved."""
-    cosines = []
-    for indices, x, _ in datasets.batches(held_out, cfg.batch):
-        x, ids = x.to(device), [held_out.ids[i] for i in indices]
-        with torch.no_grad():
-            clean = embed(encoder, x)
-        x_adv = adversarial_images(encoder, clean, x, ids, cfg, seed)
-        with torch.no_grad():
-            cosines.append(F.cosine_similarity(embed(encoder, x_adv), clean))
-    return float(torch.cat(cosines).mean())
+class Tuning(NamedTuple):
+    """What one process trains with; student and optimizer are the same in all of them at every step."""
+
+    student: Encoder
+    teacher: Encoder
+    terms: nn.Module  # LossTerms of the student; it averages gradients over the processes, if there are several
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    cfg: DeACL
+    precision: str  # of attack steps and of the training step: 'fp32' or 'bf16'
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+
+def tuning(teacher: Encoder, accelerator: Accelerator, cfg: DeACL, precision: str) -> Tuning:
+    """A student that starts as the teacher, with the optimizer of its weights."""
+    teacher = teacher.to(accelerator.device)
+    student = copy.deepcopy(teacher)
+    student.backbone.requires_grad_(True)  # before it is prepared: what is frozen then is never averaged
+    optimizer = torch.optim.SGD(student.backbone.parameters(), cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
+    return Tuning(student, teacher, accelerator.prepare(LossTerms(student)), optimizer, accelerator, cfg, precision)
+
+
+def train_step(run: Tuning, x: Tensor, ids: list[str], counted: bool, batch: int, seed: int) -> Tensor:
+    """One step of SGD on eq. 2, of which this process has the images x; returns its sums of the two terms (2,).
+
+    batch: images of all processes together. Images that are not `counted` take part with weight 0.
+    """
+    with torch.no_grad(), compute.steps_in(run.precision, run.device):
+        clean_target = embed(run.teacher, x)
+    run.student.backbone.requires_grad_(False)  # the attack needs no weight gradient
+    attacked = run.student if run.cfg.attack_on == "trained" else run.teacher
+    x_adv = adversarial_images(attacked, clean_target, x, ids, run.cfg, seed, run.precision)
+    run.student.backbone.requires_grad_(True)
+    with compute.steps_in(run.precision, run.device):
+        preserve, robust = run.terms(clean_target, x, x_adv) * float(counted)
+    run.optimizer.zero_grad()
+    # gradients are averaged over the processes, whose slices may differ in size: their sum / batch is the global mean
+    run.accelerator.backward((preserve + run.cfg.gamma * robust) * (run.accelerator.num_processes / batch))
+    run.optimizer.step()
+    return torch.stack([preserve, robust]).detach()
+
+
+def slices(order: Tensor, batch: int, process: int, processes: int) -> list[tuple[list[int], bool, int]]:
+    """This process's part of each batch of `order`: (indices, whether they count, images of the whole batch).
+
+    Where a last batch has fewer images than there are processes, those without one take the batch's first with
+    weight 0, because all of them must take part in each step.
+    """
+    parts = [(whole.tensor_split(processes)[process], whole) for whole in order.split(batch)]
+    return [((mine if len(mine) else whole[:1]).tolist(), len(mine) > 0, len(whole)) for mine, whole in parts]
 
 
 def train_epoch(
-    student: Encoder,
-    teacher: Encoder,
+    run: Tuning,
     train: Subset,
-    optimizer: torch.optim.Optimizer,
-    cfg: DeACL,
     epoch: int,
-    device: str,
+    done: int = 0,
+    sums: Tensor | None = None,
+    store: Callable[[int, Tensor], None] = lambda done, sums: None,
 ) -> tuple[float, float]:
-    """One epoch over freshly augmented images; returns the mean of the two terms."""
+    """One epoch over freshly augmented images; returns the mean of the two terms.
+
+    An interrupted epoch goes on after `done` batches with the `sums` of the terms so far (2,); `store` gets both every
+    SAVE_SECONDS.
+    """
     train.view = epoch
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(train.seed + epoch)).tolist()
-    shuffled = torch.utils.data.Subset(train, order)
-    loader = torch.utils.data.DataLoader(shuffled, cfg.batch, num_workers=datasets.workers(train))
-    terms, desc = [], f"DeACL epoch {epoch + 1} of {cfg.epochs}"
-    for i, (images, _) in enumerate(track(datasets.plainly(loader), total=len(loader), desc=desc)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch + i / len(loader), cfg)
-        x = images.to(device).float() / 255
-        ids = [train.ids[j] for j in order[i * cfg.batch : i * cfg.batch + len(x)]]
-        terms.append(train_step(student, teacher, x, ids, optimizer, cfg, train.seed + epoch))
-    return tuple(torch.tensor(terms).mean(0).tolist())
+    accelerator, count = run.accelerator, datasets.workers(train)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(train.seed + epoch))
+    parts = slices(order, run.cfg.batch, accelerator.process_index, accelerator.num_processes)
+    mine = [indices for indices, *_ in parts[done:]]
+    pinned = run.device.type == "cuda"
+    loader = torch.utils.data.DataLoader(train, batch_sampler=mine, num_workers=count, pin_memory=pinned)
+    batches, desc = datasets.plainly(loader), f"DeACL epoch {epoch + 1} of {run.cfg.epochs}"
+    if accelerator.is_main_process:
+        batches = track(batches, total=len(loader), desc=desc)
+    sums = torch.zeros(2, dtype=torch.float64) if sums is None else sums
+    sums, stored = sums.to(run.device), time.monotonic()
+    for i, (images, _) in enumerate(batches, done):
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(epoch + i / len(parts), run.cfg)
+        indices, counted, batch = parts[i]
+        x = images.to(run.device, non_blocking=True).float() / 255
+        terms = train_step(run, x, [train.ids[j] for j in indices], counted, batch, train.seed + epoch)
+        # each step, not once an epoch: then sums stored within an epoch are those of an undisturbed run to the last bit
+        sums = sums + accelerator.reduce(terms.double(), "sum")
+        if time.monotonic() - stored >= SAVE_SECONDS:
+            store(i + 1, sums)
+            stored = time.monotonic()
+    preserve, robust = (sums / len(train)).tolist()
+    return preserve, robust
+
+
+def robustness(run: Tuning, held_out: Subset, seed: int) -> float:
+    """Mean cos(f_theta(x'), f_theta(x)) over held-out images attacked on the student: 1 is unmoved.
+
+    Embeddings are fp32. Each process attacks a part of the images.
+    """
+    run.student.backbone.requires_grad_(False)
+    processes, total = run.accelerator.num_processes, torch.zeros((), dtype=torch.float64, device=run.device)
+    mine = _part(held_out, run.accelerator.process_index, processes)
+    for indices, x, _ in datasets.batches(mine, -(-run.cfg.batch // processes)):
+        x, ids = x.to(run.device), [mine.ids[i] for i in indices]
+        with torch.no_grad():
+            clean = embed(run.student, x)
+        x_adv = adversarial_images(run.student, clean, x, ids, run.cfg, seed, run.precision)
+        with torch.no_grad():
+            total += F.cosine_similarity(embed(run.student, x_adv), clean).double().sum()
+    return float(run.accelerator.reduce(total, "sum") / len(held_out))
+
+
+def _part(subset: Subset, process: int, processes: int) -> Subset:
+    """The images of one process, each in one part."""
+    part, where = copy.copy(subset), torch.arange(len(subset)).tensor_split(processes)[process].tolist()
+    part.items, part.ids = [subset.items[i] for i in where], [subset.ids[i] for i in where]
+    return part
+
+
+# --- one row ---
 
 
 def folder(profile: str, encoder: str) -> Path:
@@ -122,28 +223,30 @@ def folder(profile: str, encoder: str) -> Path:
     return records.runs_dir(profile) / "deacl" / encoder
 
 
-def finetune_all(settings: Settings) -> dict[str, dict[str, Any]]:
+def finetune_all(settings: Settings, only: str = "") -> dict[str, dict[str, Any]]:
     """DeACL of every row with that defense, {encoder: index as finetune returns it}; finished work is not repeated.
 
     A row with a deacl_checkpoint is not fine-tuned: its file is read once, and its index says {"epochs": [], "history":
-    [], "origin": file}. With missing: skip, rows whose weights or data cannot be used are left out and listed in
-    results/<profile>/deacl/skipped.json. Raises BadInput if there is no section deacl although a row needs it.
+    [], "origin": file}. `only`: the name of the one row to work on. With missing: skip, rows whose weights or data
+    cannot be used are left out and listed in results/<profile>/deacl/skipped.json. Raises BadInput if there is no
+    section deacl although a row needs it, or no such row.
     """
     rows = [row for row in settings.encoders if "deacl" in row.defenses]
+    if only and only not in [row.name for row in rows]:
+        known = ", ".join(row.name for row in rows) or "none"
+        raise BadInput(f"There is no encoder '{only}' with the defense deacl in the profile; choose one of: {known}.")
     if settings.deacl is None and not all(row.deacl_checkpoint for row in rows):
         raise BadInput("The settings have no section 'deacl'; add one (params/demo.yaml shows how).")
     runs: dict[str, dict[str, Any]] = {}
-    lost: list[dict[str, str]] = []
-    for row in rows:
+    before = records.read_skipped(records.skipped_path(settings.profile, "deacl")) if only else []
+    lost = [entry for entry in before if entry["encoder"] != only]
+    for row in (row for row in rows if only in ("", row.name)):
         dataset = "" if row.deacl_checkpoint else settings.deacl.dataset
         with skipping(settings, lost, [{"dataset": dataset, "encoder": row.name, "defense": "deacl"}]):
             runs[row.name] = _made_elsewhere(row, settings) if row.deacl_checkpoint else _made_here(row, settings)
-    records.write_skipped(settings.profile, "deacl", lost)
+    if _first():
+        records.write_skipped(settings.profile, "deacl", lost)
     return runs
-
-
-def _made_here(row: EncoderRow, settings: Settings) -> dict[str, Any]:
-    return finetune(row, encoders.load(row, settings.data_root), settings)
 
 
 def _made_elsewhere(row: EncoderRow, settings: Settings) -> dict[str, Any]:
@@ -153,39 +256,197 @@ def _made_elsewhere(row: EncoderRow, settings: Settings) -> dict[str, Any]:
     return {"key": key, "epochs": [], "history": [], "origin": row.deacl_checkpoint}
 
 
-def finetune(row: EncoderRow, teacher: Encoder, settings: Settings) -> dict[str, Any]:
-    """Fine-tune `teacher` as settings.deacl says; interrupted work goes on at the last finished epoch.
+def _made_here(row: EncoderRow, settings: Settings) -> dict[str, Any]:
+    teacher = encoders.load(row, settings.data_root)
+    count = 1 if launched() else processes(settings)
+    if count == 1:
+        return finetune(row, teacher, settings)
+    _launch(count, row, teacher, settings)
+    return records.read_json(folder(settings.profile, row.name) / "deacl.json")
 
-    Writes epoch_N.safetensors for each of cfg.checkpoints and the last epoch, and deacl.json last, which is returned:
-    {"key", "epochs": [N, ...], "history": [{"epoch", "preserve", "robust", "held_out_cosine"}, ...]}.
+
+def finetune(row: EncoderRow, teacher: Encoder, settings: Settings) -> dict[str, Any]:
+    """Fine-tune `teacher` as settings.deacl says, alone or as one of several processes that all call this.
+
+    Interrupted work goes on at the last stored state, also with another number of processes. The main process writes
+    epoch_N.safetensors for each of cfg.checkpoints and the last epoch, and deacl.json last, which is returned:
+    {"key", "epochs": [N, ...], "history": [{"epoch", "preserve", "robust", "held_out_cosine"}, ...], "processes"}.
     """
-    cfg, device = settings.deacl, records.pick_device(settings.device)
-    train, held_out = (
-        datasets.load("deacl", cfg.dataset, split, settings, teacher.native) for split in ("train", "val")
-    )
-    schedule = cfg.model_dump(exclude={"checkpoints"})
-    key = records.digest([schedule, settings.seed, teacher.hash, train.hash, held_out.hash, records.code_hash(*CODE)])
-    kept, home = sorted({*cfg.checkpoints, cfg.epochs}), folder(settings.profile, row.name)
-    done = records.reusable(home / "deacl.json", records.digest([key, kept]))
-    if done and all(checkpoint_path(settings.profile, row.name, n).is_file() for n in kept):
+    cpu = records.pick_device(settings.device) == "cpu"
+    # the same weights go unused in every step (of blocks that the CLS token needs no more); the main process may read
+    # a large data set while the others wait
+    parallel = [DistributedDataParallelKwargs(static_graph=True), InitProcessGroupKwargs(timeout=timedelta(hours=1))]
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=parallel)
+    try:
+        return _finetune(row, teacher, settings, accelerator)
+    finally:
+        if accelerator.num_processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)  # else no processes can be launched from here
+
+
+def _finetune(row: EncoderRow, teacher: Encoder, settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+    cfg, home = settings.deacl, folder(settings.profile, row.name)
+    precision = compute.precision(settings.precision, accelerator.device.type)
+    kept = sorted({*cfg.checkpoints, cfg.epochs})
+    key, done, state = _from_main(accelerator, lambda: _stored(home, kept, teacher, settings, precision))
+    if done:
         return done
-    teacher = teacher.to(device)
-    student = copy.deepcopy(teacher)
-    optimizer = torch.optim.SGD(student.backbone.parameters(), cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
-    history = _resume(home / "state.pt", key, student, optimizer, kept, home)
-    if not history:
-        history = [{"epoch": 0, "held_out_cosine": robustness(student, held_out, cfg, settings.seed, device)}]
-    for epoch in range(len(history) - 1, cfg.epochs):
-        preserve, robust = train_epoch(student, teacher, train, optimizer, cfg, epoch, device)
-        student.backbone.requires_grad_(False)
-        cosine = robustness(student, held_out, cfg, settings.seed, device)
-        history.append({"epoch": epoch + 1, "preserve": preserve, "robust": robust, "held_out_cosine": cosine})
-        if epoch + 1 in kept:
-            save_backbone(student, checkpoint_path(settings.profile, row.name, epoch + 1))
-        _save_state(home / "state.pt", key, student, optimizer, history)
+    with _all_or_none(accelerator):
+        train, held_out = _images(settings, teacher)
+        run = tuning(teacher, accelerator, cfg, precision)
+        history, batches, sums = _put_back(state, run)
+
+        def store(batches: int = 0, sums: Tensor | None = None) -> None:
+            if accelerator.is_main_process:
+                _save_state(home / "state.pt", key, run, history, batches, sums)
+
+        if not history:
+            history.append({"epoch": 0, "held_out_cosine": robustness(run, held_out, settings.seed)})
+        for epoch in range(len(history) - 1, cfg.epochs):
+            preserve, robust = train_epoch(run, train, epoch, batches, sums, store)
+            cosine, batches, sums = robustness(run, held_out, settings.seed), 0, None
+            history.append({"epoch": epoch + 1, "preserve": preserve, "robust": robust, "held_out_cosine": cosine})
+            if epoch + 1 in kept and accelerator.is_main_process:
+                save_backbone(run.student, home / f"epoch_{epoch + 1}.safetensors")
+            store()
     index = {"key": records.digest([key, kept]), "epochs": kept, "history": history}
-    records.write_json(index, home / "deacl.json")
+    index["processes"] = accelerator.num_processes
+    if accelerator.is_main_process:
+        records.write_json(index, home / "deacl.json")
+    accelerator.wait_for_everyone()
     return index
+
+
+def _images(settings: Settings, teacher: Encoder) -> tuple[Subset, Subset]:
+    """Training and held-out images."""
+    name = settings.deacl.dataset
+    train, held_out = (datasets.load("deacl", name, split, settings, teacher.native) for split in ("train", "val"))
+    return train, held_out
+
+
+def _stored(
+    home: Path, kept: list[int], teacher: Encoder, settings: Settings, precision: str
+) -> tuple[str, dict[str, Any] | None, dict[str, Any] | None]:
+    """Key of this work, its index if it is finished, and else the state that was stored last, if there is one."""
+    train, held_out = _images(settings, teacher)
+    # the number of processes decides nothing but rounding
+    schedule = settings.deacl.model_dump(exclude={"checkpoints", "processes"})
+    made_from = [teacher.hash, train.hash, held_out.hash, precision, records.code_hash(*CODE)]
+    key = records.digest([schedule, settings.seed, *made_from])
+    done = records.reusable(home / "deacl.json", records.digest([key, kept]))
+    if done and _whole(home, kept):
+        return key, done, None
+    return key, None, _read_state(home, key, kept)
+
+
+# --- several processes ---
+
+
+def processes(settings: Settings) -> int:
+    """Processes that a notebook starts for DeACL: deacl.processes, 'auto' being one for each GPU, on the CPU one.
+
+    Raises BadInput for more processes than GPUs, and for several where this process already uses a GPU.
+    """
+    wanted, gpus = settings.deacl.processes, 0 if settings.device == "cpu" else torch.cuda.device_count()
+    taken = torch.cuda.is_initialized()  # then forked processes can use no GPU
+    if wanted == "auto":
+        if taken and gpus > 1:
+            print(f"DeACL takes one of {gpus} GPUs, as this notebook already uses it; restart the kernel to use all.")
+        return 1 if taken else max(1, gpus)
+    if gpus and wanted > gpus:
+        raise BadInput(f"deacl.processes is {wanted} but there are {gpus} GPUs; lower it or write auto.")
+    if wanted > 1 and gpus and taken:
+        raise BadInput(_TAKEN)
+    return wanted
+
+
+_TAKEN = "A GPU was used in this notebook before DeACL; restart the kernel and run DeACL first, or write processes: 1."
+
+
+def launched() -> bool:
+    """Whether accelerate or torchrun started this process: then it starts none itself."""
+    return bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ))
+
+
+def _first() -> bool:
+    """Whether this process is the main one, of all nodes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _launch(count: int, row: EncoderRow, teacher: Encoder, settings: Settings) -> None:
+    """Fine-tune in `count` forked processes of this machine; raises their BadInput, or says how one of them ended."""
+    out, causes = sys.stdout, torch.multiprocessing.get_context("fork").SimpleQueue()
+    print(f"DeACL of {row.name}: {count} processes", flush=True)
+    try:
+        with redirect_stdout(io.StringIO()):  # accelerate calls them CUDAs, on the CPU too
+            notebook_launcher(_forked, (out, causes, row, teacher, settings), count, use_port=str(get_free_port()))
+    except ChildFailedError as error:
+        failure = error.get_first_failure()[1]
+        said = failure.message if isinstance(failure.message, str) else failure.message["message"]
+        # the first that failed says why; the others then fail for the lack of it, and torch may name one of them
+        said = said if causes.empty() else causes.get()
+        raise _reason(" ".join(said.split()), row.name) from None
+
+
+def _reason(said: str, name: str) -> Exception:
+    """The error to raise for what a failed process said last, or what is known of its end."""
+    if "BadInput: " in said:
+        return BadInput(said.rpartition("BadInput: ")[2])
+    if "Cannot re-initialize CUDA" in said:
+        return BadInput(_TAKEN)
+    if "OutOfMemoryError" in said:
+        return torch.OutOfMemoryError(said)
+    return RuntimeError(
+        f"A process of DeACL of '{name}' ended ({said.rstrip('.')}); repeat, and it goes on from the last stored state."
+    )
+
+
+def _forked(out: TextIO, causes: Any, row: EncoderRow, teacher: Encoder, settings: Settings) -> None:
+    """What each process that a notebook starts does; it prints to `out` and puts what it fails for into `causes`."""
+    sys.stdout = out
+    os.environ["SSL_ROBUST_HEADLESS"] = "1"  # lines instead of bars, which only the notebook's own process can draw
+    # OpenMP's threads were not forked with the process, and work given to them would never be done
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    try:
+        finetune(row, teacher, settings)
+    except Exception as error:
+        causes.put(f"{type(error).__name__}: {error}")
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _from_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+    """What `work` returns in the main process, in all of them; so is its BadInput. Only there are files read."""
+    answer = [None, ""]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = work()
+        except BadInput as problem:
+            answer[1] = str(problem)
+    result, problem = broadcast_object_list(answer)
+    if problem:
+        raise BadInput(problem)
+    return result
+
+
+@contextmanager
+def _all_or_none(accelerator: Accelerator) -> Iterator[None]:
+    """A BadInput of one process ends all of them: it may not skip the row while the others wait for it."""
+    try:
+        yield
+    except BadInput as problem:
+        if accelerator.num_processes == 1:
+            raise
+        raise RuntimeError(f"BadInput: {problem}") from None
+
+
+# --- files ---
 
 
 def checkpoint_path(profile: str, encoder: str, epoch: int) -> Path:
@@ -195,32 +456,45 @@ def checkpoint_path(profile: str, encoder: str, epoch: int) -> Path:
 
 def save_backbone(encoder: Encoder, path: Path) -> None:
     """Backbone weights as safetensors, written whole or not at all."""
-    records.write_bytes(
-        save({k: v.detach().cpu().contiguous() for k, v in encoder.backbone.state_dict().items()}), path
-    )
+    records.write_tensors(encoder.backbone.state_dict(), {}, path)
 
 
-def _save_state(path: Path, key: str, student: Encoder, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
+def _whole(home: Path, kept: list[int]) -> bool:
+    """Whether the checkpoints after these epochs are there and undamaged."""
+    try:
+        for epoch in kept:
+            records.read_tensors(home / f"epoch_{epoch}.safetensors")
+    except BadInput:
+        return False
+    return True
+
+
+def _save_state(path: Path, key: str, run: Tuning, history: list[dict], batches: int, sums: Tensor | None) -> None:
+    """Store all that goes on from here: `batches` of the epoch are done, and their terms have the `sums` (2,)."""
     buffer = io.BytesIO()
-    state = {"key": key, "student": student.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-    torch.save(state, buffer)
+    state = {"key": key, "student": run.student.state_dict(), "optimizer": run.optimizer.state_dict()}
+    torch.save({**state, "history": history, "batches": batches, "sums": sums}, buffer)
     records.write_bytes(buffer.getvalue(), path)
 
 
-def _resume(
-    path: Path, key: str, student: Encoder, optimizer: torch.optim.Optimizer, kept: list[int], home: Path
-) -> list[dict[str, float]]:
-    """Put an interrupted run's state back and return its history; empty if there is none that fits."""
+def _read_state(home: Path, key: str, kept: list[int]) -> dict[str, Any] | None:
+    """The state of interrupted work; None if there is none that fits."""
     try:
-        state = torch.load(path, map_location=student.mean.device, weights_only=True)
+        state = torch.load(home / "state.pt", map_location="cpu", weights_only=True)
     except Exception:  # missing, truncated or foreign: whatever the reason, the remedy is to start anew
-        return []
+        return None
     passed = [n for n in kept if n < len(state.get("history", []))]
-    if state.get("key") != key or not all((home / f"epoch_{n}.safetensors").is_file() for n in passed):
-        return []
-    student.load_state_dict(state["student"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["history"]
+    fits = state.get("key") == key and _whole(home, passed)
+    return state if fits else None
+
+
+def _put_back(state: dict[str, Any] | None, run: Tuning) -> tuple[list[dict[str, float]], int, Tensor | None]:
+    """Go on from a stored state: history, batches done in the current epoch, and the sums of their terms."""
+    if not state:
+        return [], 0, None
+    run.student.load_state_dict(state["student"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    return state["history"], state["batches"], state["sums"]
 
 
 def variants(row: EncoderRow, profile: str, data_root: str = "") -> list[tuple[str, int, Path | None]]:
@@ -249,3 +523,33 @@ def _index(row: EncoderRow, profile: str) -> dict[str, Any]:
         records.need(profile, "02_deacl")
         raise BadInput(f"{path} is missing although 02_deacl has run; run notebook 02_deacl again.")
     return records.read_json(path)
+
+
+# --- command line ---
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line, also under accelerate launch; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    from . import run  # here, because it stands above this module
+
+    parser = argparse.ArgumentParser(prog="python -m ssl_robust.deacl", description="DeACL of a profile's encoders.")
+    parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
+    parser.add_argument("--data", default="", help="folder of the real data sets, in place of the profile's data_root")
+    parser.add_argument("--encoder", default="", help="only this encoder")
+    arguments = parser.parse_args(argv)
+    try:
+        runs = finetune_all(run.read_profile(arguments.profile, arguments.data), arguments.encoder)
+    except BadInput as problem:
+        print(problem, file=sys.stderr, flush=True)
+        return run.BAD_INPUT
+    except KeyboardInterrupt:
+        print("Interrupted; repeat the command to go on from the last stored state.", file=sys.stderr, flush=True)
+        return run.INTERRUPTED
+    for name, index in runs.items() if _first() else ():
+        print(f"{name}: checkpoints after epochs {index['epochs']}")
+    _leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

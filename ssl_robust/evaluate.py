@@ -188,7 +188,7 @@ def worst(
 
     Made from what `cell` left; None while one of the attacks is not there.
     """
-    task, names, start = model.task, kinds(model.task, settings), time.perf_counter()
+    names, start = kinds(model.task, settings), time.perf_counter()
     abouts = [_about(model, test, variant, kind, settings, notebook) for kind in names]
     about = _about(model, test, variant, WORST, settings, notebook)
     about["key"] = records.digest([about["key"], *(a["key"] for a in abouts)])
@@ -199,9 +199,7 @@ def worst(
     cells = [_read(_path(a, settings), a["key"]) for a in abouts]
     if not all(cells):
         return None
-    sign = metrics.BETTER[metrics.METRIC[task]]
-    values = sign * torch.tensor([record["per_image"] for record, _ in cells])  # (kinds, N)
-    chosen = values.argmin(0)
+    chosen = _worst(model, test, [stats for _, stats in cells])
     stats = torch.stack([stats for _, stats in cells])[chosen, torch.arange(len(chosen))]
     about |= _numbers(model, test, "task", stats, settings.seed) | {
         "max_perturbation": max(record["max_perturbation"] for record, _ in cells),
@@ -210,6 +208,22 @@ def worst(
         "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip
     return _write(path, about, stats, settings)
+
+
+def _worst(model: TaskModel, test: Subset, found: list[Tensor]) -> Tensor:
+    """Which of K attacks, given by their statistics (N, ..), each image (N,) is taken from to make the metric worst.
+
+    The candidates are each attack alone, and image by image the one that hurts it most: by its metric, and in
+    segmentation by its wrong pixels, as some wrong pixels of an absent class halve an image's mIoU but not that of all.
+    """
+    task, reduce = model.task, released.reduction(model.task, test.classes, model.protocol)
+    sign, n = metrics.BETTER[metrics.METRIC[task]], len(found[0])
+    scores = [sign * torch.tensor([metrics.per_image(task, stats, reduce) for stats in found])]  # (K, N) each
+    if task == "segmentation":
+        scores.append(torch.stack([stats.diagonal(dim1=1, dim2=2).sum(1) for stats in found]))
+    chosen = [score.argmin(0) for score in scores] + [torch.full((n,), k) for k in range(len(found))]
+    values = [metrics.value(task, torch.stack(found)[c, torch.arange(n)], reduce) for c in chosen]
+    return chosen[min(range(len(chosen)), key=lambda i: sign * values[i])]
 
 
 def _about(
@@ -322,7 +336,7 @@ def _variant(
     encoder = encoders.load(row, settings.data_root, weights)
     for dataset in dict.fromkeys(c.dataset for c in cells):
         with skipping(settings, lost, [_place(dataset, row, defense)]):
-            made = _prepared(task, dataset, encoder, settings, defense)
+            made = prepared(task, dataset, encoder, settings, defense)
             chosen = [c.kind for c in cells if c.dataset == dataset]
             found += [cell(*made, (defense, epoch), kind, settings, notebook) for kind in chosen]
             found.append(worst(*made, (defense, epoch), settings, notebook))
@@ -336,10 +350,10 @@ def prepare(
 
     `weights` replaces the encoder's own, as in encoders.load. Raises BadInput if a data set or weights are missing.
     """
-    return _prepared(task, dataset, encoders.load(row, settings.data_root, weights), settings, defense)
+    return prepared(task, dataset, encoders.load(row, settings.data_root, weights), settings, defense)
 
 
-def _prepared(task: str, dataset: str, encoder: Encoder, settings: Settings, defense: str) -> tuple[TaskModel, Subset]:
+def prepared(task: str, dataset: str, encoder: Encoder, settings: Settings, defense: str) -> tuple[TaskModel, Subset]:
     model, _ = heads.fitted(task, dataset, encoder, settings, defense)
     settings = released.adjusted(settings, encoder.native)
     test = datasets.load(task, dataset, "test", settings, encoder.native)
@@ -367,9 +381,9 @@ def examples(task: str, settings: Settings, count: int = 4) -> list[Path]:
     """
     _attack("task", settings)
     path = records.runs_dir(settings.profile) / "examples" / f"{task}.safetensors"
-    path.unlink(missing_ok=True)
     found = _first_usable(task, settings)
     if found is None:
+        path.unlink(missing_ok=True)  # no old pictures either
         return []
     model, test = found
     device = records.pick_device(settings.device)

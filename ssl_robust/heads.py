@@ -3,18 +3,17 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from . import datasets, encoders, metrics, records, released
+from . import compute, datasets, encoders, metrics, records, released
 from .datasets import IGNORE, MAX_DEPTH, Subset
 from .encoders import Encoder
 from .progress import track
@@ -22,10 +21,11 @@ from .settings import TASKS, BadInput, Settings, TaskSettings
 
 MIN_DEPTH, BINS = 0.001, 256
 # The modules that decide what a trained head is; what released.py changes in training is part of the settings.
-CODE = ("catalogue", "datasets", "scenes", "checkpoints", "encoders", "metrics", "heads")
+CODE = ("catalogue", "datasets", "scenes", "checkpoints", "compute", "vit", "encoders", "metrics", "heads")
 # Tokens up to this many bytes are kept for all epochs: hundreds of small images fit, while 20,000 images of 518 px
 # are 84 GB for DINOv2 ViT-B and would not fit any machine. Beyond it, images are encoded anew in every epoch.
 CACHE = 4 * 2**30
+SIDES = 2  # an image and its mirror image: all there is where a flip is the only augmentation
 
 PixelLoss = Callable[[Tensor, Tensor], Tensor]  # (log differences, valid), (B, H, W) each -> (B,)
 Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # CLS (B, D), patches (B, D, h, w), targets (B, ...)
@@ -118,18 +118,34 @@ class TaskModel(nn.Module):
         return self.single(x)
 
     def single(self, x: Tensor) -> Tensor:
-        """Prediction without a window; what the encoder padded is cut off again."""
-        return predict(self.head, self.encoder, *self.encoder(x), x.shape[-2:])
+        """Prediction without a window; what the encoder padded is cut off again. The head computes in fp32."""
+        cls, patches = tokens(self.encoder, x, self.task != "classification")
+        with _fp32(x.device):
+            return predict(self.head, self.encoder, cls.float(), patches.float(), x.shape[-2:])
 
     def embed(self, x: Tensor) -> Tensor:
-        """The embedding that EmbedAttack moves, (B, F): the CLS token, or all patch tokens of all windows."""
+        """The embedding that EmbedAttack moves, fp32 (B, F): the CLS token, or all patch tokens of all windows."""
         if self.task == "classification":
-            return self.encoder(x)[0]
+            return self.encoder.cls(x).float()
         if self.task == "depth":
-            return self.encoder(x)[1].flatten(1)
+            return self.encoder(x)[1].float().flatten(1)
         crops, _ = crop_windows(x, self.encoder.native, self.stride)
-        patches = self.encoder(crops)[1].flatten(1)  # (K * B, F)
+        patches = self.encoder(crops)[1].float().flatten(1)  # (K * B, F)
         return patches.unflatten(0, (-1, len(x))).transpose(0, 1).flatten(1)
+
+
+def tokens(encoder: Encoder, x: Tensor, dense: bool) -> tuple[Tensor, Tensor]:
+    """CLS token (B, D) and patch tokens (B, D, h, w) of images in [0,1]; none of the latter, (B, 0), unless `dense`."""
+    if dense:
+        return encoder(x)
+    cls = encoder.cls(x)
+    return cls, cls[:, :0]
+
+
+def _fp32(device: torch.device) -> AbstractContextManager:
+    """Ends any autocast around it, so that sums over pixels and bins lose no digits."""
+    able = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if able else nullcontext()
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -200,8 +216,7 @@ def encoded(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bo
     shapes = set()
     for _, images, targets in datasets.batches(subset, batch):
         with torch.no_grad():
-            cls, patches = encoder(images.to(device))
-        row = (cls, patches if dense else cls[:, :0], targets.to(device))
+            row = (*tokens(encoder, images.to(device), dense), targets.to(device))
         shapes.add(tuple(part.shape[1:] for part in row))
         if len(shapes) > 1:
             raise BadInput(f"The images of {subset.name} differ in size; set 'size' of the task to one they share.")
@@ -238,9 +253,10 @@ def fit(
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train one head on frozen tokens and keep the epoch that is best on `val` (held out of train).
 
-    Returns the head and its history: epoch, training loss, metric on the held-out images. `section.views` augmented
-    copies of each image are encoded once and reused; views = epochs is a fresh augmentation in every epoch. Tokens that
-    serve once, or that take more memory than CACHE, are made when they are needed, which changes at most rounding.
+    Returns the head and its history: epoch, training loss, metric on the held-out images. Each epoch draws anew which
+    side of an image it trains on, of tokens that are encoded once for both. In segmentation there are `section.views`
+    augmented copies of each image; views = epochs is a fresh augmentation in every epoch. Tokens that serve once, or
+    that take more memory than CACHE, are made when they are needed, which changes at most rounding.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -249,7 +265,7 @@ def fit(
     training, held_out = token_sources(task, encoder, train, val, section, device)
     best, best_state, history = -float("inf"), head.state_dict(), []
     for epoch in track(range(section.epochs), desc=f"{task} head on {train.name}"):
-        train.view = epoch % section.views
+        train.view = epoch % getattr(section, "views", section.epochs)
         order = _order(len(train), section.batch, seed + epoch)
         loss = _epoch(task, head.train(), encoder, optimizer, training(order, section.batch))
         score = _held_out_metric(task, head.eval(), encoder, held_out(range(len(val)), 64), len(train.classes))
@@ -265,10 +281,15 @@ Source = Callable[[list[int], int], Batches]  # (order of the images, batch) -> 
 
 
 def kept(bytes_train: float, bytes_val: float, section: TaskSettings) -> tuple[bool, bool]:
-    """Whether tokens of the training images (bytes of one view) and of the held-out ones stay in CACHE."""
+    """Whether tokens of the training images (bytes of one copy) and of the held-out ones stay in CACHE."""
     keep_val = bytes_val <= CACHE
     room = CACHE - bytes_val * keep_val
-    return section.views < section.epochs and bytes_train * section.views <= room, keep_val
+    return copies(section) < section.epochs and bytes_train * copies(section) <= room, keep_val
+
+
+def copies(section: TaskSettings) -> int:
+    """Augmented copies of a training image that can be kept: the views of segmentation, else its two sides."""
+    return getattr(section, "views", SIDES)
 
 
 def token_sources(
@@ -279,22 +300,43 @@ def token_sources(
     bytes_val, bytes_train = (token_bytes(encoder, subset, device, dense) for subset in (val, train))
     keep_train, keep_val = kept(bytes_train, bytes_val, section)
     return tuple(
-        (_kept if keep else _streamed)(encoder, subset, section.attack_batch, device, dense)
+        (_kept if keep else _streamed)(
+            encoder, subset, encoded_at_once(encoder, subset, section, device), device, dense
+        )
         for subset, keep in ((train, keep_train), (val, keep_val))
     )
 
 
+def encoded_at_once(encoder: Encoder, subset: Subset, section: TaskSettings, device: str) -> int:
+    """Images of `subset` that are encoded at a time."""
+    size = subset[0][0].shape[-2:]
+    return compute.batch_for(compute.tokens_of(encoder.patch, size), device, section.attack_batch)
+
+
 def _kept(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> Source:
-    """Tokens of every view, encoded `batch` images at a time when first asked for and kept in main memory."""
-    views: dict[int, tuple[Tensor, ...]] = {}
+    """Tokens of every view or of both sides, encoded `batch` images at a time when first asked for, in main memory."""
+
+    @cache
+    def made(view: int, flip: bool) -> tuple[Tensor, ...]:
+        shown = copy.copy(subset)
+        shown.view, shown.flip = view, flip
+        return features(encoder, shown, batch, device, dense)
 
     def source(order: list[int], size: int) -> Batches:
-        if subset.view not in views:
-            views[subset.view] = features(encoder, subset, batch, device, dense)
+        drawn = subset.flip is None
+        sides = [made(0, False), made(0, True)] if drawn else [made(subset.view, subset.flip)]
         for chosen in torch.as_tensor(order).split(size):
-            yield tuple(part[chosen].to(device) for part in views[subset.view])
+            mirrored = torch.tensor([drawn and subset.flipped(i) for i in chosen.tolist()])
+            yield tuple(_rows(column, chosen, mirrored).to(device) for column in zip(*sides, strict=True))
 
     return source
+
+
+def _rows(sides: tuple[Tensor, ...], chosen: Tensor, mirrored: Tensor) -> Tensor:
+    """Rows `chosen` (b,) of the first of `sides`, but of the last one where `mirrored` (b,)."""
+    rows = sides[0][chosen]
+    rows[mirrored] = sides[-1][chosen[mirrored]]
+    return rows
 
 
 def _streamed(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> Source:
@@ -363,7 +405,7 @@ def fitted(
     if found is None:
         head, history = fit(task, encoder.to(device), train, val, section, settings.seed, device)
         metadata = {"key": key, "history": json.dumps(history)}
-        records.write_bytes(tensor_file({k: v.cpu() for k, v in head.state_dict().items()}, metadata), path)
+        records.write_tensors(head.state_dict(), metadata, path)
     else:
         state, history = found
         head = HEADS[task](encoder.dim, len(train.classes))
@@ -425,22 +467,10 @@ def predictions(model: TaskModel, subset: Subset, count: int) -> dict[str, objec
     return {"images": x, "target": target, "pred_clean": said.cpu(), "classes": list(subset.classes)}
 
 
-def tensor_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file, the same bytes for the same content: the library's own order of metadata is random."""
-    data = save(tensors, metadata)
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8 bytes
-    return len(header).to_bytes(8, "little") + header + data[end:]
-
-
 def read_head(path: Path, key: str) -> tuple[dict[str, Tensor], list[dict[str, float]]] | None:
     """Weights and history of a stored head; None if there is none, it is damaged or was made from something else."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("key") != key:
-                return None
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(metadata["history"])  # noqa: SIM118
-    except (SafetensorError, OSError):
+        state, metadata = records.read_tensors(path)
+    except BadInput:
         return None
+    return (state, json.loads(metadata["history"])) if metadata.get("key") == key else None

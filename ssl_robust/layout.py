@@ -1,9 +1,10 @@
 """Writers of tables and pages: Markdown, LaTeX and one self-contained HTML page; whatever is given is escaped.
 
-A cell may have a second line, after a newline: HTML and LaTeX set it below the first, Markdown goes on with a blank.
+A cell may have further lines: HTML and LaTeX set them below the first, Markdown goes on with a blank.
 """
 
 import base64
+import re
 from collections.abc import Iterable
 from html import escape
 from itertools import zip_longest
@@ -13,6 +14,7 @@ import pandas as pd
 
 TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "–": "--"}
 TEX |= {"−": "$-$", "≈": r"$\approx$", "≠": r"$\neq$", "|": r"\textbar{}"}
+TEX |= {"†": r"\dag{}", "×": r"$\times$", "≤": r"$\leq$", "≥": r"$\geq$", "ε": r"$\varepsilon$"}
 TEX |= {"^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 TEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
@@ -35,15 +37,20 @@ table { border-collapse: collapse; font-size: .92rem; min-width: 100%; font-vari
 th, td { text-align: left; padding: .4rem .9rem .4rem .3rem; vertical-align: top; }
 td small { color: var(--soft); font-size: .82em; } td small b { color: #882255; font-size: 1.25em; line-height: 1; }
 thead th { border-bottom: 1px solid var(--ink); } tbody tr:nth-child(even) { background: var(--tint); }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .3rem .9rem; font-size: .92rem; }
+.bars div { display: flex; background: var(--tint); min-height: 1.1rem; align-self: center; }
+.bars b { background: var(--accent); } .bars i { background: #9fb8d3; } .bars span { white-space: nowrap; }
+sup { color: #882255; line-height: 0; }
 details { margin-top: 3rem; } details table { font-size: .8rem; } summary { cursor: pointer; color: var(--accent); }
 a { color: var(--accent); }
+@media (min-width: 46.01rem) { .rows td:nth-child(n+4) { white-space: nowrap; } } /* values stay on their line */
 @media (max-width: 46rem) { /* a phone: each row is a block of two lines, names and values; wide figures scroll */
   body { padding: 1.5rem .9rem 3rem; } dl { grid-template-columns: 1fr; } dt { margin-top: .4rem; }
   .rows table { font-size: .8rem; } .rows thead { border-bottom: 1px solid var(--ink); }
   .rows tr { display: grid; grid-template-columns: repeat(34, minmax(0, 1fr)); padding: .25rem 0; }
   .rows :is(th, td) { grid-column: span 10; padding: .1rem .2rem; white-space: normal; border: 0; }
   .rows :is(th, td):nth-child(2) { grid-column: span 15; overflow-wrap: anywhere; }
-  .rows :is(th, td):nth-child(3) { grid-column: span 9; } .rows :is(th, td):nth-child(7) { grid-column: span 4; }
+  .rows :is(th, td):nth-child(3) { grid-column: span 9; } .rows :is(th, td):last-child { grid-column: span 4; }
   .rows td:nth-child(-n+3) { font-weight: 600; } .rows td small { white-space: nowrap; }
   figure { overflow-x: auto; } figure img.wide { max-width: none; width: 44rem; }
 }
@@ -75,10 +82,11 @@ def _tex_row(cells: Iterable[Any]) -> list[str]:
 def latex(title: str, text: pd.DataFrame, notes: list[str]) -> str:
     """A data frame of text as a LaTeX table (package booktabs); 'Table 1.' is cut off, LaTeX numbers it."""
     body = [line for row in text.itertuples(index=False) for line in _tex_row(row)]
+    size = r"\footnotesize" if len(text.columns) <= 7 else r"\scriptsize\setlength{\tabcolsep}{2pt}"
     return "\n".join(
         [
             r"\begin{table} % needs \usepackage{booktabs}",
-            r"\centering\footnotesize",
+            rf"\centering{size}",
             rf"\caption{{{_tex(title.partition('. ')[2])}}}",
             rf"\begin{{tabular}}{{{'l' * len(text.columns)}}}",
             r"\toprule",
@@ -94,11 +102,16 @@ def latex(title: str, text: pd.DataFrame, notes: list[str]) -> str:
     )
 
 
+def _html_cell(cell: Any) -> str:
+    first, *below = (escape(line) for line in str(cell).split("\n"))
+    first = re.sub(r" (†\d+)$", r"&nbsp;<sup>\1</sup>", first)
+    small = "".join(f"<br><small>{line.replace('≠', '<b>≠</b>')}</small>" for line in below)
+    return f"<td>{first}{small}</td>"
+
+
 def _html_row(cells: Iterable[Any]) -> str:
-    """Cells as td elements; the second line of a cell is small, a '≠' in it stands out."""
-    lines = (escape(str(cell)).replace("≠", "<b>≠</b>").partition("\n") for cell in cells)
-    tds = (f"<td>{first}{f'<br><small>{second}</small>' if second else ''}</td>" for first, _, second in lines)
-    return f"<tr>{''.join(tds)}</tr>"
+    """Cells as td elements; lines below the first are small, a '≠' in them and a dagger stand out."""
+    return f"<tr>{''.join(map(_html_cell, cells))}</tr>"
 
 
 def html_table(title: str, rows: pd.DataFrame, notes: list[str]) -> str:
@@ -114,6 +127,17 @@ def html_figure(title: str, png: bytes, caption: str) -> str:
     wide = ' class="wide"' if png[16:20] > png[20:24] else ""  # width and height in the header, big-endian
     image = f'<img{wide} alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
     return f"<h2>{escape(title)}</h2>\n<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def html_bars(title: str, bars: list[tuple[str, float, float, str]], caption: str) -> str:
+    """Horizontal bars (name, length, part of it, words), the longest over the whole width; the part is dark."""
+    longest, rows = max((length for _, length, *_ in bars), default=0) or 1, []
+    for name, length, part, words in bars:
+        dark, light = (f"{100 * share / longest:.2f}%" for share in (part, length - part))
+        bar = f'<div><b style="width:{dark}"></b><i style="width:{light}"></i></div>'
+        rows.append(f"<span>{escape(name)}</span>{bar}<span>{escape(words)}</span>")
+    grid = f'<div class="bars">{"".join(rows)}</div>'
+    return f"<h2>{escape(title)}</h2>\n<figure>{grid}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def html_links(title: str, rows: list[tuple[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""What a profile will do before it does it: rows, FLOPs, minutes, memory, disk, and everything that is missing."""
+"""What a profile will do before it does it: rows, FLOPs, minutes, memory, disk, what is missing; and on many GPUs."""
 
 import math
 import shutil
@@ -14,13 +14,13 @@ import timm
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 
-from . import attacks, catalogue, cost, datasets, encoders, heads, records, released
+from . import attacks, catalogue, compute, cost, datasets, encoders, heads, records, released, strong
 from .cost import Cost, Device, Step, attack_step, encoder_of, image_size, reading, traced
 from .evaluate import KINDS
 from .settings import TASKS, BadInput, EncoderRow, Settings, TaskSettings
 
 STAGES = ("00_data", "01_heads", "02_deacl", "03_attack_classification", "04_attack_segmentation",
-          "05_attack_depth", "06_figures")  # fmt: skip
+          "05_attack_depth", "06_figures", "07_sanity")  # fmt: skip
 STAGE = dict(zip(TASKS, STAGES[3:6], strict=True))  # the notebook that attacks each task
 EXAMPLES = 4  # images of Figure 1, attacked once more
 START, DRAW = 9.0, 11.0  # seconds of a notebook for imports and pictures; more of them in 06_figures
@@ -28,6 +28,11 @@ CELL = 0.1  # seconds of a table cell for its metric and its record
 SCENES_PER_SECOND = 30.0  # rendered on two CPU cores
 MEMORY, CONTEXT = 1.3, 1e9  # assumed: what is not counted, as a factor, and bytes of the CUDA context
 PATIENCE = 3.0  # seconds for the hub to answer
+LOOKS = 4  # predictions of each image in 07_sanity besides the attacks: noise, signs, transfer, clean
+STANDING = 0.1  # assumed share of images that APGD on cross-entropy leaves to the other parts of AutoAttack
+GPU_COUNTS = (1, 8, 64)
+SHARE = 8  # images of a batch of DeACL that a GPU gets at least
+ASSUMED_SHARING = 0.9  # assumed efficiency of several GPUs that share a batch
 UNKNOWN = 10**9  # images of a data set that is not there yet: more than any profile asks for
 
 
@@ -39,18 +44,28 @@ class Work(NamedTuple):
     dataset: str
     encoder: str
     defense: str
-    what: str  # clean, embed, task: a table cell; tokens, head, deacl, read, notebook
+    what: str  # clean, embed, task, strong: a table cell; tokens, head, deacl, read, sanity, notebook
     images: int
     steps: int = 0
     flops: float = 0.0
     written: float = 0.0  # bytes
     launches: float = 0.0
-    fixed: float = 0.0  # seconds that no device shortens: reading, rendering, imports
+    low_flops: float = 0.0  # of these FLOPs and bytes: those of attack steps, which may be in bf16
+    low_written: float = 0.0
+    read: float = 0.0  # seconds of one CPU core to read images
+    fixed: float = 0.0  # seconds that no device shortens: rendering, imports, pictures
 
 
 def seconds(work: list[Work], device: Device) -> float:
     """Expected seconds of these lines on `device`."""
-    return sum(cost.seconds(w.flops, w.written, w.launches, device) + w.fixed for w in work)
+    return sum(_computing(w, device) + cost.seconds(0, 0, w.launches, device) + w.fixed for w in work)
+
+
+def _computing(w: Work, device: Device) -> float:
+    """Seconds of FLOPs, bytes and reading: what more devices would share. Other processes read while it computes."""
+    steps = cost.seconds(w.low_flops, w.low_written, 0, cost.in_steps(device))
+    computing = steps + cost.seconds(w.flops - w.low_flops, w.written - w.low_written, 0, device)
+    return max(computing, w.read / device.readers) if device.readers > 1 else computing + w.read
 
 
 def counts(task: str, name: str, settings: Settings) -> tuple[int, int, int]:
@@ -94,13 +109,36 @@ def all_work(settings: Settings) -> list[Work]:
     lines += [w for row in settings.encoders for w in _deacl(row, settings)]
     if settings.attack:
         lines += [w for task in tasks for w in _table(task, settings)]
-    lines += [Work(stage, "", "", "", "", "notebook", 0, fixed=START) for stage in STAGES]
+    lines = [_with_seeds(w, settings) for w in lines]
+    if settings.attack and settings.sanity:
+        lines += [w for task, name in used for row in settings.encoders for w in _sanity(task, name, row, settings)]
+    stages = STAGES if settings.sanity else STAGES[:-1]
+    lines += [Work(stage, "", "", "", "", "notebook", 0, fixed=START) for stage in stages]
     return [*lines, Work("06_figures", "", "", "", "", "notebook", 0, fixed=DRAW)]
 
 
-def _times(made: Cost, passes: float, calls: float, **fixed: float) -> dict[str, float]:
-    """Totals of `passes` images in `calls` batches."""
-    return {"flops": made.flops * passes, "written": made.written * passes, "launches": made.launches * calls, **fixed}
+def _with_seeds(w: Work, settings: Settings) -> Work:
+    """Heads and attacks are repeated with each further seed; data and DeACL are not."""
+    times = 1 if w.task in ("", "deacl") or w.what == "read" else 1 + len(settings.seeds)
+    return w._replace(**{name: times * getattr(w, name) for name in w._fields[w._fields.index("flops") :]})
+
+
+def _times(made: Cost, passes: float, calls: float, low: bool = False, **more: float) -> dict[str, float]:
+    """Totals of `passes` images in `calls` batches; `low`: of attack steps."""
+    flops, written = made.flops * passes, made.written * passes
+    totals = {"flops": flops, "written": written, "launches": made.launches * calls}
+    return totals | {"low_flops": low * flops, "low_written": low * written} | more
+
+
+def at_once(task: str, name: str, part: str, row: EncoderRow, settings: Settings) -> int:
+    """Images of `part` 'train' or 'test' that are encoded or attacked at a time."""
+    section, encoder = section_of(task, row, settings), encoder_of(row)
+    size, count = image_size(task, part, name, section.size, encoder.native), 1
+    if task == "segmentation" and part == "test":
+        count = cost.windows(size, encoder.native, section.stride)
+        size = tuple(min(side, encoder.native) for side in size)
+    tokens = compute.tokens_of(encoder.patch, size, count)
+    return compute.batch_for(tokens, cost.kind(settings), section.attack_batch)
 
 
 def _sum(*totals: dict[str, float]) -> dict[str, float]:
@@ -114,7 +152,7 @@ def _data(settings: Settings) -> Iterator[Work]:
     for task, name in used:
         n = sum(counts(task, name, settings))
         if name != "scenes":
-            yield Work("00_data", task, name, "", "", "read", n, fixed=n * reading(name, (0, 0)))
+            yield Work("00_data", task, name, "", "", "read", n, fixed=n * reading(name, (0, 0)))  # in one process
     if rendered:
         n = sum(map(max, zip(*rendered, strict=True)))  # the tasks share the scenes of a split
         yield Work("00_data", "", "scenes", "", "", "read", n, fixed=n / SCENES_PER_SECOND)
@@ -146,7 +184,7 @@ def encodings(task: str, row: EncoderRow, size: tuple[int, int], train: int, val
     pixels = 0 if task == "classification" else math.prod(size)
     each = 4 * encoder.dim * tokens + pixels * (4 if task == "depth" else 1)
     keep_train, keep_val = heads.kept(train * each, val * each, section)
-    return train * (section.views if keep_train else section.epochs) + val * (1 if keep_val else section.epochs)
+    return train * (heads.copies(section) if keep_train else section.epochs) + val * (1 if keep_val else section.epochs)
 
 
 def _heads(stage: str, task: str, name: str, row: EncoderRow, settings: Settings, defense: str) -> Iterator[Work]:
@@ -155,10 +193,10 @@ def _heads(stage: str, task: str, name: str, row: EncoderRow, settings: Settings
     train, val, _ = counts(task, name, settings)
     size = image_size(task, "train", name, section.size, encoder.native)
     n, about = encodings(task, row, size, train, val, settings), (stage, task, name, row.name, defense)
-    once = traced(encoder, "embed", size).forward
+    once = traced(encoder, "cls" if task == "classification" else "embed", size).forward
     step = cost.head_step(encoder, task, size, cost.shape(name).classes)
-    read = n * reading(name, size)
-    yield Work(*about, "tokens", n, **_times(once, n, n / section.attack_batch, fixed=read))
+    calls = n / at_once(task, name, "train", row, settings)
+    yield Work(*about, "tokens", n, **_times(once, n, calls, read=n * reading(name, size)))
     trained = _times(step.whole, section.epochs * train, section.epochs * train / section.batch)
     judged = _times(step.forward, section.epochs * val, section.epochs * val / 64)
     yield Work(*about, "head", train, section.epochs, **_sum(trained, judged))
@@ -174,6 +212,8 @@ def _table(task: str, settings: Settings) -> Iterator[Work]:
                 if defense != "standard":
                     yield from _heads(stage, task, name, row, settings, defense)
                 yield from (cell(task, name, row, defense, kind, settings) for kind in KINDS)
+                if settings.strong:
+                    yield _strong(task, name, row, defense, settings)
     row, name = settings.encoders[0], section.datasets[0]
     yield from (cell(task, name, row, "Figure 1", kind, settings, EXAMPLES) for kind in KINDS)
 
@@ -194,20 +234,63 @@ def _step(task: str, name: str, row: EncoderRow, kind: str, settings: Settings) 
     return attack_step(encoder_of(row), task, kind, size, cost.shape(name).classes, stride)
 
 
+def steps_taken(task: str, kind: str, defense: str, settings: Settings) -> float:
+    """Attack steps of an image: all, or on average those until its class is surely lost."""
+    early = (task, kind) == ("classification", "task") and settings.attack.stop_when_broken
+    share = cost.STEPS_TAKEN["deacl" if defense.startswith("deacl") else "standard"]
+    return settings.attack.steps * (share if early and not released.active(settings) else 1.0)
+
+
 def cell(task: str, name: str, row: EncoderRow, defense: str, kind: str, settings: Settings, n: int = 0) -> Work:
     """One table cell: 'clean', 'embed' or 'task' on `n` images (default: all test images that are used)."""
-    section = section_of(task, row, settings)
     n = min(n or math.inf, counts(task, name, settings)[2])
-    calls, steps = math.ceil(n / section.attack_batch), 0 if kind == "clean" else settings.attack.steps
+    calls, steps = math.ceil(n / at_once(task, name, "test", row, settings)), 0
     parts = [_times(_step(task, name, row, "task", settings).forward, n, calls)]
-    if steps:
+    if kind != "clean":
+        steps, taken = settings.attack.steps, steps_taken(task, kind, defense, settings)
         step = _step(task, name, row, kind, settings)
-        looks = (kind == "embed") + steps * settings.attack.best  # the clean embedding; with best each loss once more
-        parts += [_times(step.whole, n * steps, calls * steps), _times(step.forward, n * looks, calls * looks)]
+        # the clean embedding; the loss of the returned image; with best the loss of each step once more
+        looks = (kind == "embed") + 1 + taken * settings.attack.best
+        parts += [_times(step.whole, n * taken, calls * steps, low=True)]
+        parts += [_times(step.forward, n * looks, calls * looks, low=True)]
     # read once more in three cells, for the value of a constant prediction
     read = 4 / 3 * n * reading(name, _test_size(task, name, row, settings))
     about = (STAGE[task], task, name, row.name, defense, kind)
-    return Work(*about, n, steps, **_sum(*parts), fixed=read + CELL)
+    return Work(*about, n, steps, **_sum(*parts), read=read, fixed=CELL)
+
+
+def _strong(task: str, name: str, row: EncoderRow, defense: str, settings: Settings) -> Work:
+    """All strong attacks on one row, roughly; AutoAttack's later parts meet only the images that its first one left."""
+    n, steps = counts(task, name, settings)[2], strong.STEPS * settings.attack.steps
+    step, losses = _step(task, name, row, "task", settings), _losses(task)
+    parts = [_times(step.whole, n * steps * losses, 0, low=task != "classification")]
+    if task == "classification":
+        targets = min(strong.TARGETS, cost.shape(name).classes - 1)
+        parts += [_times(step.whole, STANDING * n * 2 * targets * steps, 0)]  # APGD and FAB towards each of them
+        parts += [_times(step.forward, STANDING * n * strong.QUERIES * steps, 0)]
+    about = (STAGE[task], task, name, row.name, defense, "strong")
+    kinds = len(strong.NAMES[task])
+    return Work(*about, n, steps, **_sum(*parts), fixed=kinds * CELL)
+
+
+def _losses(task: str) -> int:
+    """Runs of the steps of strong attacks: one for each loss of each attack."""
+    return sum(len(strong.LOSSES.get(name, (name,))) for name in strong.NAMES[task])
+
+
+def _sanity(task: str, name: str, row: EncoderRow, settings: Settings) -> Iterator[Work]:
+    """07_sanity on one data set, Standard and DeACL of one row: the task attack again and again on a few images."""
+    cfg, n = settings.sanity, min(settings.sanity.n, counts(task, name, settings)[2])
+    rounds = cfg.more_steps + cfg.restarts + len(cfg.eps)
+    calls = math.ceil(n / at_once(task, name, "test", row, settings))
+    step, steps = _step(task, name, row, "task", settings), rounds * settings.attack.steps
+    looks = rounds + LOOKS
+    for defense in row.defenses:
+        taken = rounds * steps_taken(task, "task", defense, settings)
+        attack = _times(step.whole, n * taken, calls * steps, low=True)
+        total = _sum(attack, _times(step.forward, n * looks, calls * looks))
+        about = ("07_sanity", task, name, row.name, defense, "sanity")
+        yield Work(*about, n, steps, **total, fixed=rounds * CELL)
 
 
 def _deacl(row: EncoderRow, settings: Settings) -> Iterator[Work]:
@@ -217,40 +300,151 @@ def _deacl(row: EncoderRow, settings: Settings) -> Iterator[Work]:
     cfg, encoder = settings.deacl, encoder_of(row)
     size = (encoder.native, encoder.native)
     train, val, _ = counts("deacl", cfg.dataset, settings)
-    attack, own = traced(encoder, "embed", size), traced(encoder, "train", size)
+    attack, own = traced(encoder, "cls", size), traced(encoder, "train", size)
     seen, watched = cfg.epochs * train, (cfg.epochs + 1) * val
     looks, attacked = seen + 2 * watched, cfg.steps * (seen + watched)
     total = _sum(
-        _times(attack.forward, looks, looks / cfg.batch),
-        _times(attack.whole, attacked, attacked / cfg.batch),
-        _times(own.whole, seen, seen / cfg.batch),
+        _times(attack.forward, looks, looks / cfg.batch, low=True),
+        _times(attack.whole, attacked, attacked / cfg.batch, low=True),
+        _times(own.whole, seen, seen / cfg.batch, low=True),
     )
     read = (seen + watched) * reading(cfg.dataset, size)
-    yield Work("02_deacl", "deacl", cfg.dataset, row.name, "deacl", "deacl", train, cfg.steps, **total, fixed=read)
+    yield Work("02_deacl", "deacl", cfg.dataset, row.name, "deacl", "deacl", train, cfg.steps, **total, read=read)
+
+
+# --- many GPUs ---
+
+
+def scaling(settings: Settings, gpus: tuple[int, ...] = GPU_COUNTS) -> list[dict[str, float]]:
+    """Time and price on so many GPUs (cost.RENTED), from the cost model: one row for each number.
+
+    gpus; hours; dollars, all GPUs being rented to the end; busy, the share of them that is work; deacl_gpus, those that
+    share each batch of DeACL. The jobs, one for each DeACL row, head and cell, wait only for each other in that order,
+    so the time is the larger of all work over the GPUs and of the longest chain.
+    """
+    device, jobs, chains = _jobs(settings)
+    found = []
+    for count in gpus:
+        hours, shared = min(
+            (_hours(count, n, jobs, chains, device), n) for n in range(1, _sharers(count, settings) + 1)
+        )
+        busy = _hours(1, 1, jobs, chains, device) / (count * hours)
+        price = count * hours * cost.ASSUMED_PRICE[cost.RENTED]
+        found.append({"gpus": count, "hours": hours, "dollars": price, "busy": busy, "deacl_gpus": shared})
+    return found
+
+
+def _jobs(settings: Settings) -> tuple[Device, list[Work], list[Work]]:
+    """The GPU, all work, and that of one seed: seeds are jobs beside each other and lengthen no chain."""
+    one = all_work(settings.model_copy(update={"seeds": []}))
+    return cost.gpu(cost.RENTED, precision=settings.precision), all_work(settings), one
+
+
+def _sharers(gpus: int, settings: Settings) -> int:
+    """GPUs at most that share a batch of DeACL."""
+    tunes = settings.deacl is not None and any(tuned(row, settings) for row in settings.encoders)
+    return max(1, min(gpus, settings.deacl.batch // SHARE)) if tunes else 1
+
+
+def _on(w: Work, gpus: int, device: Device) -> float:
+    """Seconds of one line on so many GPUs if they can share it; each of them launches every operation itself."""
+    computing = _computing(w, device)
+    shared = computing / (gpus * ASSUMED_SHARING) if w.what == "deacl" and gpus > 1 else computing
+    return seconds([w], device) - computing + shared
+
+
+def _total(shared: int, work: list[Work], device: Device) -> float:
+    """GPU-seconds of all work."""
+    return sum(_on(w, shared, device) * (shared if w.what == "deacl" else 1) for w in work)
+
+
+def _hours(gpus: int, shared: int, work: list[Work], one_seed: list[Work], device: Device) -> float:
+    """Hours on `gpus` GPUs of which `shared` work on each DeACL job."""
+    longest = sum(chain(one_seed, shared, device).values())
+    return max(_total(shared, work, device) / gpus, longest) / 3600
+
+
+def chain(work: list[Work], shared: int, device: Device) -> dict[str, float]:
+    """The longest chain of jobs, which no number of GPUs shortens: what it waits for, one after the other, in seconds.
+
+    The data are read before it, and the figures drawn after it.
+    """
+    tuning = {w.encoder: _on(w, shared, device) for w in work if w.what == "deacl"}
+    found = [{}]
+    for place in dict.fromkeys(w[1:5] for w in work if w.what in KINDS and "-epoch" not in w.defense):
+        mine = [w for w in work if w[1:5] == place and w.stage != "07_sanity"]
+        cells = [seconds([w], device) for w in mine if w.what in (*KINDS, "strong")]
+        before = tuning.get(place[2], 0.0) if place[3] == "deacl" else 0.0
+        head = sum(seconds([w], device) for w in mine if w.what in ("tokens", "head"))
+        found.append({f"DeACL of {place[2]}": before, f"the head of {place[0]} on {place[1]}": head,
+                      "its longest attack": max(cells)})  # fmt: skip
+    longest = {words: took for words, took in max(found, key=lambda parts: sum(parts.values())).items() if took}
+    ends = sum(seconds([w], device) for w in work if w.stage in ("00_data", "06_figures"))
+    return longest | {"reading the data once and drawing": ends}
+
+
+def useful(settings: Settings) -> int:
+    """The number of GPUs beyond which the longest chain, made as short as it can be, is all that takes time."""
+    (device, work, one_seed), shared = _jobs(settings), _sharers(UNKNOWN, settings)
+    longest = sum(chain(one_seed, shared, device).values())
+    return max(shared, math.ceil(_total(shared, work, device) / longest))
+
+
+def scaling_text(settings: Settings) -> str:
+    """The rows of `scaling` as a table in Markdown, and where and why it stops scaling."""
+    most, shared, (device, _, one_seed) = useful(settings), _sharers(UNKNOWN, settings), _jobs(settings)
+    lines = [[f"{cost.RENTED} GPUs", "hours", "US dollars", "share of the GPU time used"], ["---:"] * 4]
+    for row in scaling(settings, tuple(sorted({*GPU_COUNTS, most}))):
+        numbers = (_number(row["hours"]), _number(row["dollars"]), f"{100 * row['busy']:.0f} %")
+        lines.append([str(row["gpus"]), *numbers])
+    parts = [f"{words} {duration(took)}" for words, took in chain(one_seed, shared, device).items()]
+    by = f" (shared by {shared} GPUs, at least {SHARE} images of a batch each)" if shared > 1 else ""
+    return "\n".join([
+        *("| " + " | ".join(line) + " |" for line in lines),
+        f"\nMore than {most} GPUs bring nothing, as the longest chain of jobs is left{by}:",
+        "; ".join(parts) + ".",
+        f"Assumed: an efficiency of {ASSUMED_SHARING} where GPUs share a batch, ${cost.ASSUMED_PRICE[cost.RENTED]} for "
+        "a GPU-hour,\nall GPUs rented to the end.",
+    ])  # fmt: skip
 
 
 # --- memory and disk ---
 
 
-def memory(settings: Settings) -> tuple[float, str]:
-    """Expected GPU memory in bytes, and the step that takes most, in words."""
-    bytes_, words = max(_peaks(settings), default=(0.0, "nothing"))
+def memory(settings: Settings, least: bool = False) -> tuple[float, str]:
+    """Expected GPU memory in bytes, and the step that takes most, in words.
+
+    `least`: with images attacked one by one, to which attacks come down by themselves where memory lacks.
+    """
+    bytes_, words = max(_peaks(settings, least), default=(0.0, "nothing"))
     return CONTEXT + MEMORY * bytes_, words
 
 
-def _peaks(settings: Settings) -> Iterator[tuple[float, str]]:
+def _peaks(settings: Settings, least: bool) -> Iterator[tuple[float, str]]:
     """What each kind of step keeps for its gradient, with weights: (bytes, words)."""
-    cfg = settings.deacl
+    cfg, low = settings.deacl, cost.ASSUMED_HALF if settings.precision != "fp32" else 1.0
     for row in settings.encoders:
         encoder, weights = encoder_of(row), cost.weight_bytes(encoder_of(row))
-        for task, name in ((t, name) for t, name in datasets.wanted(settings) if t != "deacl" and settings.attack):
-            section = section_of(task, row, settings)
-            batch = min(section.attack_batch, counts(task, name, settings)[2])
-            words = f"{task}.attack_batch {section.attack_batch} ({name}, {row.name})"
-            yield weights + batch * _step(task, name, row, "task", settings).whole.kept, words
+        for task, name in ((t, name) for t, name in datasets.wanted(settings) if t != "deacl"):
+            yield _head_peak(task, name, row, settings)
+            if settings.attack:
+                batch = 1 if least else at_once(task, name, "test", row, settings)
+                batch = min(batch, counts(task, name, settings)[2])
+                kept = low * _step(task, name, row, "task", settings).whole.kept
+                yield weights + batch * kept, f"{task}.attack_batch {batch} ({name}, {row.name})"
         if tuned(row, settings):
             own = traced(encoder, "train", (encoder.native, encoder.native)).whole
-            yield 5 * weights + cfg.batch * own.kept, f"deacl.batch {cfg.batch} ({row.name})"
+            yield 5 * weights + cfg.batch * low * own.kept, f"deacl.batch {cfg.batch} ({row.name})"
+
+
+def _head_peak(task: str, name: str, row: EncoderRow, settings: Settings) -> tuple[float, str]:
+    """Training a head: the encoder's weights, a batch of tokens and what the head keeps of it."""
+    section, encoder = section_of(task, row, settings), encoder_of(row)
+    size = image_size(task, "train", name, section.size, encoder.native)
+    batch = min(section.batch, counts(task, name, settings)[0])
+    tokens = 4 * encoder.dim * (1 + (task != "classification") * math.prod(cost.grid(encoder, size)))
+    kept = tokens + cost.head_step(encoder, task, size, cost.shape(name).classes).whole.kept
+    return cost.weight_bytes(encoder) + batch * kept, f"{task}.batch {batch} ({name}, {row.name})"
 
 
 def disk(settings: Settings) -> tuple[float, float]:
@@ -267,6 +461,7 @@ def _run_bytes(row: EncoderRow, settings: Settings) -> float:
     heads_ = sum(
         cost.head_bytes(encoder, task, cost.shape(name).classes)
         * len(variants(row, settings, name == settings.task(task).datasets[0]))
+        * (1 + len(settings.seeds))
         for task, name in used
     )
     kept = {*settings.deacl.checkpoints, settings.deacl.epochs} if tuned(row, settings) else ()
@@ -284,13 +479,15 @@ def text(settings: Settings, missing: list[str]) -> str:
         _table_text(number, task, settings, work) for number, task in enumerate(TASKS, 1) if getattr(settings, task)
     ]
     parts += [_deacl_text(settings, work), _stage_text(settings, work, here), "\n".join(header(settings)), RATES]
+    parts.append(f"On many GPUs:\n\n{scaling_text(settings)}")
     parts.append("Missing:\n" + "\n".join(f"- {m}" for m in missing) if missing else "Nothing is missing.")
     return "\n\n".join(part for part in parts if part)
 
 
 RATES = (
     f"Minutes on CPUs: a short measurement here times constants fitted to measured runs. Minutes on GPUs: data-sheet\n"
-    f"fp32 rates times an assumed efficiency of {cost.GPU_FLOPS}, not measured; so is GPU memory."
+    f"rates times an assumed efficiency of {cost.ASSUMED_FP32} in fp32 and {cost.ASSUMED_BF16} in bf16, not measured; "
+    f"so is GPU memory. Roughly\nreckoned: strong attacks and 07_sanity."
 )
 
 
@@ -348,7 +545,7 @@ def _deacl_text(settings: Settings, work: list[Work]) -> str:
 
 def _stage_text(settings: Settings, work: list[Work], here: Device) -> str:
     """Expected time of each stage here and on some GPUs, and the measured one if the stage has been run."""
-    others = [cost.gpu(name) for name in cost.REFERENCE]
+    others = [cost.gpu(name, precision=settings.precision) for name in cost.REFERENCE]
     rows = [["stage", "PFLOP", here.name, *(d.name for d in others), "measured here"]]
     for stage in (*STAGES, "total"):
         mine = [w for w in work if stage in (w.stage, "total")]
@@ -376,7 +573,7 @@ def header(settings: Settings) -> list[str]:
     tuning = [w for w in work if w.stage == "02_deacl"]
 
     def minutes(lines: list[Work]) -> str:
-        devices = ((name, cost.gpu(name)) for name in cost.REFERENCE)
+        devices = ((name, cost.gpu(name, precision=settings.precision)) for name in cost.REFERENCE)
         return ", ".join(f"{name} {_rounded(seconds(lines, device) / 60)}" for name, device in devices)
 
     taken, most = memory(settings)
@@ -425,7 +622,7 @@ def _memory_warnings(settings: Settings) -> list[str]:
     if settings.device == "cpu" or not torch.cuda.is_available():
         return []
     try:
-        need, most = memory(settings)
+        need, most = memory(settings, least=True)
     except BadInput:
         return []
     device = cost.this_device(settings)

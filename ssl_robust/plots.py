@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from safetensors import safe_open
 
 from .claims import TASK_ATTACK
+from .records import read_tensors
 from .settings import BadInput
 from .tiles import (
     COLOURS,
@@ -45,6 +45,7 @@ METRIC = {"classification": "Accuracy ↑", "segmentation": "mIoU ↑", "depth":
 ATTACK = {"clean": "clean", "embed": "EmbedAttack", "task": "task attack"}
 # line styles of several data sets in one panel
 DASHES = ["-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1)), (0, (10, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3))]
+HOLLOW = {"markerfacecolor": "white", "markersize": 5.5, "markeredgewidth": 1.2}
 CHANCE = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
 
 Example = dict[str, Any]  # as load_example returns it
@@ -93,15 +94,14 @@ def learning_curves(history: pd.DataFrame, labels: dict[str, str] | None = None)
 
 
 def load_example(path: Path) -> Example:
-    """Tensors and metadata of runs/<profile>/examples/<task>.safetensors in one dict; BadInput if it is not there.
+    """Tensors and metadata of runs/<profile>/examples/<task>.safetensors in one dict; BadInput if missing or damaged.
 
     images, adv_embed, adv_task (k, 3, H, W); target, pred_clean, pred_embed, pred_task: (k,) class ids, (k, H, W) class
     ids or (k, H, W) metres; classes (names), eps (radius in [0, 1] pixel units), dataset, encoder.
     """
     if not path.is_file():
         raise BadInput(f"There is no example {path}; run the attack notebook of {path.stem} first, or 'make paper'.")
-    with safe_open(path, framework="pt") as file:
-        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors, about = read_tensors(path)
     return {**tensors, **about, "classes": json.loads(about["classes"]), "eps": float(about["eps"])}
 
 
@@ -243,18 +243,25 @@ def figure1(examples: dict[str, Example]) -> Figure:
     return fig
 
 
+def _flagged(tidy: pd.DataFrame) -> pd.Series:
+    """Which rows have a value that there are reasons to doubt; none if `tidy` does not say."""
+    return tidy.get("flagged", pd.Series(False, tidy.index)).astype(bool)
+
+
 def metric_curves(tidy: pd.DataFrame, ax: Axes, key: bool = False) -> Axes:
     """One task's metric against DeACL epoch: a colour for each attack, a dash for each data set.
 
     `tidy` has the columns of fig2.csv. Error bars are drawn if it has `se` too and, if it has `chance`, dots where the
-    best constant prediction lies. Data sets are named below the panel if there are several or if `key` asks for it,
-    else in the title.
+    best constant prediction lies; markers are hollow where `flagged`. Data sets are named below the panel if there are
+    several or if `key` asks for it, else in the title.
     """
     dashes = dict(zip(tidy["dataset"].unique(), DASHES * len(tidy), strict=False))
     thin = {"linewidth": 1.1, "markersize": 3} if len(dashes) > 2 else {"markersize": 4.5}
     for (dataset, attack), line in tidy.sort_values("epoch").groupby(["dataset", "attack"]):
         look = {"color": COLOURS[attack], "marker": MARKERS[attack], "linestyle": dashes[dataset], **thin}
         ax.errorbar(line["epoch"], line["value"], yerr=line.get("se"), elinewidth=0.8, capsize=1.5, **look)
+        for point in line[_flagged(line)].itertuples():
+            ax.plot(point.epoch, point.value, **look | HOLLOW | {"linestyle": ""}, zorder=3)
     for chance in tidy["chance"].round(3).unique() if "chance" in tidy else ():
         ax.axhline(chance, zorder=0, **CHANCE)
     task, key = tidy["task"].iloc[0], key or len(dashes) > 1
@@ -294,5 +301,14 @@ def figure2(tidy: pd.DataFrame) -> Figure:
         metric_curves(tidy[tidy["task"] == task], ax, key=most > 1)
     lines = [Line2D([], [], color=COLOURS[a], marker=MARKERS[a], markersize=4.5, label=ATTACK[a]) for a in COLOURS]
     lines.append(Line2D([], [], label="best constant", **CHANCE))
-    fig.legend(handles=lines, loc="outside lower center", ncols=4, columnspacing=1.2, handletextpad=0.5)
+    if _flagged(tidy).any():
+        look = {"color": "0.2", "marker": "o", "linestyle": "", **HOLLOW}
+        lines.append(Line2D([], [], label="† flagged, see the tables' notes", **look))
+    fig.legend(
+        handles=lines,
+        loc="outside lower center",
+        ncols=4 if len(lines) == 4 else 3,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
     return fig

@@ -346,14 +346,14 @@ class Run:
         state = {**vars(self), "learner": self.learner.state_dict(), "adam": self.adam.state_dict()}
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        records.write_bytes(buffer.getvalue(), path)
+        records.write_sealed(buffer.getvalue(), path)
 
     def resume(self, path: Path, device: str) -> None:
         """Go on from `path`; raises BadInput if it is damaged or holds a run of the other objective."""
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except Exception:  # a damaged file raises whatever its first bad byte leads to
-            raise BadInput(f"The checkpoint {path} is damaged; delete it to start anew.") from None
+        content = records.read_sealed(path)
+        if content is None:
+            raise BadInput(f"The checkpoint {path} is damaged; delete it to start anew.")
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         if state["objective"] != self.objective:
             raise BadInput(f"The checkpoint {path} is of a {state['objective']} run; move it or choose that objective.")
         self.learner.load_state_dict(state["learner"])

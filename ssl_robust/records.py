@@ -1,11 +1,14 @@
 """Results on disk: where they lie, atomic writing, hashes that say what a result was made from, provenance."""
 
 import ast
+import errno
 import hashlib
 import json
 import os
 import platform
 import subprocess
+import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -20,8 +23,13 @@ if TYPE_CHECKING:
 # The project's folder follows from the package, so notebooks work from any working directory; tests set the variable.
 ROOT = Path(os.environ.get("SSL_ROBUST_ROOT", Path(__file__).resolve().parents[1]))
 PACKAGE = Path(__file__).resolve().parent
-SCHEMA = 1
+SCHEMA = 2  # of records; 2: they carry a hash of their own content
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy")
+# what decides in which order, with which instructions a CPU adds: set differently, last digits differ
+THREADING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
+LEFT_BEHIND = 3600  # seconds after which an unfinished file belongs to a process that was killed
 
 
 def results_dir(profile: str) -> Path:
@@ -44,15 +52,52 @@ def record_path(profile: str, task: str, dataset: str, encoder: str, defense: st
     return results_dir(profile) / task / f"{dataset}__{encoder}__{defense}__{attack}.json"
 
 
-def write_bytes(data: bytes, path: Path) -> None:
-    """Write a file whole or not at all: a killed process leaves the old file or none, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; BadInput if that cannot be, or nothing can be written into it."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(disk_problem(error, folder)) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(disk_problem(OSError(errno.EACCES, os.strerror(errno.EACCES)), folder / "x"))
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Write a file whole or not at all: a killed process leaves the old file or none, never half of one.
+
+    Raises BadInput if the disk is full or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # many processes, on many machines
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
+    except OSError as error:
+        raise BadInput(disk_problem(error, path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # nor can a folder that was never made hold half a file
+            temporary.unlink(missing_ok=True)
+
+
+def disk_problem(error: OSError, path: Path) -> str:
+    """Why a file could not be written, and the remedy, in one sentence."""
+    why = error.strerror or str(error) or type(error).__name__
+    if error.errno in FULL:
+        return (
+            f"The disk of {path.parent} is full ({path.name}: {why}); free some space there and repeat, what was "
+            f"computed before is kept."
+        )
+    if error.errno in DENIED:
+        return f"{path.parent} cannot be written to ({why}); make it writable or use a copy of the project of your own."
+    return f"{path} cannot be written ({why}); put that right and repeat, what was computed before is kept."
+
+
+def sweep(folder: Path) -> None:
+    """Remove unfinished files that killed processes left below `folder`."""
+    for part in folder.rglob(".*.part"):
+        with suppress(OSError):  # another process may finish or remove it at the same time
+            if time.time() - part.stat().st_mtime > LEFT_BEHIND:
+                part.unlink()
 
 
 def write_json(content: dict[str, Any] | list[Any], path: Path) -> Path:
@@ -62,16 +107,45 @@ def write_json(content: dict[str, Any] | list[Any], path: Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Content of one JSON file; raises BadInput naming the file if it is damaged."""
+    """Content of one JSON file; raises BadInput naming the file if it is damaged or gone."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # no JSON, or no text
         raise BadInput(f"{path.name} is damaged (not valid JSON); delete {path} and run its notebook again.") from None
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); delete it and run its notebook again.") from None
+
+
+def write_record(content: dict[str, Any], path: Path) -> Path:
+    """Write a record (or another dict that others rely on) with `sha`, the hash of the rest; returns the path."""
+    return write_json({**content, "sha": _seal(content)}, path)
+
+
+def _seal(content: dict[str, Any]) -> str:
+    """Hash of a record, the same before writing and after reading."""
+    return digest(json.loads(json.dumps(content)))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """One record without its hash; raises BadInput naming the file if it is damaged, changed, or of a later version.
+
+    Records of schema 1 and dicts that are no records of a table need no hash; `reusable` gives None for the former.
+    """
+    record = read_json(path)
+    again = f"delete {path} and run its notebook again"
+    if not isinstance(record, dict):
+        raise BadInput(f"{path.name} is damaged (no record); {again}.")
+    seal, schema = record.pop("sha", None), record.get("schema", 1)
+    if seal != _seal(record) and (seal or schema != 1):
+        raise BadInput(f"{path.name} is damaged (its content does not have its hash); {again}.")
+    if schema not in range(1, SCHEMA + 1):
+        raise BadInput(f"{path.name} was written by a later version (schema {schema}); update, or {again}.")
+    return record
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """All records below `folder` (results/<profile> or figures/<profile>/records), sorted by path."""
-    return [read_json(p) for p in sorted(folder.glob("*/*__*__*__*.json"))]
+    """All records below `folder` (results/<profile> or figures/<profile>/records), sorted by path; see read_record."""
+    return [read_record(p) for p in sorted(folder.glob("*/*__*__*__*.json"))]
 
 
 def skipped_path(profile: str, part: str) -> Path:
@@ -87,20 +161,21 @@ def read_skipped(path: Path) -> list[dict[str, str]]:
 def write_skipped(profile: str, part: str, lost: list[dict[str, str]]) -> None:
     """Write the skipped rows, one for each place in the table; no file if there are none."""
     path = skipped_path(profile, part)
-    path.unlink(missing_ok=True)
     # the first reason stands: a row's later variants fail for the same one
     rows = {tuple(v for k, v in row.items() if k != "why"): row for row in reversed(lost)}
     if lost:
         write_json(list(reversed(rows.values())), path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def reusable(path: Path, key: str) -> dict[str, Any] | None:
-    """The record at `path` if it is whole and was made from exactly what `key` hashes, else None."""
+    """The record at `path` if it is whole, of this version, and made from exactly what `key` hashes, else None."""
     try:
-        record = read_json(path) if path.is_file() else {}
+        record = read_record(path) if path.is_file() else {}
     except BadInput:
         return None
-    return record if record.get("key") == key else None
+    return record if record.get("key") == key and record.get("schema", SCHEMA) == SCHEMA else None
 
 
 def digest(content: Any) -> str:
@@ -118,6 +193,65 @@ def state_hash(state: "dict[str, torch.Tensor]") -> str:
         hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return hasher.hexdigest()[:16]
+
+
+def write_tensors(tensors: "dict[str, torch.Tensor]", metadata: dict[str, str], path: Path) -> None:
+    """Write a safetensors file: the same bytes for the same content, with the hash `sha` of all of it as metadata."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(tensors, {**metadata, "sha": _tensor_seal(tensors, metadata)})
+    end = 8 + int.from_bytes(data[:8], "little")
+    # the library's own order of metadata is random
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8 bytes
+    write_bytes(len(header).to_bytes(8, "little") + header + data[end:], path)
+
+
+def _tensor_seal(tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> str:
+    return digest([state_hash(tensors), {k: v for k, v in metadata.items() if k != "sha"}])
+
+
+def read_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+    """Tensors and metadata of a safetensors file; no code in it is executed, as there can be none.
+
+    Raises BadInput naming the file if it is missing, damaged, or was changed since write_tensors; files of others,
+    which carry no hash, are taken as they are.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise BadInput(
+            f"The file {path} does not exist; run the notebook that makes it, or correct the path."
+        ) from None
+    except Exception as error:  # a flipped bit in the header raises whatever it leads to
+        raise BadInput(f"The file {path} cannot be read ({type(error).__name__}: truncated?); make it again.") from None
+    if "sha" in metadata and metadata["sha"] != _tensor_seal(tensors, metadata):
+        raise BadInput(f"The file {path} is damaged (its content does not have its hash); make it again.")
+    return tensors, metadata
+
+
+def file_hash(path: Path) -> str:
+    """Short hash of a file's bytes; empty if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+
+
+def write_sealed(data: bytes, path: Path) -> None:
+    """Write bytes of any format behind a line with their hash, which read_sealed compares and takes off."""
+    write_bytes(hashlib.sha256(data).hexdigest().encode() + b"\n" + data, path)
+
+
+def read_sealed(path: Path) -> bytes | None:
+    """What write_sealed was given; None if there is no such file or any bit of it differs."""
+    try:
+        seal, _, data = path.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    return data if hashlib.sha256(data).hexdigest().encode() == seal else None
 
 
 def _without_docstrings(tree: ast.AST) -> ast.AST:
@@ -165,8 +299,56 @@ def provenance(device: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "device": f"{device} ({name})",
         "threads": torch.get_num_threads(),
+        "numerics": numerics(device),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def numerics(device: str) -> dict[str, Any]:
+    """What besides versions and threads decides the last digits: instructions, libraries, settings of them."""
+    import torch
+
+    cpu = {
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "libraries": [name for name in ("mkl", "mkldnn", "openmp") if getattr(torch.backends, name).is_available()],
+        "matmul": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "environment": {name: os.environ[name] for name in THREADING if name in os.environ},
+    }
+    if device != "cuda":
+        return cpu
+    flags = {"benchmark": torch.backends.cudnn.benchmark, "tf32": torch.backends.cudnn.allow_tf32}
+    return {**cpu, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **flags}
+
+
+SAID = {  # how differences are called in sentences, in their order; what is not here is no cause of other numbers
+    "schema": "the version of the record", "task": "the task", "dataset": "the data set", "encoder": "the encoder",
+    "defense": "the defense", "epoch": "the epochs of DeACL", "attack": "the attack", "protocol": "the protocol",
+    "counts": "the setting counts", "settings": "the setting", "seed": "the seed", "seeds": "the seeds",
+    "precision": "the precision", "batch": "the batch", "n": "the number of images", "hashes": "the hash of the",
+    "git": "the commit", "versions": "the version of", "device": "the device", "threads": "the number of threads",
+    "numerics": "the CPU's or GPU's",
+}  # fmt: skip
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Sentences that say in what two records differ that can change numbers: settings, inputs, versions, machine."""
+    flat_one, flat_other = (_flat({k: r[k] for k in SAID if r.get(k) not in (None, {})}) for r in (one, other))
+    found = []
+    for name in dict.fromkeys([*flat_one, *flat_other]):
+        first, second = (flat.get(name, "not recorded") for flat in (flat_one, flat_other))
+        if first != second:
+            top, _, rest = name.partition(".")
+            found.append(f"They differ in {SAID[top]}{f' {rest}' if rest else ''}: {first} and {second}.")
+    return found
+
+
+def _flat(content: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested dicts as one: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return flat
 
 
 def stage_path(profile: str, notebook: str) -> Path:
@@ -176,12 +358,12 @@ def stage_path(profile: str, notebook: str) -> Path:
 
 def finish(profile: str, notebook: str, **summary: Any) -> Path:
     """Last act of a notebook: say that it is done, and what it found."""
-    return write_json({"notebook": notebook, "profile": profile, **summary}, stage_path(profile, notebook))
+    return write_record({"notebook": notebook, "profile": profile, **summary}, stage_path(profile, notebook))
 
 
 def need(profile: str, notebook: str) -> dict[str, Any]:
-    """Summary of a notebook that must have run before; raises BadInput naming it if it has not."""
+    """Summary of a notebook that must have run before; raises BadInput naming it if it has not, or is damaged."""
     path = stage_path(profile, notebook)
     if not path.is_file():
         raise BadInput(f"Notebook {notebook} has not run for profile '{profile}'; run it first, or 'make paper'.")
-    return read_json(path)
+    return read_record(path)

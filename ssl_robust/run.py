@@ -10,17 +10,25 @@ import ast
 import logging
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import LocalHandler, papermill_io
 from traitlets.config import Config
 
 from . import records
 from .settings import BadInput, Settings, check, read_params
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two runs at once are not kept apart there
+    fcntl = None
 
 NOTEBOOKS = records.PACKAGE.parent / "notebooks"
 PARAMS = records.PACKAGE.parent / "params"
@@ -46,9 +54,16 @@ def data_folder(settings: Settings, data: str) -> Path | None:
     return PARAMS.parent / Path(settings.data_root).expanduser() if settings.data_root else None
 
 
+def _parameters(profile: str) -> dict[str, object]:
+    """The raw parameters of a profile, whose name leads to no other folder."""
+    if Path(profile).name != profile:
+        raise BadInput(f"'{profile}' cannot be a profile; give the name of a file in params/ without folder and .yaml.")
+    return read_params(PARAMS / f"{profile}.yaml")
+
+
 def _settings(profile: str, data: str) -> Settings:
     """Those of read_profile, but their data folder need not exist."""
-    settings = check(**read_params(PARAMS / f"{profile}.yaml"))
+    settings = check(**_parameters(profile))
     folder = data_folder(settings, data)
     if folder is None:
         return settings
@@ -66,7 +81,7 @@ def _data_problem(settings: Settings) -> str:
 
 def wrong_parameters(profile: str) -> list[str]:
     """One sentence for each wrong top-level parameter of a profile; BadInput if there is no such profile."""
-    parameters, found = read_params(PARAMS / f"{profile}.yaml"), []
+    parameters, found = _parameters(profile), []
     for name, value in parameters.items():
         try:
             check(**{"profile": profile, "encoders": [{"name": "embedded_vit"}], name: value})
@@ -121,39 +136,129 @@ class _Terminal:
         """Called by papermill after every write; lines are flushed when they are whole."""
 
 
+class _Whole(LocalHandler):
+    """How papermill writes executed copies: whole or not at all, and a full disk is said in one sentence."""
+
+    def write(self, buf: str, path: str) -> None:
+        records.write_bytes(buf.encode(), Path(path))
+
+
 def executed_path(profile: str, notebook: str) -> Path:
     """The executed copy of a notebook, with its outputs or the full traceback of its failure."""
     return records.runs_dir(profile) / f"{notebook}.ipynb"
 
 
+@contextmanager
+def alone(notebook: str, profile: str) -> Iterator[float]:
+    """Waits until no other process runs this notebook of this profile, and keeps others waiting; the seconds waited.
+
+    The lock belongs to the process: however that ends, kill -9 included, the system releases it, so none is ever stale.
+    """
+    path = executed_path(profile, notebook).with_name(f".{notebook}.lock")
+    start = time.monotonic()
+    records.make_folder(path.parent)
+    with path.open("w") as lock:
+        if fcntl and not _free(lock.fileno()):
+            print(f"{notebook} | profile {profile}: waiting, as another process runs this notebook", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield time.monotonic() - start
+
+
+def _free(lock: int) -> bool:
+    """Takes the lock if nobody has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _made_meanwhile(notebook: str, settings: Settings, waited: float) -> bool:
+    """Whether the process that was waited for has run the notebook to its end with the same parameters."""
+    target, stage = executed_path(settings.profile, notebook), records.stage_path(settings.profile, notebook)
+    if not stage.is_file() or time.time() - stage.stat().st_mtime > waited:
+        return False
+    try:
+        used = nbformat.read(target, as_version=4).metadata.get("papermill", {}).get("parameters")
+    except (ValueError, OSError):
+        return False
+    return used == parameters_for(notebook, settings)
+
+
 def execute(notebook: str, settings: Settings) -> float:
     """Run one notebook with `settings`; returns the seconds it took.
 
-    Leaves the executed copy and the seconds in runs/<profile>; its records and stage file are the notebook's own work.
-    The old stage file goes first, so that a failed stage is not taken for a finished one; records stay.
+    Leaves the executed copy, and the seconds and the copy's hash, in runs/<profile>; its records and stage file are the
+    notebook's own work. The stage file of an earlier run goes if this one fails, so that a failed stage is not taken
+    for a finished one, and stays until then, as others may be reading it; records stay.
     """
     parameters = parameters_for(notebook, settings)
     target, stage = executed_path(settings.profile, notebook), records.stage_path(settings.profile, notebook)
-    stage.unlink(missing_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    papermill.execute_notebook(
-        NOTEBOOKS / f"{notebook}.ipynb",
-        target,
-        parameters,
-        kernel_name="python3",
-        cwd=NOTEBOOKS,
-        progress_bar=False,
-        stdout_file=_Terminal(notebook),
-        start_timeout=180,
-        config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else a warning about plain TCP
-        extra_arguments=["--IPKernelApp.log_level=50"],  # else an error message when a kernel is told to stop
-    )
-    if not stage.is_file() and not notebook.startswith("appendix"):
-        raise BadInput(f"Notebook {notebook} did not write {_shown(stage)}; let its last cell call records.finish.")
-    seconds = round(time.monotonic() - start, 1)
-    records.write_json({"seconds": seconds}, target.with_suffix(".time.json"))
+    _keep_inside()
+    with alone(notebook, settings.profile) as waited:
+        start = time.monotonic()
+        if waited > 1 and _made_meanwhile(notebook, settings, waited):
+            return 0.0
+        for folder in (target.parent, stage.parent):
+            records.sweep(folder)
+        before = _stamp(stage)
+        try:
+            _papermill(notebook, parameters, target)
+        except BaseException:
+            stage.unlink(missing_ok=True)
+            raise
+        if _stamp(stage) == before and not notebook.startswith("appendix"):
+            stage.unlink(missing_ok=True)
+            raise BadInput(f"Notebook {notebook} did not write {_shown(stage)}; let its last cell call records.finish.")
+        seconds = round(time.monotonic() - start, 1)
+        about = {"seconds": seconds, "notebook": records.file_hash(target)}
+        records.write_json(about, target.with_suffix(".time.json"))
     return seconds
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What tells one writing of a file from another."""
+    return (path.stat().st_mtime_ns, path.stat().st_ino) if path.is_file() else (0, 0)
+
+
+def _papermill(notebook: str, parameters: dict[str, object], target: Path) -> None:
+    papermill_io.register(str(target.parent), _Whole())
+    # the file that tells the kernel its ports outlives a runner that is killed; here it is inside the project
+    before, tempfile.tempdir = tempfile.tempdir, str(_home())
+    try:
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{notebook}.ipynb",
+            target,
+            parameters,
+            kernel_name="python3",
+            cwd=NOTEBOOKS,
+            progress_bar=False,
+            stdout_file=_Terminal(notebook),
+            start_timeout=180,
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else a warning about plain TCP
+            extra_arguments=["--IPKernelApp.log_level=50"],  # else an error message when a kernel is told to stop
+        )
+    finally:
+        tempfile.tempdir = before
+
+
+def damaged_copies(profile: str) -> list[str]:
+    """One sentence for each executed notebook or stage file that is not as it was written."""
+    found = []
+    for path in sorted(records.runs_dir(profile).glob("*.time.json")):
+        notebook = path.name.removesuffix(".time.json")
+        target, stage = executed_path(profile, notebook), records.stage_path(profile, notebook)
+        remedy = f"delete {_shown(stage)} and repeat 'make paper' to have it made again"
+        try:
+            expected = records.read_json(path).get("notebook")
+            if stage.is_file():
+                records.read_record(stage)
+        except BadInput:
+            found.append(f"{_shown(stage)} or {_shown(path)} is damaged; {remedy}.")
+            continue
+        if expected and records.file_hash(target) != expected:
+            found.append(f"{_shown(target)} was changed since it was executed; {remedy}.")
+    return found
 
 
 def everything_wrong(settings: Settings) -> tuple[list[str], list[str]]:
@@ -161,7 +266,7 @@ def everything_wrong(settings: Settings) -> tuple[list[str], list[str]]:
     from . import plan  # here, because its imports take seconds that no notebook's run needs
 
     stop, warn = plan.problems(settings)
-    folder = _data_problem(settings)
+    folder, warn = _data_problem(settings), [*warn, *damaged_copies(settings.profile)]
     return [*([folder] if folder else []), *_missing_sections(settings), *stop], warn
 
 
@@ -169,7 +274,7 @@ def _missing_sections(settings: Settings) -> list[str]:
     """One sentence for each section that a notebook of the paper needs and the profile does not have."""
     found = {}
     for notebook in sorted(NOTEBOOKS.glob("0*.ipynb")):
-        needed = [name for name in declared(notebook) if getattr(settings, name, "") in (None, [])]
+        needed = [name for name in declared(notebook) if getattr(settings, name, "") is None]
         found |= {name: notebook.stem for name in needed if name not in found}
     return [
         f"Notebook {n} needs the section '{s}'; add it to params/{settings.profile}.yaml." for s, n in found.items()
@@ -197,12 +302,26 @@ def _failed_cell(error: PapermillExecutionError, notebook: str, profile: str) ->
     return _fail(f"Notebook {notebook} failed by {error.ename}: {message}; the full traceback is in {place}.", 1)
 
 
+def _home() -> Path:
+    return records.ROOT / "runs" / ".home"
+
+
+def _keep_inside() -> None:
+    """Points what Jupyter, IPython and matplotlib write for themselves into runs/, so nothing outside is touched."""
+    folder = _home()
+    records.make_folder(folder)
+    os.environ["JUPYTER_RUNTIME_DIR"] = str(folder / "jupyter")
+    os.environ["IPYTHONDIR"] = str(folder / "ipython")
+    os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")
+
+
 def _run(notebook: str, settings: Settings) -> int:
     # Idle threads spin a little and then sleep. Endless spinning makes small steps many times slower on a machine with
     # other work; no spinning at all (OMP_WAIT_POLICY=PASSIVE) made them twice as slow on one without.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ["SSL_ROBUST_HEADLESS"] = "1"  # the kernel inherits it: lines instead of bars, see progress.py
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what a full disk interrupts would be said a second time
     print(f"{notebook} | profile {settings.profile}: started", flush=True)
     try:
         seconds = execute(notebook, settings)

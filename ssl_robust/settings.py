@@ -223,7 +223,7 @@ class Cluster(_Strict):
     at_once: int = Field(2, ge=1, description="EXECUTOR=local: jobs that run at the same time")
 
 
-def _sentence(error: dict[str, Any]) -> str:
+def sentence(error: dict[str, Any]) -> str:
     """One pydantic error as one sentence: the parameter, what is wrong, the remedy."""
     name = ".".join(str(part) for part in error["loc"] if not _is_union_tag(part))
     given, kind = error.get("input"), error["type"]
@@ -261,7 +261,7 @@ def check(**parameters: Any) -> Settings:
         first = error.errors()[0]
         same = [e for e in error.errors() if e["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
         meant = max(same, key=lambda e: len(e["loc"])) if first["loc"] and _is_union_tag(first["loc"][-1]) else first
-        raise BadInput(_sentence(meant)) from None
+        raise BadInput(sentence(meant)) from None
 
 
 def read_params(path: Path) -> dict[str, Any]:

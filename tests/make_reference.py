@@ -23,8 +23,9 @@ def stages(folder: Path = PROJECT / "notebooks") -> list[str]:
 
 
 def checked(folder: Path = PROJECT / "notebooks") -> list[str]:
-    """Names of the notebooks that nbval runs, in order: all but the pretraining, which has tests of its own."""
-    return sorted(path.stem for path in folder.glob("*.ipynb") if path.stem != "appendix_pretraining")
+    """Names of the notebooks that nbval runs, in order: all but two appendices, whose modules have tests of their own."""
+    others = ("appendix_pretraining", "appendix_bench")
+    return sorted(path.stem for path in folder.glob("*.ipynb") if path.stem not in others)
 
 
 def environment(root: Path) -> dict[str, str]:

@@ -295,3 +295,21 @@ def test_memory_does_not_grow_with_the_steps():
 
     attacks.pgd(x, counting, Attack(steps=5))
     assert all(adv.grad_fn is None for adv in alive)  # no iterate remembers how it was made
+
+
+def test_the_parts_of_eq_1_and_their_gradient_are_those_of_cross_entropy():
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(2, 5, 7, 6, generator=generator)).requires_grad_(True)
+    mask = torch.randint(5, (2, 7, 6), generator=generator)
+    mask[:, :2, :3] = datasets.IGNORE
+    pixel = torch.nn.functional.cross_entropy(logits, mask, ignore_index=datasets.IGNORE, reduction="none").flatten(1)
+    right = (logits.argmax(1) == mask).flatten(1)
+    expected = torch.stack([torch.where(right, pixel, 0).mean(1), torch.where(right, 0, pixel).mean(1)], 1)
+    found = attacks.segpgd_parts(logits, mask)
+    assert torch.allclose(found, expected, rtol=1e-5)
+    for weight in (0.0, 0.3):
+        a, b = (
+            torch.autograd.grad(attacks.segpgd(p, weight).sum(), logits, retain_graph=True)[0]
+            for p in (found, expected)
+        )
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-8)

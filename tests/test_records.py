@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and hashes change with what a result was made from and nothing else."""
 
+import errno
 import os
 
 import pytest
@@ -11,17 +12,37 @@ from ssl_robust.settings import BadInput
 MODULE = '"""About."""\n\n\ndef double(x):\n    """Twice x."""\n    return 2 * x  # as said\n'
 
 
-def test_a_failing_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, r"^The disk of .*deep is full \(r.json: No space.*\); free some space there and repeat"),
+        (errno.EDQUOT, "The disk of .*deep is full"),
+        (errno.EROFS, "deep cannot be written to .*Read-only.*; make it writable or use a copy"),
+        (errno.EACCES, "deep cannot be written to .*denied.*; make it writable"),
+        (errno.EIO, "r.json cannot be written .*; put that right and repeat"),
+    ],
+)
+def test_a_failing_write_leaves_the_old_file_alone(code, words, tmp_path, monkeypatch):
     path = records.write_json({"value": 1}, tmp_path / "deep" / "r.json")
 
     def fail(*args):
-        raise OSError("disk full")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(BadInput, match=words):
         records.write_json({"value": 2}, path)
     assert records.read_json(path) == {"value": 1}
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]  # no half file is left
+
+
+def test_what_killed_processes_left_is_swept_up_but_not_what_others_are_writing(tmp_path):
+    old, new = tmp_path / "deep" / ".r.json.1.part", tmp_path / ".r.json.2.part"
+    old.parent.mkdir()
+    for path in (old, new):
+        path.write_text("{")
+    os.utime(old, (1, 1))
+    records.sweep(tmp_path)
+    assert not old.exists() and new.exists()
 
 
 def test_values_that_json_lacks_are_not_written(tmp_path):
@@ -94,7 +115,7 @@ def test_digest_is_independent_of_key_order():
 
 def test_provenance_says_where_and_with_what():
     found = records.provenance("cpu")
-    assert set(found) == {"git", "versions", "device", "threads", "made"}
+    assert set(found) == {"git", "versions", "device", "threads", "numerics", "made"}
     assert (
         found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] in torch.__version__
     )

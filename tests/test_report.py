@@ -7,7 +7,7 @@ import re
 import pandas as pd
 import pytest
 
-from ssl_robust import claims, layout, records, report
+from ssl_robust import claims, evidence, layout, paired, records, report, tables, timing
 from ssl_robust.settings import BadInput
 
 METRIC = {"classification": "accuracy", "segmentation": "mIoU", "depth": "RMSE"}
@@ -31,8 +31,8 @@ def record(value, attack="clean", defense="standard", task="classification", **c
 
 def rows(standard, deacl=(), early=None, **changes):
     """Records of a Standard row, a DeACL row (clean, embed, task) and the EmbedAttack value of a checkpoint between."""
-    found = [record(v, a, "standard", **changes) for v, a in zip(standard, report.ATTACKS, strict=False)]
-    found += [record(v, a, "deacl", **changes) for v, a in zip(deacl, report.ATTACKS, strict=False)]
+    found = [record(v, a, "standard", **changes) for v, a in zip(standard, tables.ATTACKS, strict=False)]
+    found += [record(v, a, "deacl", **changes) for v, a in zip(deacl, tables.ATTACKS, strict=False)]
     return found + ([record(early, "embed", "deacl-epoch4", **changes)] if early is not None else [])
 
 
@@ -58,10 +58,10 @@ SKIPPED = [  # as read_skipped gives them
 def paper_grid(off=0.0):
     """Records of all rows of Tables 1-3, `off` above the paper's values, and DeACL's epochs 1, 10 and 50."""
     found = []
-    for row in report.REPORTED.itertuples():
+    for row in tables.REPORTED.itertuples():
         same = {"dataset": row.dataset, "encoder": row.encoder, "n": 1000, "chance": CHANCES.get(row.dataset, 1.3)}
         values = [min(v, 1) if row.task != "depth" else v for v in (row.clean, row.embed, row.task_attack)]
-        for attack, value in zip(report.ATTACKS, values, strict=True):
+        for attack, value in zip(tables.ATTACKS, values, strict=True):
             epoch = {"standard": 0, "deacl": 100}[row.defense]
             found.append(record(value + off, attack, row.defense, row.task, epoch=epoch, **same))
             for between in (1, 10, 50) if epoch else ():
@@ -90,21 +90,10 @@ def write(found, task):
 
 
 def test_table_has_the_columns_and_values_at_their_places():
-    found = report.table("classification", PAPER["classification"])
-    first = [
-        "dataset",
-        "encoder",
-        "defense",
-        "clean",
-        "embed",
-        "task",
-        "clean_se",
-        "embed_se",
-        "task_se",
-        "n",
-        "metric",
-    ]
-    assert list(found.columns) == [*first, "reported_clean", "reported_embed", "reported_task"]
+    found = tables.table("classification", PAPER["classification"])
+    kinds = ["clean", "embed", "task", "worst"]
+    first = ["dataset", "encoder", "defense", *kinds, *(f"{kind}_se" for kind in kinds), "n", "metric"]
+    assert list(found.columns) == [*first, "reported_clean", "reported_embed", "reported_task", "flags"]
     assert found["defense"].tolist() == ["standard", "deacl"]  # the checkpoint between is not a row
     assert found.loc[1, ["clean", "embed", "task", "clean_se", "n"]].tolist() == [0.7, 0.5, 0.03, 0.02, 128]
     assert found["reported_clean"].isna().all()
@@ -113,13 +102,13 @@ def test_table_has_the_columns_and_values_at_their_places():
 def test_reported_values_stand_at_the_papers_rows():
     voc = rows((0.5, 0.1, 0.0), (0.4, 0.2, 0.1), task="segmentation", dataset="voc2012", encoder="dino_vitb16")
     other = rows((0.5, 0.1, 0.0), task="segmentation", dataset="voc2012", encoder="embedded_vit")
-    found = report.table("segmentation", other + voc).set_index(["encoder", "defense"])
+    found = tables.table("segmentation", other + voc).set_index(["encoder", "defense"])
     reported = ["reported_clean", "reported_embed", "reported_task"]
     assert found.loc[("dino_vitb16", "standard"), reported].tolist() == [0.56, 0.06, 0.0]
     assert found.loc[("dino_vitb16", "deacl"), reported].tolist() == [0.51, 0.3, 0.02]
     assert found.loc[("embedded_vit", "standard"), reported].isna().all()
     # 2 standard errors and the paper's rounding are 0.045
-    text = report.table_files(2, voc)["md"]
+    text = tables.table_files(2, voc)["md"]
     assert "| 0.50 ± 0.02 (0.56, −0.06 ≠) | 0.10 ± 0.02 (0.06, +0.04 ≈) | 0.00 ± 0.02 (0.00, 0.00 ≈) |" in text
 
 
@@ -129,10 +118,10 @@ def test_the_difference_is_judged_by_two_standard_errors_and_the_rounding():
         (0.945, 0.0, True), (0.935, 0.0, True), (0.946, 0.0, False), (0.964, 0.01, True), (0.916, 0.01, True),
         (0.966, 0.01, False), (0.914, 0.01, False),
     ):  # fmt: skip
-        found = report.comparison("classification", [record(value, se=se, **shared)])
+        found = tables.comparison("classification", [record(value, se=se, **shared)])
         assert found["inside"].dropna().tolist() == [inside], value
         assert found.loc[0, "difference"] == pytest.approx(value - 0.94)
-    assert "(0.94, 0.00 ≈)" in report.table_files(1, [record(0.937, **shared)])["md"]  # not -0.00
+    assert "(0.94, 0.00 ≈)" in tables.table_files(1, [record(0.937, **shared)])["md"]  # not -0.00
 
 
 def test_the_paper_grid_stands_beside_its_values(project):
@@ -141,7 +130,7 @@ def test_the_paper_grid_stands_beside_its_values(project):
         records.write_json(r, records.record_path("grid", *place))
     for number, count in ((1, 12), (2, 12), (3, 4)):
         made = report.write_table(number, "grid")
-        assert len(made) == count and list(made.columns) == report.COLUMNS
+        assert len(made) == count and list(made.columns) == tables.COLUMNS
         text = (project / f"figures/grid/table{number}.md").read_text()
         assert text.count(", +0.05 ≠)") == 3 * count and f"0 of {3 * count} values are ≈" in text
         tex = (project / f"figures/grid/table{number}.tex").read_text()
@@ -171,11 +160,11 @@ def test_rows_that_could_not_be_run_are_there_and_say_why(project):
                        records.results_dir("test") / "segmentation" / "skipped.json")  # fmt: skip
     made = report.write_table(2, "test")
     assert made["dataset"].tolist() == ["cityscapes"] * 3 + ["scenes"] * 2
-    assert made.loc[:2, [*report.ATTACKS, "clean_se", "n"]].isna().all(axis=None)
+    assert made.loc[:2, [*tables.ATTACKS, "clean_se", "n"]].isna().all(axis=None)
     folder = project / "figures/test"
     lines = (folder / "table2.csv").read_text().splitlines()
-    assert lines[2] == "cityscapes,dino_vitb16,standard,,,,,,,,mIoU,0.450000,0.060000,0.060000"
-    assert lines[4].split(",")[9] == "128"
+    assert lines[2] == "cityscapes,dino_vitb16,standard,,,,,,,,,,mIoU,0.450000,0.060000,0.060000,"
+    assert lines[4].split(",")[11] == "128"
     text = (folder / "table2.md").read_text()
     assert "| not run (0.45) | not run (0.06) | not run (0.06) | – |" in text
     rows = "cityscapes/dinov2_vits14 Standard, cityscapes/dino_vitb16 Standard, cityscapes/dino_vitb16 DeACL"
@@ -194,11 +183,11 @@ def test_rows_that_could_not_be_run_are_there_and_say_why(project):
 
 def test_a_row_that_was_run_is_not_skipped_and_a_table_may_be_skipped_as_a_whole(project):
     ran = rows((0.4, 0.1, 0.1), task="segmentation", dataset="cityscapes", encoder="dinov2_vits14")
-    assert report.table("segmentation", ran, SKIPPED)["clean"].notna().tolist() == [True, False, False]
-    assert not any("dinov2_vits14 Standard" in note for note in report.notes("segmentation", ran, SKIPPED))
-    assert set(report.table_files(2, [], SKIPPED)) == {"csv", "md", "tex"}
+    assert tables.table("segmentation", ran, SKIPPED)["clean"].notna().tolist() == [True, False, False]
+    assert not any("dinov2_vits14 Standard" in note for note in tables.notes("segmentation", ran, SKIPPED))
+    assert set(tables.table_files(2, [], SKIPPED)) == {"csv", "md", "tex"}
     with pytest.raises(BadInput, match="04_attack_segmentation"):
-        report.table_files(2, [])
+        tables.table_files(2, [])
     records.write_json([], records.results_dir("none") / "depth" / "skipped.json")
     with pytest.raises(BadInput, match="no records yet"):
         report.write_table(3, "none")
@@ -218,30 +207,30 @@ def test_a_row_that_was_run_is_not_skipped_and_a_table_may_be_skipped_as_a_whole
     ],
 )  # fmt: skip
 def test_notes_name_the_protocol(protocol, said):
-    assert f"Protocol: {said}" in report.notes("classification", [record(0.5, protocol=protocol)])
-    assert "Protocol: the paper's text." in report.notes("classification", [record(0.5)])
-    both = report.notes("classification", [record(0.5, protocol=protocol), record(0.5, "embed", protocol="released")])
+    assert f"Protocol: {said}" in tables.notes("classification", [record(0.5, protocol=protocol)])
+    assert "Protocol: the paper's text." in tables.notes("classification", [record(0.5)])
+    both = tables.notes("classification", [record(0.5, protocol=protocol), record(0.5, "embed", protocol="released")])
     assert len([note for note in both if note.startswith("Protocol")]) == (1 if protocol == "released" else 2)
 
 
 def test_notes_say_what_sets_the_images_apart():
     cut = [record(0.5, dataset="voc2012", task="segmentation", counts="any"), record(0.5, task="segmentation")]
-    assert "Rows on parts of the official data sets (counts: any): voc2012." in report.notes("segmentation", cut)
-    assert not any("parts of" in note for note in report.notes("segmentation", cut[1:]))
+    assert "Rows on parts of the official data sets (counts: any): voc2012." in tables.notes("segmentation", cut)
+    assert not any("parts of" in note for note in tables.notes("segmentation", cut[1:]))
     eigen = record(0.5, task="depth", settings={"attack": None, "task": {"crop": "eigen"}})
-    assert any("crop of Eigen et al. on scenes" in note for note in report.notes("depth", [eigen]))
+    assert any("crop of Eigen et al. on scenes" in note for note in tables.notes("depth", [eigen]))
 
 
 def test_notes_name_rows_in_the_order_of_the_table():
     found = [record(0.5, dataset=d, encoder="dino_vitb16") for d in ("aaa", "cifar100", "cifar10")]
-    assert any("0.10 on cifar10, 0.10 on cifar100, 0.10 on aaa" in n for n in report.notes("classification", found))
+    assert any("0.10 on cifar10, 0.10 on cifar100, 0.10 on aaa" in n for n in tables.notes("classification", found))
 
 
 def test_reported_data_are_the_papers_28_rows():
-    counts = report.REPORTED.groupby("task").size().to_dict()
+    counts = tables.REPORTED.groupby("task").size().to_dict()
     assert counts == {"classification": 12, "segmentation": 12, "depth": 4}
-    assert not report.REPORTED.duplicated(["task", *report.KEYS]).any()
-    sums = report.REPORTED.groupby("task")[["clean", "embed", "task_attack"]].sum().round(2)
+    assert not tables.REPORTED.duplicated(["task", *tables.KEYS]).any()
+    sums = tables.REPORTED.groupby("task")[["clean", "embed", "task_attack"]].sum().round(2)
     assert sums.loc["classification"].tolist() == [10.85, 2.43, 0.28]  # columns of the printed tables, added by hand
     assert sums.loc["segmentation"].tolist() == [6.25, 0.94, 0.18]
     assert sums.loc["depth"].tolist() == [2.24, 5.03, 8.84]
@@ -250,15 +239,15 @@ def test_reported_data_are_the_papers_28_rows():
 def test_rows_come_in_the_papers_order_and_unknown_ones_last():
     names = ["aaa", "stl10", "cifar10"]
     found = [record(0.5, dataset=d, encoder=e) for d in names for e in ("embedded_vit", "dino_vitb16", "dinov2_vits14")]
-    assert report.table("classification", found)["dataset"].unique().tolist() == ["cifar10", "stl10", "aaa"]
-    encoders = report.table("classification", found)["encoder"].unique().tolist()
+    assert tables.table("classification", found)["dataset"].unique().tolist() == ["cifar10", "stl10", "aaa"]
+    encoders = tables.table("classification", found)["encoder"].unique().tolist()
     assert encoders == ["dinov2_vits14", "dino_vitb16", "embedded_vit"]
 
 
 def test_cells_that_were_not_run_are_missing_and_said_to_be_so():
-    found = report.table("depth", [record(0.5, task="depth")])
+    found = tables.table("depth", [record(0.5, task="depth")])
     assert found[["embed", "task", "embed_se", "task_se"]].isna().all(axis=None)
-    assert "| 0.50 ± 0.02 | not run | not run | 128 |" in report.table_files(3, [record(0.5, task="depth")])["md"]
+    assert "| 0.50 ± 0.02 | not run | not run | 128 |" in tables.table_files(3, [record(0.5, task="depth")])["md"]
 
 
 @pytest.mark.parametrize("task", PAPER)
@@ -286,7 +275,7 @@ def test_many_cases_are_counted_and_the_exceptions_named():
     sentences = dict(claims.claims(paper_grid(), "classification"))
     assert sentences["a"].endswith("shows in part (in 17 of 18 cases; not in stl10/dinov2_vitb14 EmbedAttack).")
     assert (
-        "cifar10/dino_vitb16 0.01 ± 0.02 to 0.73 ± 0.02, 77% ± " in sentences["b"]
+        "cifar10/dino_vitb16 0.01 ± 0.02 to 0.73 ± 0.02, 77% [" in sentences["b"]
     )  # three cases: listed with their numbers
     lost = [r for r in paper_grid() if (r["dataset"], r["attack"]) != ("stl10", "task")]
     some = dict(claims.claims(lost, "classification"))["a"]
@@ -308,7 +297,8 @@ def test_differences_within_their_standard_error_are_said_to_be_so():
     sentences = dict(claims.claims(noisy, "classification"))
     for letter in "bcde":
         assert verdicts(noisy)[letter] == "cannot be judged"
-        assert "undecided within its standard error" in sentences[letter]
+        assert "], undecided" in sentences[letter] or "] of the " in sentences[letter]
+        assert ", undecided)." in sentences[letter]
 
 
 def test_an_attack_that_takes_nothing_leaves_nothing_to_recover():
@@ -332,13 +322,13 @@ def test_rmse_counts_downwards():
     # twice the clean error counts as broken although predicting the mean would be worse
     assert verdicts(rows((0.5, 1.01, 1.02), **shared), "depth")["a"] == "shows"
     assert verdicts(rows((0.5, 0.95, 0.99), **shared), "depth")["a"] == "does not show"
-    assert "RMSE [m] ↓" in report.table_files(3, PAPER["depth"])["md"]
+    assert "RMSE [m] ↓" in tables.table_files(3, PAPER["depth"])["md"]
 
 
 def test_the_recovered_share_and_its_standard_error_are_right_by_hand():
     noisy = rows((0.8, 0.05, 0.0), (0.7, 0.5, 0.03), se=0.1)
     # (0.5 - 0.05) / (0.8 - 0.05) = 60 %; 0.1 * sqrt(1 + 0.6^2 + 0.4^2) / 0.75 = 16 %
-    assert "60% ± 16% of the loss recovered" in dict(claims.claims(noisy, "classification"))["b"]
+    assert "60% [44%, 76%] of the loss recovered" in dict(claims.claims(noisy, "classification"))["b"]
 
 
 def test_the_early_gain_looks_at_ten_epochs_of_a_long_run():
@@ -346,7 +336,7 @@ def test_the_early_gain_looks_at_ten_epochs_of_a_long_run():
     for r in found[3:]:
         r["epoch"] = 100
     path = [record(v, "embed", f"deacl-epoch{e}", epoch=e) for e, v in ((5, 0.1), (10, 0.2), (20, 0.45), (50, 0.5))]
-    assert "40% ± " in dict(claims.claims(found + path, "classification"))["e"]
+    assert "40% [35%, 45%] of the gain" in dict(claims.claims(found + path, "classification"))["e"]
     assert "after 10 of 100 epochs" in dict(claims.claims(found + path, "classification"))["e"]
     assert verdicts(found + path)["e"] == "does not show"
     assert verdicts(found + path[2:])["e"] == "cannot be judged"
@@ -362,9 +352,9 @@ def test_tables_are_the_same_bytes_from_a_copy_of_the_records(project):
     report.write_table(1, "test", folder=project / "figures/test/records")
     assert made == {s: (project / f"figures/test/table1.{s}").read_bytes() for s in made}
     shuffled = records.read_records(project / "figures/test/records")[::-1]
-    assert report.table_files(1, shuffled)["csv"].encode() == made["csv"]
+    assert tables.table_files(1, shuffled)["csv"].encode() == made["csv"]
     again = pd.read_csv(project / "figures/test/table1.csv")
-    assert list(again.columns) == report.COLUMNS and again["clean"].tolist() == first["clean"].tolist() == [0.8, 0.7]
+    assert list(again.columns) == tables.COLUMNS and again["clean"].tolist() == first["clean"].tolist() == [0.8, 0.7]
 
 
 def test_notes_name_budget_sample_size_and_every_claim(project):
@@ -374,11 +364,11 @@ def test_notes_name_budget_sample_size_and_every_claim(project):
     assert all(f"- ({letter}) " in text for letter in "abcde")
     assert "Warning" not in text
     bad = [record(0.5), record(0.1, "embed", nonfinite=3)]
-    assert any("Warning: 3 " in note for note in report.notes("classification", bad))
+    assert any("Warning: 3 " in note for note in tables.notes("classification", bad))
 
 
 def test_latex_escapes_names():
-    text = report.table_files(1, [record(0.5, encoder="a_b&c%")])["tex"]
+    text = tables.table_files(1, [record(0.5, encoder="a_b&c%")])["tex"]
     assert r"a\_b\&c\%" in text and r"0.50 $\pm$ 0.02" in text and "±" not in text and "↑" not in text
     assert r" & a\_b\&c\% & " in text
 
@@ -408,7 +398,7 @@ def test_given_checkpoints_are_in_the_table_but_not_in_figure_2(project):
     given = rows((0.9, 0.1, 0.0), (0.8, 0.5, 0.1), encoder="given")
     for r in given[3:]:
         r["epoch"] = -1
-    assert report.table("classification", given)["defense"].tolist() == ["standard", "deacl"]
+    assert tables.table("classification", given)["defense"].tolist() == ["standard", "deacl"]
     assert set(report.figure2_table(PAPER["classification"] + given)["dataset"]) == {"scenes"}
     assert "comes from a given checkpoint" in dict(claims.claims(given, "classification"))["e"]
     for path in (project / "results/test").glob("*/*__deacl*.json"):
@@ -494,7 +484,7 @@ def test_a_second_line_of_a_cell_is_small_in_html_and_below_in_latex():
 
 
 def test_markdown_keeps_its_columns_with_a_hostile_name():
-    lines = report.table_files(1, [record(0.5, dataset="a|b<i>")])["md"].splitlines()
+    lines = tables.table_files(1, [record(0.5, dataset="a|b<i>")])["md"].splitlines()
     grid = [line for line in lines if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in grid}) == 1
     assert "a\\|b&lt;i&gt;" in grid[2]
@@ -543,3 +533,345 @@ def test_effects_of_protocols_are_written_as_changes_against_the_papers(root):
     assert "| depth_warmup | 0.500 ± 0.010 (0.000) | 0.700 ± 0.020 (0.000) | 0.800 ± 0.030 (−0.200) |" in text
     assert (root / "figures/mine/protocols.md").read_text(encoding="utf-8") == text
     assert list(pd.read_csv(root / "figures/mine/protocols.csv")["protocol"]) == ["paper", "depth_warmup"]
+
+
+# --- worst case, daggers, seeds, paired differences, times ---
+
+
+def with_worst(found, by=0.02, strong=()):
+    """The records of `found` and, where there is a task attack, a worst case lower `by`, and strong attacks between."""
+    sign = -1 if found[0]["metric"] == "RMSE" else 1
+    more = []
+    for r in (r for r in found if r["attack"] == "task"):
+        more += [{**r, "attack": "worst", "attack_name": "worst case", "value": r["value"] - sign * by}]
+        more += [{**r, "attack": k, "attack_name": t, "value": r["value"] - sign * by / 2} for k, t in strong]
+    return [*found, *more]
+
+
+def test_worst_is_a_column_with_its_standard_error_and_the_overstatement_is_said():
+    found = with_worst(rows((0.8, 0.2, 0.1), (0.7, 0.5, 0.3)))
+    made = tables.table("classification", found)
+    assert made["worst"].tolist() == pytest.approx([0.08, 0.28]) and made["worst_se"].tolist() == [0.02, 0.02]
+    files = tables.table_files(1, found)
+    assert (
+        "PGD, accuracy ↑ | Worst, accuracy ↑ | n |" in files["md"]
+        and "0.30 ± 0.02 | 0.28 ± 0.02 | 128 |" in files["md"]
+    )
+    said = "its accuracy lies above Worst by 0.020 in scenes/embedded_vit Standard, 0.020 in scenes/embedded_vit DeACL."
+    assert said in files["md"] and "the worst result of Clean, EmbedAttack, PGD." in files["md"]
+    depth = tables.notes("depth", with_worst(PAPER["depth"], 0.25))
+    assert any("DepthPGD alone overstates robustness: its RMSE [m] lies below Worst by 0.250 in" in n for n in depth)
+
+
+def test_records_without_a_worst_case_have_an_empty_column_that_people_do_not_see():
+    made = tables.table("classification", PAPER["classification"])
+    assert made[["worst", "worst_se"]].isna().all(axis=None)
+    assert "Worst" not in "".join(tables.table_files(1, PAPER["classification"]).values())
+
+
+def test_strong_attacks_stand_between_the_task_attack_and_worst_in_any_order_of_records():
+    strong = (("sea", "SEA"), ("cospgd", "CosPGD"))
+    found = with_worst(PAPER["segmentation"], strong=strong)
+    made = tables.table("segmentation", found)
+    assert list(made.columns)[3:9] == ["clean", "embed", "task", "cospgd", "sea", "worst"]
+    files = tables.table_files(2, found)
+    assert "SegPGD, mIoU ↑ | CosPGD, mIoU ↑ | SEA, mIoU ↑ | Worst, mIoU ↑ | n |" in files["md"]
+    assert tables.table_files(2, found[::-1]) == files
+    assert "the worst result of Clean, EmbedAttack, SegPGD, CosPGD, SEA." in files["md"]
+
+
+def test_many_rows_give_the_range_of_the_overstatement():
+    found = with_worst([r for r in paper_grid() if "epoch" not in r["defense"]], 0.01)
+    for i, r in enumerate(r for r in found if (r["attack"], r["task"]) == ("worst", "classification")):
+        r["value"] -= 0.001 * i
+    (said,) = (n for n in tables.notes("classification", found) if "overstates" in n)
+    assert "(the least of 12 rows)" in said and "(the middle)" in said and "(the most)" in said
+    assert said.index("0.010 in") < said.index("0.016 in") < said.index("0.021 in")
+
+
+def test_claims_are_judged_again_with_the_worst_case():
+    same = dict(claims.claims(with_worst(PAPER["classification"], 0.01), "classification"))
+    for letter in "ac":
+        assert same[letter].endswith(" With the worst case over all attacks in the task attack's place: the same.")
+    assert "in the task attack's place" not in same["b"] + same["d"] + same["e"]
+    found = rows((0.8, 0.05, 0.5), (0.7, 0.5, 0.75))
+    found += [{**r, "attack": "worst", "value": 0.02} for r in found if r["attack"] == "task"]
+    other = dict(claims.claims(found, "classification"))
+    assert "shows in part (" in other["a"] and "task attack's place: shows (" in other["a"]
+    assert ": does not show (" in other["c"] and "task attack's place: shows (" in other["c"]
+
+
+def flagged(found, **reasons):
+    """`found` with reasons at the task attack of DeACL and whatever `reasons` (attack=sentences) says of Standard."""
+    for r in found:
+        r["reasons"] = reasons.get(r["attack"], []) if r["defense"] == "standard" else []
+    return found
+
+
+def test_flagged_values_have_numbered_daggers_and_reasons():
+    found = flagged(rows((0.8, 0.2, 0.1), (0.7, 0.5, 0.3)), task=["it rises 40 %", "it is <b>"], embed=["zero."])
+    files = tables.table_files(1, found)
+    assert "| 0.80 ± 0.02 | 0.20 ± 0.02 †1 | 0.10 ± 0.02 †2 | 128 |" in files["md"]
+    assert "- †1 scenes/embedded_vit Standard, EmbedAttack: zero.\n" in files["md"]
+    assert "- †2 scenes/embedded_vit Standard, PGD: it rises 40 %; it is &lt;b&gt;.\n" in files["md"]
+    assert r"0.20 $\pm$ 0.02 \dag{}1" in files["tex"] and r"\par \dag{}2 scenes/embedded\_vit" in files["tex"]
+    assert "†" not in files["tex"] and files["csv"].splitlines()[1].endswith(",embed:1 task:2")
+    page = layout.html_table("T", tables.readable("classification", found), tables.notes("classification", found))
+    assert "<td>0.20 ± 0.02&nbsp;<sup>†1</sup></td>" in page and "it is &lt;b&gt;" in page
+    assert tables.table_files(1, found[::-1]) == files
+
+
+def test_flags_of_records_and_of_the_sanity_checks_are_read_and_copied(project, monkeypatch):
+    places = {("classification", "scenes", "embedded_vit", "deacl"): ["five times the steps take 0.1 more"]}
+    path = records.record_path("test", "classification", "scenes", "embedded_vit", "deacl", "task")
+    records.write_json({**records.read_json(path), "health": {"rising": 3, "flags": ["the loss still rises"]}}, path)
+    records.write_json({}, project / "results/test/sanity/classification/scenes.json")
+    monkeypatch.setattr(evidence, "sanity_flags", lambda folder: places if (folder / "sanity").is_dir() else {})
+    report.write_table(1, "test")
+    text = (project / "figures/test/table1.md").read_text()
+    said = "- †1 scenes/embedded_vit DeACL, PGD: the loss still rises; five times the steps take 0.1 more."
+    assert said in text and "0.03 ± 0.02 †1" in text and text.count("†") == 2
+    assert report.copy_records("test") == 21
+    assert (project / "figures/test/records/sanity/classification/scenes.json").is_file()
+    report.write_table(1, "test", project / "figures/test/records")
+    assert (project / "figures/test/table1.md").read_text() == text
+    tidy = report.write_figure2("test")
+    assert tidy[tidy["flagged"]][["task", "epoch", "attack"]].values.tolist() == [["classification", 8, "task"]]
+    (project / "results/test/sanity/classification/scenes.json").unlink()
+    report.copy_records("test")
+    assert not (project / "figures/test/records/sanity/classification/scenes.json").exists()
+
+
+def test_records_that_were_just_made_are_flagged_by_their_own_health():
+    found = rows((0.8, 0.2, 0.1))
+    found[1]["health"] = {"flags": ["zero"]}
+    assert tables.notes("classification", found)[0] == "†1 scenes/embedded_vit Standard, EmbedAttack: zero."
+    assert report.figure2_table(rows((0.8,), (0.7, 0.5)) + [{**found[1], "epoch": 4, "defense": "deacl-epoch4"}])[
+        "flagged"
+    ].tolist() == [False, False, True, False]
+
+
+def test_without_sanity_checks_there_are_no_such_flags(project):
+    assert evidence.sanity_flags(project / "results/test") == {}
+    assert all(r["reasons"] == [] for r in evidence.read(project / "results/test"))
+
+
+def test_captions_say_what_is_flagged_in_the_figures(project):
+    path = records.record_path("test", "depth", "scenes", "embedded_vit", "deacl-epoch4", "embed")
+    records.write_json({**records.read_json(path), "health": {"flags": ["between <i>"]}}, path)
+    path = records.record_path("test", "depth", "scenes", "embedded_vit", "standard", "embed")
+    records.write_json({**records.read_json(path), "health": {"flags": ["at the start"]}}, path)
+    from safetensors.numpy import save_file
+
+    (project / "runs/test/examples").mkdir(parents=True)
+    about = {"dataset": "scenes", "encoder": "embedded_vit"}
+    save_file({}, project / "runs/test/examples/depth.safetensors", about)
+    (project / "runs/test/examples/segmentation.safetensors").write_bytes(b"damaged")
+    for name in ("fig1", "fig2", "sanity"):
+        records.write_bytes(b"\x89PNG picture", project / f"figures/test/{name}.png")
+    page = report.write_index("test").read_text()
+    assert page.count("<img ") == 3 and "<h2>How hard the attacks are</h2>" in page
+    assert "figures/test/sanity.png" in report.summary("test")
+    first, second = re.findall("<figcaption>(.*?)</figcaption>", page)[:2]
+    assert first.endswith("†: scenes/embedded_vit Standard, EmbedAttack: at the start.")
+    assert "Hollow markers are flagged" in second
+    assert second.endswith("†: scenes/embedded_vit, EmbedAttack at epoch 4: between &lt;i&gt;.")
+
+
+def further_seeds(project, values=(0.04, 0.08)):
+    for seed, value in enumerate(values, 1):
+        r = record(value, "task", "deacl", seed=seed)
+        place = f"results/test/seeds/{seed}/classification/scenes__embedded_vit__deacl__task.json"
+        records.write_json(r, project / place)
+
+
+def test_further_seeds_give_mean_and_spread(project):
+    report.write_table(1, "test")
+    assert "seeds" not in (project / "figures/test/table1.csv").read_text()
+    further_seeds(project)
+    made = report.write_table(1, "test")
+    assert made.loc[1, ["task", "task_seeds", "task_spread"]].tolist() == pytest.approx(
+        [0.03, 0.05, 0.0264575], rel=1e-4
+    )
+    assert made["seeds"].tolist() == [1, 3] and pd.isna(made.loc[0, "task_seeds"])  # clean has no further seeds
+    text = (project / "figures/test/table1.md").read_text()
+    assert "0.03 ± 0.02 (seeds: 0.05 ± 0.03, 3)" in text and "- Seeds 0, 1, 2; in brackets mean ± standard" in text
+    assert report.copy_records("test") == 21
+    report.write_table(1, "test", project / "figures/test/records")
+    assert (project / "figures/test/table1.md").read_text() == text
+    assert "<small>(seeds: 0.05 ± 0.03, 3)</small>" in report.write_index("test").read_text()
+
+
+def test_all_cells_of_all_seeds_give_their_number(project):
+    for r in PAPER["classification"][:6]:
+        for seed in (1, 2):
+            name = f"scenes__embedded_vit__{r['defense']}__{r['attack']}.json"
+            records.write_json({**r, "seed": seed}, project / f"results/test/seeds/{seed}/classification/{name}")
+    made = report.write_table(1, "test")
+    assert made["seeds"].tolist() == [3, 3] and made["embed_spread"].tolist() == pytest.approx([0, 0])
+    assert list(made.columns)[-4:] == ["task_seeds", "task_spread", "worst_seeds", "worst_spread"]
+
+
+def images(values, **changes):
+    """A record with these per-image values."""
+    mean = sum(values) / len(values)
+    if changes.get("task") == "depth":
+        mean = (sum(v * v for v in values) / len(values)) ** 0.5
+    return record(mean, per_image=list(values), n=len(values), **changes)
+
+
+def pair(standard, deacl, kind="task", **changes):
+    return [images(standard, attack=kind, **changes), images(deacl, attack=kind, defense="deacl", **changes)]
+
+
+def test_paired_difference_is_right_by_hand():
+    before, after = pair([0.0] * 60 + [1.0] * 40, [0.0] * 40 + [1.0] * 60)
+    found = paired.difference(before, after)
+    assert found.value == pytest.approx(0.2)
+    # 20 of 100 images change: the standard error of the difference is sqrt(0.2 * 0.8 / 100) = 0.04
+    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(0.04, rel=0.1)
+    mixed = paired.difference(before, {**after, "per_image": after["per_image"][::-1]})  # other images: much wider
+    assert mixed.high - mixed.low > 2 * (found.high - found.low)
+    assert paired.difference(before, after) == found
+    same = paired.difference(before, before)
+    assert same == (0, 0, 0)
+
+
+def test_rmse_of_several_images_is_the_root_of_the_mean_square():
+    a, b = pair([1.0, 3.0, 2.0], [2.0, 2.0, 2.0], task="depth")
+    assert paired.resampled(a, b)[0].tolist() == pytest.approx([(14 / 3) ** 0.5, 2.0])
+    mean_of_images = {**a, "value": 2.0}  # as one protocol defines it
+    assert paired.resampled(mean_of_images, b)[0].tolist() == pytest.approx([2.0, 2.0])
+
+
+@pytest.mark.parametrize("change", [{"per_image": []}, {"per_image": [0.5]}, {"hashes": {"data": "other"}}])
+def test_other_images_are_not_compared(change):
+    before, after = pair([0.0, 1.0], [1.0, 1.0])
+    assert paired.difference(before, after) is not None
+    assert paired.difference(before, {**after, **change}) is None
+    assert paired.share(before, {**after, **change}, after) is None
+
+
+def test_a_share_of_nothing_is_not_defined_and_resamples_without_a_loss_do_not_count():
+    start, part, whole = (images(v) for v in ([0.0] * 9 + [1.0], [0.0] * 9 + [1.0], [0.0] * 8 + [1.0] * 2))
+    found = paired.share(start, part, whole)
+    assert found == (0, 0, 0)
+    assert paired.share(start, part, start).value != paired.share(start, part, start).value  # NaN
+
+
+def test_differences_are_written_and_said(project):
+    report.write_table(1, "test")
+    assert not (project / "figures/test/paired.csv").exists()
+    found = [r for kind in ("task", "clean") for r in pair([0.0] * 60 + [1.0] * 40, [0.0] * 40 + [1.0] * 60, kind)]
+    found += pair([1.0, 3.0, 2.0], [2.0, 2.0, 1.0], task="depth")
+    for r in found:
+        write([r], r["task"])
+    report.write_table(1, "test")
+    saved = pd.read_csv(project / "figures/test/paired.csv")
+    assert list(saved.columns) == paired.COLUMNS
+    assert saved[["task", "attack"]].values.tolist() == [
+        ["classification", "clean"], ["classification", "task"], ["depth", "task"]]  # fmt: skip
+    assert saved["difference"].tolist() == pytest.approx([0.2, 0.2, 3**0.5 - (14 / 3) ** 0.5], abs=1e-5)
+    assert (saved["low"] <= saved["difference"]).all() and (saved["difference"] <= saved["high"]).all()
+    text = (project / "figures/test/table1.md").read_text()
+    assert re.search(r"- DeACL − Standard on scenes/embedded_vit: Clean \+0.20 \[\+0.1\d, \+0.2\d\], PGD \+0.20 ", text)
+    assert "paired bootstrap over the same images." in text
+
+
+def test_claims_use_the_paired_interval():
+    # worse on 4 of 20 images and better on none: the values alone leave that undecided
+    before, after = [1.0] * 12 + [0.0] * 8, [1.0] * 8 + [0.0] * 12
+    noisy = [images(before, se=0.2), images(after, defense="deacl", se=0.2)]
+    assert verdicts(noisy)["d"] == "shows"
+    assert verdicts([{**r, "per_image": []} for r in noisy])["d"] == "cannot be judged"
+    sentence = dict(claims.claims(noisy, "classification"))["d"]
+    assert re.search(r"worse by 0.20 \[0.\d\d, 0.\d\d\]\)", sentence)
+
+
+def test_recovered_shares_use_the_paired_interval():
+    clean, hit, robust = [1.0] * 40, [0.0] * 40, [0.0] * 39 + [1.0]
+    found = [images(clean), images(hit, attack="task"), images(robust, attack="task", defense="deacl")]
+    for r in found:
+        r["se"] = 0.5
+    assert verdicts(found)["c"] == "shows"
+    assert verdicts([{**r, "per_image": []} for r in found])["c"] == "cannot be judged"
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figure 2's data without its picture, which takes seconds."""
+    monkeypatch.setattr(report, "draw_figure2", report.write_figure2)
+
+
+def timed(profile="test", **seconds):
+    for name, value in seconds.items():
+        records.write_json({"seconds": value}, records.runs_dir(profile) / f"{name.strip('_')}.time.json")
+
+
+def test_bars_say_where_the_time_went(project):
+    timed(_00_data=20.0, _03_attack_classification=80.0, appendix_protocols=900.0)
+    found = evidence.read(project / "results/test")
+    stages = timing.stages(timing.measured("test"), found)
+    assert [s.name for s in stages] == ["00_data", "03_attack_classification"]
+    assert [(s.seconds, s.cells, s.share) for s in stages] == [(20.0, 0.0, 0.2), (80.0, 14.0, 0.8)]
+    lines = timing.text(timing.measured("test"), found).splitlines()
+    assert lines[0].startswith("Where the time went: 100 s") and "14 s" in lines[0]
+    assert lines[1].split() == ["00_data", "20", "s", "20%", "-" * 8]
+    assert lines[2].split() == ["03_attack_classification", "80", "s", "80%", "#" * 6 + "-" * 26]
+    assert timing.text({}, found) == "" and timing.text({"00_data": 0.0}, found)
+    kept = timing.stages({"03_attack_classification": 5.0}, found)  # its records are older
+    assert kept[0].cells == 0
+
+
+def test_the_page_has_a_bar_for_each_stage_and_escapes_its_name(project):
+    timed(_00_data=20.0, _03_attack_classification=80.0)
+    page = report.write_index("test").read_text()
+    assert "<h2>Where the time goes</h2>" in page and page.count('<div><b style="width:') == 2
+    assert '<b style="width:17.50%"></b><i style="width:82.50%"></i>' in page and "80 s, 80%" in page
+    bars = layout.html_bars(HOSTILE, [(HOSTILE, 2.0, 1.0, HOSTILE)], HOSTILE)
+    assert "<script" not in bars and bars.count("&lt;script&gt;") == 4
+    assert layout.html_bars("T", [], "")
+
+
+def test_everything_is_made_anew_with_the_same_bytes(project, monkeypatch):
+    timed(_00_data=20.0, _06_figures=5.0)
+    said = report.main("test")
+    assert said.index("Where the time went") < said.index("Made for profile 'test'")
+    folder = project / "figures/test"
+    first = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert {"table1.csv", "table3.tex", "fig2.csv", "fig2.png", "index.html", "times.json"} <= {p.name for p in first}
+    assert records.read_json(folder / "times.json") == {"00_data": 20.0, "06_figures": 5.0}
+    monkeypatch.setattr(report, "draw_figure2", report.write_figure2)  # test_plots.py: equal figures give equal files
+    assert report.main("test") == said
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == first
+
+
+def test_a_clone_without_results_is_made_anew_from_its_copied_records(project, undrawn):
+    timed(_00_data=20.0)
+    said = report.main("test")
+    first = {p: p.read_bytes() for p in (project / "figures").rglob("*") if p.is_file()}
+    for folder in ("results", "runs"):
+        (project / folder).rename(project / f"other-{folder}")
+    assert report.main("test") == said
+    assert {p: p.read_bytes() for p in (project / "figures").rglob("*") if p.is_file()} == first
+    with pytest.raises(BadInput, match="'nothing' has no records yet"):
+        report.main("nothing")
+
+
+def test_hostile_names_are_escaped_wherever_they_stand(project, undrawn):
+    place = {"encoder": HOSTILE, "dataset": HOSTILE}
+    found = with_worst(rows((0.8, 0.1, 0.0), (0.7, 0.5, 0.1), 0.4, **place))
+    for i, r in enumerate(found):
+        r |= {"health": {"flags": [HOSTILE]}, "per_image": [0.0, 1.0, float(i % 2)]}
+        path = project / f"results/hostile/classification/x__y__{r['defense']}__{r['attack']}.json"
+        records.write_json({**r, "git": HOSTILE}, path)
+    timed("hostile", _00_data=1.0)
+    report.main("hostile")
+    folder = project / "figures/hostile"
+    page, text = (folder / "index.html").read_text(), (folder / "table1.md").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") > 20 and "<script" not in text
+    assert set(re.findall(r"<(\w+)", page)) <= {
+        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "dl", "dt", "dd", "figure", "img",
+        "figcaption", "div", "table", "thead", "tbody", "tr", "th", "td", "small", "b", "i", "sup", "br", "span", "ul",
+        "li", "details", "summary", "a",
+    }  # fmt: skip

@@ -66,7 +66,7 @@ def test_notebook_gets_its_parameters_and_its_lines_are_shown(project: Path, cap
     tenths = [f"00_try | PGD {n}/20 ({5 * n} %)" for n in range(2, 21, 2)]
     assert [line.partition(",")[0] for line in lines[1:-1]] == tenths
     stored = records.stage_path("tiny", "00_try").read_text()
-    assert stored == str(["tiny", 7, ATTACK | {"best": False}])
+    assert stored == str(["tiny", 7, ATTACK | {"best": False, "stop_when_broken": True}])
     assert records.read_json(project / "runs" / "tiny" / "00_try.time.json")["seconds"] > 0
     executed = nbformat.read(project / "runs" / "tiny" / "00_try.ipynb", as_version=4)
     assert "PGD 20/20" in "".join(output.text for output in executed.cells[2].outputs)
@@ -237,7 +237,7 @@ def test_progress_estimates_and_keeps_quiet_when_short(
 # ---- Makefile: a copy of the tree with empty files, where a script stands in for Python ----
 
 ATTACKS = ["03_attack_classification", "04_attack_segmentation", "05_attack_depth"]
-STAGES = ["00_data", "01_heads", "02_deacl", *ATTACKS, "06_figures"]
+STAGES = ["00_data", "01_heads", "02_deacl", *ATTACKS, "06_figures", "07_sanity"]
 FIGURES = ["table1.csv", "table2.csv", "table3.csv", "index.html", "fig1.png", "fig2.png"]
 FAKE_PYTHON = """#!/bin/sh
 for last; do :; done
@@ -289,22 +289,24 @@ def would_run(tree: Path, *arguments: str) -> list[str]:
         ("ssl_robust/pretrain.py", ""),
         ("ssl_robust/plan.py", ""),
         ("ssl_robust/fetch.py", ""),
-        ("ssl_robust/scenes.py", "00 01 02 03 04 05 06"),
-        ("ssl_robust/catalogue.py", "00 01 02 03 04 05 06"),
-        ("ssl_robust/checkpoints.py", "01 02 03 04 05 06"),
-        ("ssl_robust/released.py", "01 02 03 04 05 06"),
-        ("ssl_robust/plots.py", "00 01 02 03 04 05 06"),
-        ("ssl_robust/heads.py", "01 02 03 04 05 06"),
-        ("ssl_robust/weights/w.safetensors", "01 02 03 04 05 06"),
-        ("ssl_robust/attacks.py", "02 03 04 05 06"),
-        ("ssl_robust/deacl.py", "02 03 04 05 06"),
-        ("ssl_robust/report.py", "03 04 05 06"),
-        ("ssl_robust/reported.csv", "03 04 05 06"),
-        ("notebooks/04_attack_segmentation.ipynb", "04 06"),
+        ("ssl_robust/scenes.py", "00 01 02 03 04 05 06 07"),
+        ("ssl_robust/catalogue.py", "00 01 02 03 04 05 06 07"),
+        ("ssl_robust/checkpoints.py", "01 02 03 04 05 06 07"),
+        ("ssl_robust/released.py", "01 02 03 04 05 06 07"),
+        ("ssl_robust/plots.py", "00 01 02 03 04 05 06 07"),
+        ("ssl_robust/vit.py", "01 02 03 04 05 06 07"),
+        ("ssl_robust/sanity.py", "07"),
+        ("ssl_robust/heads.py", "01 02 03 04 05 06 07"),
+        ("ssl_robust/weights/w.safetensors", "01 02 03 04 05 06 07"),
+        ("ssl_robust/attacks.py", "02 03 04 05 06 07"),
+        ("ssl_robust/deacl.py", "02 03 04 05 06 07"),
+        ("ssl_robust/report.py", "03 04 05 06 07"),
+        ("ssl_robust/reported.csv", "03 04 05 06 07"),
+        ("notebooks/04_attack_segmentation.ipynb", "04 06 07"),
         ("notebooks/06_figures.ipynb", "06"),
-        ("params/demo.yaml", "00 01 02 03 04 05 06"),
+        ("params/demo.yaml", "00 01 02 03 04 05 06 07"),
         ("params/other.yaml", ""),
-        (".venv/.ready", "00 01 02 03 04 05 06"),
+        (".venv/.ready", "00 01 02 03 04 05 06 07"),
     ],
 )
 def test_make_rebuilds_just_what_depends(touched: str, expected: str, tree: Path) -> None:
@@ -318,7 +320,7 @@ def test_make_rebuilds_what_was_deleted_or_got_other_data(tree: Path) -> None:
     make(tree, "paper", "DATA=images")
     assert would_run(tree, "paper", "DATA=images") == []
     (tree / "figures/demo/table2.csv").unlink()
-    assert would_run(tree, "paper", "DATA=images") == ["04", "06"]
+    assert would_run(tree, "paper", "DATA=images") == ["04", "06", "07"]
     (tree / "results/demo/05_attack_depth.json").unlink()
     assert would_run(tree, "table3", "DATA=images") == ["05"]
     assert would_run(tree, "table1", "DATA=images") == []
@@ -338,7 +340,41 @@ def test_make_in_parallel_and_after_a_failure(tree: Path) -> None:
     assert make(tree, "-j2", "paper").returncode == 0
     log = (tree / "log").read_text().splitlines()
     assert "start 04_attack_segmentation" in log and "start 03_attack_classification" not in log
-    assert log[-2:] == ["start 06_figures", "end 06_figures"]
+    assert {line.split()[1] for line in log[-4:]} == {"06_figures", "07_sanity"}
+
+
+JOBS = """case "$*" in *ssl_robust.grid*) echo "$@" >> log; exit $(cat code) ;; esac
+case $last"""
+
+
+def test_make_paper_by_jobs_goes_on_to_the_notebooks_when_all_are_there(tree: Path) -> None:
+    (tree / "python").write_text(FAKE_PYTHON.replace("case $last", JOBS, 1))
+    (tree / "results/demo/05_attack_depth.json").unlink()
+    waiting, log = tree / "runs/demo/grid/jobs.json", tree / "log"
+    waiting.parent.mkdir()
+    for code, left, expected in (("3", True, 0), ("1", True, 2), ("2", False, 2)):
+        (tree / "code").write_text(code)
+        waiting.touch() if left else waiting.unlink()
+        done = make(tree, "paper", "EXECUTOR=slurm", "CLUSTER=mine", "DATA=my images")
+        assert done.returncode == expected and "attack_depth" not in log.read_text()
+    asked = "-m ssl_robust.grid --profile demo --data my images --executor slurm --cluster mine"
+    assert log.read_text().splitlines()[-1] == asked
+    (tree / "code").write_text("0")
+    assert make(tree, "paper", "EXECUTOR=local", "DATA=my images").returncode == 0
+    lines = log.read_text().splitlines()
+    at = lines.index(f"{asked.partition(' slurm')[0]} local --cluster local")
+    assert lines[at + 1] == "start 01_heads" and lines[-1] == "end 07_sanity"
+    refused = make(tree, "paper", "EXECUTOR=slrum")
+    assert refused.returncode == 2 and "EXECUTOR must be local or slurm" in refused.stderr
+
+
+def test_make_explain_wants_a_cell(tree: Path) -> None:
+    (tree / "python").write_text('#!/bin/sh\necho "$@"\n')
+    refused = make(tree, "explain")
+    assert refused.returncode == 2 and refused.stderr.startswith("CELL is empty; write for example: make explain CELL=")
+    said = make(tree, "explain", "CELL=table1/a/b/deacl/task").stdout
+    assert said == "-m ssl_robust.explain --profile demo table1/a/b/deacl/task\n"
+    assert make(tree, "bench").stdout == "-m ssl_robust.run appendix_bench --profile bench --data \n"
 
 
 def test_make_clean_asks(tree: Path) -> None:
@@ -375,6 +411,8 @@ def test_make_help_is_the_default_and_lists_every_target(tree: Path) -> None:
         "test",
         "clean",
         "encoder",
+        "explain",
+        "bench",
     }
     assert asked - set(listed.split()) == set()
 

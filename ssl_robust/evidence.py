@@ -1,0 +1,86 @@
+"""Records with what speaks for and against them: reasons for a dagger, and the same cell under further seeds."""
+
+from pathlib import Path
+from typing import Any
+
+from . import records as disk
+from .settings import TASKS
+
+Record = dict[str, Any]
+
+ROW = ("task", "dataset", "encoder", "defense")
+CELL = (*ROW, "attack")
+
+
+def read_skipped(folder: Path) -> list[Record]:
+    """Rows that were asked for but could not be run: {task, dataset, encoder, defense, why}, from */skipped.json.
+
+    `folder` is results/<profile> or figures/<profile>/records; empty if nothing was skipped.
+    """
+    return [{"task": path.parent.name, **row} for path in skipped_paths(folder) for row in disk.read_skipped(path)]
+
+
+def skipped_paths(folder: Path) -> list[Path]:
+    """The lists of skipped rows below `folder` that tables show."""
+    return [path for path in (folder / task / "skipped.json" for task in TASKS) if path.is_file()]
+
+
+def evidence_paths(folder: Path) -> list[Path]:
+    """Files below `folder` that tables need besides the records: those of further seeds and of the sanity checks."""
+    seeds = [path for task in TASKS for path in folder.glob(f"seeds/*/{task}/*__*__*__*.json")]
+    return sorted([*seeds, *folder.glob("sanity/**/*.json")])
+
+
+def read(folder: Path) -> list[Record]:
+    """The records of the tables below `folder` (results/<profile> or figures/<profile>/records), sorted by path.
+
+    Each has two fields more: `reasons`, the sentences that flag its value (its own health record's; for the task attack
+    also the row's from the sanity checks), and `over_seeds`, the records of the same cell under further seeds.
+    """
+    rows, further = sanity_flags(folder), _further(folder)
+    return [
+        record | {"reasons": [*own_flags(record), *_of_row(record, rows)], "over_seeds": further.get(_cell(record), [])}
+        for record in disk.read_records(folder)
+        if record.get("task") in TASKS and "value" in record
+    ]
+
+
+def reasons(record: Record) -> list[str]:
+    """The sentences that flag a record's value: all of them if it comes from `read`, else those of its own health."""
+    return record.get("reasons", own_flags(record))
+
+
+def own_flags(record: Record) -> list[str]:
+    """Sentences of a record's own health record; none if it has none."""
+    return list((record.get("health") or {}).get("flags", ()))
+
+
+def _of_row(record: Record, rows: dict[tuple[str, ...], list[str]]) -> list[str]:
+    return rows.get(tuple(record[name] for name in ROW), []) if record["attack"] == "task" else []
+
+
+def _cell(record: Record) -> tuple[str, ...]:
+    return tuple(record[name] for name in CELL)
+
+
+def _further(folder: Path) -> dict[tuple[str, ...], list[Record]]:
+    """Records of further seeds by cell, in the order of the seeds."""
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for path in folder.glob("seeds/*"):
+        for record in disk.read_records(path):
+            found.setdefault(_cell(record), []).append(record)
+    return {cell: sorted(same, key=lambda r: r["seed"]) for cell, same in found.items()}
+
+
+def seed_values(record: Record) -> list[float]:
+    """The values of a cell under all its seeds, its own first; just its own if it has no further ones."""
+    return [record["value"], *(r["value"] for r in record.get("over_seeds", ()))]
+
+
+def sanity_flags(folder: Path) -> dict[tuple[str, ...], list[str]]:
+    """Flags of the sanity checks below `folder` by (task, dataset, encoder, defense); empty without such checks."""
+    if not (folder / "sanity").is_dir():
+        return {}
+    from . import sanity  # here, because its imports take seconds that no other table needs
+
+    return sanity.flags(folder)

@@ -1,0 +1,573 @@
+"""The experiment grid as jobs, one for each missing result: python -m ssl_robust.grid --profile P --executor slurm.
+
+submitit brings the jobs to Slurm (--executor slurm) or starts them as processes here (--executor local). A job
+fine-tunes one encoder (DeACL), trains one head, or evaluates one table cell, by the functions that the notebooks call;
+those then find everything made. Exit codes: 0 every result is there, 1 a job failed, 2 bad input, 3 jobs are waiting or
+running on the cluster, 130 interrupted.
+"""
+
+import argparse
+import logging
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import redirect_stderr
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any
+
+import psutil
+import submitit
+import torch
+import yaml
+from pydantic import ValidationError
+from submitit.core.utils import FailedJobError
+from submitit.helpers import DelayedSubmission
+
+from . import deacl, encoders, evaluate, records
+from . import settings as schema
+from .encoders import Encoder
+from .heads import skipping
+from .settings import TASKS, BadInput, Cluster, EncoderRow, Settings
+
+WAITING = 3
+EXECUTORS = ("local", "slurm")
+ORDER = ("deacl", "head", "cell")
+SLURM = ("sbatch", "srun", "squeue")
+# Slurm's states of jobs that still come to an end by themselves
+ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "RESIZING", "SUSPENDED", "SIGNALING"}
+HANDLES = {"local": submitit.LocalJob, "slurm": submitit.SlurmJob}
+
+# One job: "name"; "step", one of ORDER; "needs", names of jobs that come before it; and what work() is told:
+# "encoder", and for heads and cells "task", "dataset", "defense", "epoch", "weights", "seed", for cells "kind".
+Job = dict[str, Any]
+# What was submitted, by job name: "id", "executor", "log", "submitted", "needs" (ids). Kept until the result is there.
+Book = dict[str, dict[str, Any]]
+
+
+# --- which results are missing ---
+
+
+class _Computes(Exception):
+    """An encoder is asked for tokens: the result that was looked for is not on disk."""
+
+
+def _refuse(*_: Any) -> None:
+    raise _Computes
+
+
+def _refusing(encoder: Encoder) -> Encoder:
+    """An encoder that cannot compute. What the notebooks' functions return with it, they read from disk.
+
+    So what counts as made is decided by those functions themselves, by their own keys.
+    """
+    for module in encoder.modules():
+        module.register_forward_pre_hook(_refuse)
+    return encoder
+
+
+def _on_disk(result: Callable[[], Any]) -> Any:
+    """What `result` returns without computing, else None."""
+    try:
+        return result()
+    except _Computes:
+        return None
+
+
+def missing(settings: Settings) -> tuple[list[Job], int, list[dict[str, str]]]:
+    """Jobs of all missing results, each after those that it needs; how many results are there; rows that are skipped.
+
+    Raises BadInput if data or weights are missing; with missing: skip, their rows are skipped, each with a reason.
+    """
+    tasks = [task for task in TASKS if getattr(settings, task)]
+    for name, used in (("attack", bool(tasks)), ("deacl", any(row.tuned for row in settings.encoders))):
+        if used and getattr(settings, name) is None:
+            raise BadInput(f"The settings have no section '{name}'; add one (params/demo.yaml shows how).")
+    lost: list[dict[str, str]] = []
+    found: list[tuple[Job, bool]] = []
+    for row in settings.encoders:
+        for defense in row.defenses:
+            only = row.model_copy(update={"defenses": [defense]})
+            with skipping(settings, lost, [{"what": f"{row.name} {defense}"}]):
+                found += _row(only, tasks, settings, lost)
+    jobs = [job for job, there in found if not there]
+    # stable, so rows keep their order; what waits for DeACL comes last, when other jobs have nothing to wait for
+    jobs.sort(key=lambda job: (job.get("defense", "standard") != "standard", ORDER.index(job["step"])))
+    return jobs, len(found) - len(jobs), lost
+
+
+def _row(row: EncoderRow, tasks: list[str], settings: Settings, lost: list[dict[str, str]]) -> Iterator:
+    """(job, whether its result is there) of one encoder with one defense."""
+    before: list[str] = []
+    if row.tuned:
+        job = {"name": f"deacl {row.name}", "step": "deacl", "encoder": row.name, "needs": []}
+        there = _tuned(row, settings)
+        before = [] if there else [job["name"]]
+        yield job, there
+    for variant in _variants(row, settings):
+        # before there are weights of DeACL, the original's place is enough to see that the data are there
+        encoder = _refusing(encoders.load(row, settings.data_root, None if before else variant[2]))
+        for seed in (settings.seed, *settings.seeds):
+            for task in tasks:
+                cells = evaluate.wanted_cells(task, settings, row, variant)
+                for dataset in dict.fromkeys(cell.dataset for cell in cells):
+                    here = [cell for cell in cells if cell.dataset == dataset]
+                    with skipping(settings, lost, [{"what": _where(task, here[0], seed, settings)}]):
+                        yield from _head_and_cells(task, here, seed, encoder, settings, before)
+
+
+def _tuned(row: EncoderRow, settings: Settings) -> bool:
+    """Whether DeACL of a row is finished."""
+    teacher = _refusing(encoders.load(row, settings.data_root))
+    return _on_disk(lambda: deacl.finetune(row, teacher, settings)) is not None
+
+
+def _variants(row: EncoderRow, settings: Settings) -> list[evaluate.Variant]:
+    """As deacl.variants, but known before DeACL has run."""
+    if not row.tuned:
+        return deacl.variants(row, settings.profile, settings.data_root)
+    kept = sorted({*settings.deacl.checkpoints, settings.deacl.epochs})
+    names = [f"deacl-epoch{n}" for n in kept[:-1]] + ["deacl"]
+    return [(d, n, deacl.checkpoint_path(settings.profile, row.name, n)) for d, n in zip(names, kept, strict=True)]
+
+
+def _where(task: str, cell: evaluate.Cell, seed: int, settings: Settings) -> str:
+    """A row of a table in words: depth scenes embedded_vit deacl."""
+    again = "" if seed == settings.seed else f" seed {seed}"
+    return f"{task} {cell.dataset} {cell.row.name} {cell.variant[0]}{again}"
+
+
+def _head_and_cells(
+    task: str, cells: list[evaluate.Cell], seed: int, encoder: Encoder, settings: Settings, before: list[str]
+) -> Iterator:
+    """(job, whether its result is there) of one head and its cells; `before`: the DeACL job that both wait for."""
+    dataset, row, (defense, epoch, weights), _ = cells[0]
+    where, settings = _where(task, cells[0], seed, settings), _seeded(settings, seed)
+    made = _on_disk(lambda: evaluate.prepared(task, dataset, encoder, settings, defense))
+    there = made is not None and not before
+    place = {"encoder": row.name, "defense": defense, "epoch": epoch, "weights": str(weights or "")}
+    place |= {"task": task, "dataset": dataset, "seed": seed}
+    head = {"name": f"head {where}", "step": "head", "needs": before, **place}
+    yield head, there
+    for kind in (cell.kind for cell in cells):
+        needs = [] if there else [head["name"]]
+        job = {"name": f"cell {where} {kind}", "step": "cell", "needs": needs, "kind": kind, **place}
+        yield job, there and evaluate.stored(*made, (defense, epoch), kind, settings) is not None
+
+
+def _seeded(settings: Settings, seed: int) -> Settings:
+    """The settings of one seed, as evaluate.run_task repeats heads and attacks with settings.seeds."""
+    if seed == settings.seed:
+        return settings
+    return settings.model_copy(update={"seed": seed, "profile": f"{settings.profile}/seeds/{seed}"})
+
+
+# --- what a job does ---
+
+
+def work(job: Job, settings: Settings) -> str:
+    """Compute one result; returns "", or with missing: skip why its row is skipped. Says in the log what failed."""
+    os.register_at_fork(after_in_child=_deaf)
+    print(f"{job['name']} | profile {settings.profile}: started", flush=True)
+    try:
+        compute(job, settings)
+    except Exception as error:
+        sentence = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+        print(f"{job['name']} | failed: {sentence}", file=sys.stderr, flush=True)
+        if isinstance(error, BadInput) and settings.missing == "skip":
+            return sentence
+        raise
+    print(f"{job['name']} | done", flush=True)
+    return ""
+
+
+def _again(job: Job, settings: Settings) -> DelayedSubmission:
+    """Taken up again after preemption or at the time limit: DeACL at its last epoch, heads and cells anew."""
+    return DelayedSubmission(work, job, settings)
+
+
+work.checkpoint = _again  # submitit asks for it by this name
+
+
+def compute(job: Job, settings: Settings) -> None:
+    """Make the result of a job by the notebooks' own functions; those that are there are kept."""
+    if job["step"] == "deacl":
+        # what is to be skipped is said by `work`, and by the notebooks when they come to it
+        deacl.finetune_all(settings.model_copy(update={"missing": "stop"}), job["encoder"])
+        return
+    row = next(row for row in settings.encoders if row.name == job["encoder"])
+    settings, weights = _seeded(settings, job["seed"]), Path(job["weights"]) if job["weights"] else None
+    model, test = evaluate.prepare(job["task"], job["dataset"], row, settings, job["defense"], weights)
+    if job["step"] == "cell":
+        notebook = f"0{3 + TASKS.index(job['task'])}_attack_{job['task']}"  # where readers find the result
+        evaluate.cell(model, test, (job["defense"], job["epoch"]), job["kind"], settings, notebook)
+
+
+def _deaf() -> None:
+    """Slurm signals preemption to all processes of a job; only the first is to ask for another turn."""
+    signal.signal(getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}"), signal.SIG_IGN)
+
+
+# --- bookkeeping ---
+
+
+def folder(profile: str) -> Path:
+    """Where the jobs of a profile keep their book and their logs."""
+    return records.runs_dir(profile) / "grid"
+
+
+def _read_book(profile: str) -> Book:
+    path = folder(profile) / "jobs.json"
+    return records.read_json(path) if path.is_file() else {}
+
+
+def _write_book(book: Book, profile: str) -> None:
+    """The file is there as long as a job's result is not."""
+    path = folder(profile) / "jobs.json"
+    records.write_json(book, path) if book else path.unlink(missing_ok=True)
+
+
+def _new_folder(profile: str) -> Path:
+    """Submitit's files of one call. Process numbers come again, so calls must not share one."""
+    path = folder(profile) / datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+    path.mkdir(parents=True)
+    return path
+
+
+def _entry(handle: submitit.Job, executor: str, needs: list[str]) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    log = str(handle.paths.stdout.relative_to(records.ROOT.absolute()))
+    return {"id": handle.job_id, "executor": executor, "log": log, "submitted": now, "needs": needs}
+
+
+def _states(book: Book) -> dict[str, tuple[str, str]]:
+    """(state, why) of every job in the book: Slurm's states; 'LOST' if nothing is known of it any more."""
+    handles = {}  # all before the first is asked, because submitit asks sacct for all of them at once
+    for name, entry in book.items():
+        handles[name] = HANDLES[entry["executor"]](records.ROOT / Path(entry["log"]).parent, entry["id"])
+    queued = _queued() if any(entry["executor"] == "slurm" for entry in book.values()) else set()
+    return {name: _state(handle, book[name], queued) for name, handle in handles.items()}
+
+
+def _state(handle: submitit.Job, entry: dict[str, Any], queued: set[str]) -> tuple[str, str]:
+    outcome, why = _outcome(handle)
+    if entry["executor"] == "local":
+        return ("RUNNING" if _runs_here(handle) else outcome or "INTERRUPTED"), why
+    state = handle.state.split(" ")[0]  # 'CANCELLED by 1000'
+    if state == "UNKNOWN":  # accounting is late, or there is none
+        state = "PENDING" if entry["id"] in queued else outcome or "LOST"
+    elif state == "PREEMPTED" and entry["id"] in queued:
+        state = "REQUEUED"
+    return state, why
+
+
+def _queued() -> set[str]:
+    """Numbers of this user's jobs that Slurm has yet to finish."""
+    command = ["squeue", "--noheader", "--me", "--format", "%i"]
+    try:
+        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    except (OSError, subprocess.CalledProcessError):
+        return set()
+
+
+def _runs_here(handle: submitit.Job) -> bool:
+    """Whether the process of a job runs; its number may have come again for something else."""
+    try:
+        return str(handle.paths.folder) in psutil.Process(int(handle.job_id)).cmdline()
+    except psutil.Error:
+        return False
+
+
+def _outcome(handle: submitit.Job) -> tuple[str, str]:
+    """('COMPLETED', why it was skipped or ''), ('FAILED', the error in one line), ('', '') without a result file."""
+    path = handle.paths.result_pickle
+    if not path.is_file():
+        return "", ""
+    outcome, result = pickle.loads(path.read_bytes())
+    if outcome == "success":
+        return "COMPLETED", result
+    last = result.strip().splitlines()[-1]
+    return "FAILED", last.removeprefix(f"{BadInput.__module__}.{BadInput.__name__}: ")
+
+
+def _say(*parts: str) -> None:
+    print(" | ".join(["grid", *(part for part in parts if part)]), flush=True)
+
+
+# --- jobs as processes of this machine ---
+
+
+def run_here(jobs: list[Job], settings: Settings, cluster: Cluster, book: Book) -> int:
+    """Run all jobs, cluster.at_once at a time, each after those that it needs; returns how many failed or were left.
+
+    The CPU threads of this machine are shared out among the jobs.
+    """
+    threads = max(1, torch.get_num_threads() // cluster.at_once)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the jobs; torch has been set up in this process
+    _say(f"{len(jobs)} jobs, {cluster.at_once} at a time with {threads} threads each")
+    desk = {"settings": settings, "cluster": cluster, "book": book, "lock": Lock(), "free": SimpleQueue()}
+    desk |= {"folder": _new_folder(settings.profile), "running": {}}
+    for place in range(cluster.at_once):
+        desk["free"].put(place)
+    futures: dict[str, Future] = {}
+    with ThreadPoolExecutor(cluster.at_once) as pool:
+        try:
+            for job in jobs:
+                before = {name: futures[name] for name in job["needs"]}
+                futures[job["name"]] = pool.submit(_in_turn, job, before, desk)
+            return sum(not future.result() for future in futures.values())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for handle in [*desk["running"].values()]:
+                handle.cancel()
+            raise
+
+
+def _in_turn(job: Job, before: dict[str, Future], desk: dict[str, Any]) -> bool:
+    """Run one job when those before it are done; whether it has made its result."""
+    for name, future in before.items():
+        if not future.result():
+            _say(job["name"], f"not started, because '{name}' failed")
+            return False
+    place = desk["free"].get()
+    try:
+        handle = _start(job, place, desk)
+        handle.wait()
+    finally:
+        desk["free"].put(place)
+    return _finished(job, handle, desk)
+
+
+def _start(job: Job, place: int, desk: dict[str, Any]) -> submitit.Job:
+    """Start the process of a job and write it down."""
+    executor = submitit.LocalExecutor(desk["folder"])
+    cluster = desk["cluster"]
+    gpus = _gpus(place, _gpus_of(job, cluster), desk["settings"].device)
+    minutes = max(1, math.ceil(60 * cluster.hours))
+    executor.update_parameters(
+        timeout_min=minutes, gpus_per_node=len(gpus), visible_gpus=gpus, stderr_to_stdout=True, signal_delay_s=90
+    )
+    with desk["lock"]:
+        handle = executor.submit(work, job, desk["settings"])
+        desk["running"][job["name"]] = handle
+        desk["book"][job["name"]] = _entry(handle, "local", [])
+        _write_book(desk["book"], desk["settings"].profile)
+        _say(job["name"], "started", desk["book"][job["name"]]["log"])
+    return handle
+
+
+def _finished(job: Job, handle: submitit.Job, desk: dict[str, Any]) -> bool:
+    """Say how a job ended, and strike it from the book if it has made its result or was skipped."""
+    outcome, why = _outcome(handle)
+    log = desk["book"][job["name"]]["log"]
+    with desk["lock"]:
+        del desk["running"][job["name"]]
+        if outcome == "COMPLETED":
+            del desk["book"][job["name"]]
+            _write_book(desk["book"], desk["settings"].profile)
+        _say(job["name"], f"{outcome or 'INTERRUPTED'}{': ' + why if why else ''}", log)
+    return outcome == "COMPLETED"
+
+
+def _gpus_of(job: Job, cluster: Cluster) -> int:
+    return cluster.deacl_gpus if job["step"] == "deacl" else cluster.gpus
+
+
+def _gpus(place: int, count: int, device: str) -> list[int]:
+    """Numbers of the GPUs for a job in one of the places: neighbours take different ones as far as there are any."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    own = [int(n) for n in given if n.isdigit()] or [*range(torch.cuda.device_count())]
+    if device == "cpu" or not own:
+        return []
+    return [own[(place * count + i) % len(own)] for i in range(min(count, len(own)))]
+
+
+# --- jobs of a Slurm cluster ---
+
+
+def submit(jobs: list[Job], settings: Settings, cluster: Cluster, book: Book) -> int:
+    """Submit every job that is not waiting or running already; returns how many now wait or run.
+
+    Jobs that need others start when those have succeeded; if one of them fails, Slurm cancels what waits for it. Raises
+    BadInput if Slurm is not here or refuses a job.
+    """
+    absent = [command for command in SLURM if shutil.which(command) is None]
+    if absent:
+        raise BadInput(
+            f"EXECUTOR=slurm needs the command {absent[0]}, which is not here; call it where jobs are submitted "
+            "(a login node), or use EXECUTOR=local."
+        )
+    _recognised(settings, cluster)
+    states, place = _states(book), _new_folder(settings.profile)
+    alive = 0
+    for job in jobs:
+        needs = [book[name]["id"] for name in job["needs"] if name in book]
+        if _listed(job["name"], book.get(job["name"]), states.get(job["name"]), needs):
+            handle = _submitted(job, place, needs, settings, cluster)
+            book[job["name"]] = _entry(handle, "slurm", needs)
+            _write_book(book, settings.profile)
+            _say(f"job {handle.job_id}", job["name"], "submitted", book[job["name"]]["log"])
+        alive += job["name"] in book and not _skipped(states.get(job["name"]))
+    return alive
+
+
+def _recognised(settings: Settings, cluster: Cluster) -> None:
+    """Raises BadInput if what the cluster's GPUs compute would not be taken for the results asked for here."""
+    if settings.precision == "auto" and cluster.gpus and records.pick_device(settings.device) == "cpu":
+        raise BadInput(
+            "precision: auto is another one on the cluster's GPUs than here, so their results would not be found again;"
+            f" write precision: bf16 or fp32 in params/{settings.profile}.yaml."
+        )
+
+
+def _listed(name: str, entry: dict[str, Any] | None, state: tuple[str, str] | None, needs: list[str]) -> bool:
+    """Say what has become of an earlier submission of a job; whether it is to be submitted (again)."""
+    if entry is None or state is None:
+        return True
+    said, why = state
+    if said == "COMPLETED" and not why:
+        why = "without the result that is asked for now: parameters, data or code have changed since"
+    _say(f"job {entry['id']}", name, f"{said}{': ' + why if why else ''}", entry["log"])
+    if said in ALIVE and not set(needs) <= set(entry["needs"]):  # it waits for a job that will never succeed
+        submitit.SlurmJob(records.ROOT / Path(entry["log"]).parent, entry["id"]).cancel(check=False)
+        return True
+    return said not in ALIVE and not _skipped(state)
+
+
+def _skipped(state: tuple[str, str] | None) -> bool:
+    """Whether a job found that its row is to be skipped (missing: skip)."""
+    return state is not None and state[0] == "COMPLETED" and bool(state[1])
+
+
+def _submitted(job: Job, place: Path, needs: list[str], settings: Settings, cluster: Cluster) -> submitit.Job:
+    executor = submitit.SlurmExecutor(place)
+    executor.update_parameters(**_request(job, needs, cluster))
+    try:
+        with redirect_stderr(None):  # submitit prints what the sentence below says
+            return executor.submit(work, job, settings)
+    except FailedJobError as error:
+        said = str(error).strip().splitlines()[-1]
+        raise BadInput(
+            f"sbatch refused '{job['name']}' ({said}); correct the cluster file in params/cluster/."
+        ) from None
+
+
+def _request(job: Job, needs: list[str], cluster: Cluster) -> dict[str, Any]:
+    """What a job asks Slurm for, in sbatch's words."""
+    asked = {
+        "job_name": job["name"].replace(" ", "-"), "time": max(1, math.ceil(60 * cluster.hours)),
+        "partition": cluster.partition or None, "account": cluster.account or None,
+        "cpus_per_task": cluster.cpus, "mem": f"{cluster.memory}GB", "gpus_per_node": _gpus_of(job, cluster) or None,
+        "ntasks_per_node": 1, "setup": cluster.setup, "stderr_to_stdout": True,
+        "srun_args": ["--cpus-per-task", str(cluster.cpus)],  # since Slurm 22.05 not taken over from sbatch
+    }  # fmt: skip
+    if needs:
+        asked["additional_parameters"] = {"dependency": ":".join(["afterok", *needs]), "kill-on-invalid-dep": "yes"}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+# --- command line ---
+
+
+def read_cluster(name: str) -> Cluster:
+    """The validated file params/cluster/<name>.yaml; raises BadInput with one sentence for what is wrong with it."""
+    from . import run  # here and in main, because papermill takes seconds that no job needs
+
+    path = run.PARAMS / "cluster" / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
+        raise BadInput(f"There is no cluster file '{name}' in params/cluster/; choose one of: {known}.")
+    try:
+        parameters = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return Cluster(**parameters)
+    except ValidationError as error:
+        raise BadInput(f"params/cluster/{path.name}: {schema.sentence(error.errors()[0])}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError):
+        raise BadInput(f"params/cluster/{path.name} is not valid YAML of 'name: value' lines; correct it.") from None
+
+
+def _one_executor(book: Book, executor: str) -> None:
+    """Raises BadInput while jobs run that this call would start a second time."""
+    for name, (state, _) in _states(book).items():
+        entry = book[name]
+        if state not in ALIVE or executor == entry["executor"] == "slurm":
+            continue
+        number = "process" if entry["executor"] == "local" else "Slurm job"
+        raise BadInput(
+            f"'{name}' of an earlier call still runs or waits ({number} {entry['id']}); wait for it or end it first."
+        )
+
+
+def _grid(settings: Settings, executor: str, cluster: Cluster) -> int:
+    book = _read_book(settings.profile)
+    _one_executor(book, executor)
+    jobs, there, lost = missing(settings)
+    for row in lost:
+        _say("skipped", row["what"], row["why"])
+    wanted = {job["name"] for job in jobs}
+    book = {name: entry for name, entry in book.items() if name in wanted}
+    _write_book(book, settings.profile)
+    if jobs and executor == "slurm":
+        return _waiting(submit(jobs, settings, cluster, book), settings.profile)
+    if executor == "local":
+        for name, (state, why) in _states(book).items():
+            _say(name, f"{state}{': ' + why if why else ''}", book[name]["log"], "taken up again")
+    failed = run_here(jobs, settings, cluster, book) if jobs else 0
+    if failed:
+        return _fail(f"{failed} of {len(jobs)} jobs made no result; see the logs above, then call again.", 1)
+    _say(f"profile {settings.profile}: all {there + len(jobs)} results are there")
+    return 0
+
+
+def _waiting(alive: int, profile: str) -> int:
+    """The exit code after submission: 0 if nothing is left but skipped rows."""
+    if not alive:
+        _write_book({}, profile)
+        return 0
+    _say(f"profile {profile}: {alive} jobs wait or run; call again to see what has become of them")
+    return WAITING
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(sentence, file=sys.stderr, flush=True)
+    return code
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ssl_robust.grid", description="Run a profile's grid as jobs.")
+    parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
+    parser.add_argument("--data", default="", help="folder of the real data sets, in place of the profile's data_root")
+    parser.add_argument("--executor", required=True, choices=EXECUTORS, help="processes here, or jobs of a cluster")
+    parser.add_argument("--cluster", default="", help="name of a file in params/cluster/; default: the executor's name")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    from . import run
+
+    arguments = _arguments(argv)
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see run.py; jobs inherit it
+    os.environ["SSL_ROBUST_HEADLESS"] = "1"
+    logging.getLogger("submitit").setLevel(logging.ERROR)
+    try:
+        cluster = read_cluster(arguments.cluster or arguments.executor)
+        return _grid(run.read_profile(arguments.profile, arguments.data), arguments.executor, cluster)
+    except BadInput as error:
+        return _fail(str(error), run.BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("Interrupted; repeat the command to go on from what is computed.", run.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    from ssl_robust import grid  # under its own name, by which the jobs' processes find `work`
+
+    sys.exit(grid.main())

@@ -1,0 +1,369 @@
+"""Tables 1-3 as data and as text: values beside the paper's, daggers, spread over seeds, and the notes below them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from . import layout, paired
+from . import records as disk
+from .claims import FEW, TASK_ATTACK, claims
+from .evidence import reasons, seed_values
+from .settings import TASKS, BadInput
+
+Record = dict[str, Any]
+
+REPORTED = pd.read_csv(disk.PACKAGE / "reported.csv")  # Tables 1-3 of the paper
+KEYS = ["dataset", "encoder", "defense"]
+ATTACKS = ["clean", "embed", "task"]  # what the paper reports
+REPORTED_COLUMNS = ["table", *KEYS, "attack", "reported", "ours", "se", "n", "difference", "inside"]
+# RMSE is better when lower, so each heading says where better is
+METRIC = {"classification": "accuracy ↑", "segmentation": "mIoU ↑", "depth": "RMSE [m] ↓"}
+TITLE = {
+    "classification": "Table 1. Linear classification under attack",
+    "segmentation": "Table 2. Semantic segmentation under attack",
+    "depth": "Table 3. Depth estimation under attack",
+}
+DEFENSE = {"standard": "Standard", "deacl": "DeACL"}
+ROUNDING = 0.005  # the paper prints two decimals
+
+
+# the paper's names in the paper's order
+ORDER = {key: list(REPORTED[key].unique()) for key in ("dataset", "encoder")} | {"defense": list(DEFENSE)}
+
+
+def _rank(row: Record) -> list[tuple[int, str]]:
+    """Sorting key of a row: the paper's names in the paper's order, then the others by name."""
+    return [(ORDER[key].index(row[key]) if row[key] in ORDER[key] else len(ORDER[key]), row[key]) for key in KEYS]
+
+
+def strong_kinds(records: Iterable[Record]) -> list[str]:
+    """Attack kinds beyond those of the paper and 'worst', by name."""
+    return sorted({r["attack"] for r in records} - {*ATTACKS, "worst"})
+
+
+def columns(strong: Sequence[str] = (), seeds: bool = False) -> list[str]:
+    """Columns of a table with these further attacks, and with those of the seeds if there are several."""
+    kinds = [*ATTACKS, *strong, "worst"]
+    spread = ["seeds", *(f"{kind}_{what}" for kind in kinds for what in ("seeds", "spread"))] if seeds else []
+    reported = [f"reported_{attack}" for attack in ATTACKS]
+    return [*KEYS, *kinds, *(f"{kind}_se" for kind in kinds), "n", "metric", *reported, "flags", *spread]
+
+
+COLUMNS = columns()
+
+
+def _kept(task: str, records: Iterable[Record]) -> list[Record]:
+    """Records of the rows of a table, those between DeACL epochs left out, in the order of its rows and columns."""
+    kept = [r for r in records if r["task"] == task and r["defense"] in DEFENSE]
+    order = [*ATTACKS, *strong_kinds(kept), "worst"]
+    return sorted(kept, key=lambda r: (_rank(r), order.index(r["attack"])))
+
+
+def _measured(record: Record) -> dict[str, Any]:
+    """What one record puts into its row."""
+    kind, values = record["attack"], pd.Series(seed_values(record))
+    found = {kind: record["value"], f"{kind}_se": record["se"]}
+    if len(values) > 1:
+        found |= {f"{kind}_seeds": values.mean(), f"{kind}_spread": values.std()}
+    return found
+
+
+def _rows(task: str, records: Iterable[Record], skipped: Sequence[Record]) -> list[Record]:
+    rows: dict[tuple[str, ...], Record] = {}
+    for record in records:
+        place = {key: record[key] for key in [*KEYS, "metric"]}
+        row = rows.setdefault(tuple(record[key] for key in KEYS), place | {"flags": []})
+        row |= _measured(record)
+        row["n"] = min(record["n"], row.get("n", record["n"]))
+        count = len(seed_values(record))
+        row["seeds"] = max(count, row.get("seeds", count))
+        if said := reasons(record):
+            row["flags"].append(f"{record['attack']}:{len(said)}")
+    for row in (row for row in skipped if row["task"] == task):
+        empty = {key: row[key] for key in KEYS} | {"metric": METRIC[task].split()[0], "n": None, "flags": []}
+        rows.setdefault(tuple(row[key] for key in KEYS), empty)
+    return [row | {"flags": " ".join(row["flags"])} for row in sorted(rows.values(), key=_rank)]
+
+
+def table(task: str, records: Iterable[Record], skipped: Sequence[Record] = ()) -> pd.DataFrame:
+    """Table of one task, a row for each (dataset, encoder, defense), with COLUMNS or what `columns` gives.
+
+    `clean`, `embed`, `task` are values of the metric (accuracy and mIoU in 0..1, RMSE in metres), `worst` that of the
+    worst case per image over all attacks, further attacks stand between; `*_se` their standard errors, `n` the number
+    of test images, `reported_*` the paper's value where it has that row; NaN: not run. `flags` counts the reasons for a
+    dagger, 'task:2'. With several seeds: their number `seeds`, and of each value mean `*_seeds` and standard deviation
+    `*_spread`. `skipped` (evidence.read_skipped) gives rows without values.
+    """
+    kept = _kept(task, records)
+    strong, rows = strong_kinds(kept), _rows(task, kept, skipped)
+    wanted = columns(strong, seeds=any(row.get("seeds", 1) > 1 for row in rows))
+    text = [*KEYS, "metric", "flags"]
+    measured = pd.DataFrame(rows, columns=[c for c in wanted if not c.startswith("reported_")])
+    values = [c for c in measured.columns if c not in (*text, "n", "seeds")]
+    measured[values] = measured[values].astype(float)
+    measured = measured.astype({c: "Int64" for c in ("n", "seeds") if c in measured})
+    paper = REPORTED[REPORTED["task"] == task].drop(columns="task")
+    paper.columns = [*KEYS, *(f"reported_{attack}" for attack in ATTACKS)]
+    return measured.merge(paper, on=KEYS, how="left")[wanted]
+
+
+def _inside(difference: Any, se: Any) -> Any:
+    """Whether a difference from the paper lies within 2 standard errors of ours, the paper's rounding allowed."""
+    return abs(difference) <= 2 * se + ROUNDING + 1e-9
+
+
+def comparison(task: str, records: Iterable[Record], skipped: Sequence[Record] = ()) -> pd.DataFrame:
+    """A row for each value of a task that the paper reports too: REPORTED_COLUMNS; `difference` is ours - reported.
+
+    `inside`: the difference is at most 2 standard errors of ours + 0.005. What was not run has no `ours`.
+    """
+    numbers = table(task, records, skipped)
+    parts = [
+        numbers[[*KEYS, "n"]].assign(
+            attack=attack, reported=numbers[f"reported_{attack}"], ours=numbers[attack], se=numbers[f"{attack}_se"]
+        )
+        for attack in ATTACKS
+    ]
+    tidy = pd.concat(parts).sort_index(kind="stable").dropna(subset="reported")
+    tidy = tidy.assign(table=TASKS.index(task) + 1, difference=tidy["ours"] - tidy["reported"])
+    inside = _inside(tidy["difference"], tidy["se"]).astype("boolean")
+    return tidy.assign(inside=inside.where(tidy["ours"].notna())).reset_index(drop=True)[REPORTED_COLUMNS]
+
+
+def _signed(difference: float, digits: int = 2) -> str:
+    """'+0.03', '−0.01', '0.00'."""
+    rounded = round(difference, digits)
+    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
+
+
+def names(task: str, records: Iterable[Record]) -> dict[str, str]:
+    """Attack kinds of a table with their headings, in the order of its columns; 'worst' if some record is of it."""
+    kept = _kept(task, records)
+    titles = {r["attack"]: r["attack_name"] for r in kept}
+    strong = {kind: titles[kind] for kind in strong_kinds(kept)}
+    worst = {"worst": "Worst"} if any(r["attack"] == "worst" for r in kept) else {}
+    return {"clean": "Clean", "embed": "EmbedAttack", "task": TASK_ATTACK[task], **strong, **worst}
+
+
+def row_name(record: Record) -> str:
+    """'scenes/embedded_vit DeACL'."""
+    return f"{record['dataset']}/{record['encoder']} {DEFENSE.get(record['defense'], record['defense'])}"
+
+
+def daggers(task: str, records: Iterable[Record]) -> list[tuple[Record, str]]:
+    """Flagged records of a table with the sentence that gives the reasons; the first has †1, and so on."""
+    headings, found = names(task, records), []
+    for record in (r for r in _kept(task, records) if reasons(r)):
+        said = "; ".join(_unique(reason.rstrip(".") for reason in reasons(record)))
+        number = f"†{len(found) + 1}"
+        found.append((record, f"{number} {row_name(record)}, {headings[record['attack']]}: {said}."))
+    return found
+
+
+def _marks(task: str, records: Iterable[Record]) -> dict[tuple[str, ...], str]:
+    """(dataset, encoder, defense, attack): '†1'."""
+    found = daggers(task, records)
+    return {tuple(r[key] for key in [*KEYS, "attack"]): said.split()[0] for r, said in found}
+
+
+def _brackets(row: pd.Series, attack: str) -> str:
+    """The line below a value: the paper's value, the difference and whether it is inside (≈) or not; '' without one."""
+    reported = row.get(f"reported_{attack}")
+    if pd.isna(reported):
+        return ""
+    if pd.isna(row[attack]):
+        return f"\n({reported:.2f})"
+    difference = row[attack] - reported
+    sign = "≈" if _inside(difference, row[f"{attack}_se"]) else "≠"
+    return f"\n({reported:.2f}, {_signed(difference)} {sign})"
+
+
+def _cell(row: pd.Series, attack: str, mark: str = "") -> str:
+    """Value, standard error and dagger; below it the paper's value if it has one, and mean and spread of the seeds.
+
+    '0.91 ± 0.01', '0.91 ± 0.01 †2\\n(0.94, −0.03 ≠)\\n(seeds: 0.90 ± 0.02, 3)', or 'not run\\n(0.94)'.
+    """
+    if pd.isna(row[attack]):
+        return "not run" + _brackets(row, attack)
+    value = f"{row[attack]:.2f} ± {row[f'{attack}_se']:.2f}{' ' * bool(mark)}{mark}"
+    mean = row.get(f"{attack}_seeds")
+    seeds = "" if pd.isna(mean) else f"\n(seeds: {mean:.2f} ± {row[f'{attack}_spread']:.2f}, {row['seeds']})"
+    return value + _brackets(row, attack) + seeds
+
+
+def readable(task: str, records: list[Record], skipped: Sequence[Record] = ()) -> pd.DataFrame:
+    """The table as text for people: values with their standard errors, headings with the direction of better."""
+    numbers, marks = table(task, records, skipped), _marks(task, records)
+    text = numbers[["dataset", "encoder"]].assign(defense=numbers["defense"].map(DEFENSE))
+    text.columns = ["Dataset", "Encoder", "Defense"]
+    for kind, name in names(task, records).items():
+        places = numbers[KEYS].itertuples(index=False, name=None)
+        pairs = zip(numbers.iterrows(), places, strict=True)
+        text[f"{name}, {METRIC[task]}"] = [_cell(row, kind, marks.get((*place, kind), "")) for (_, row), place in pairs]
+    return text.assign(n=["–" if pd.isna(n) else str(n) for n in numbers["n"]])
+
+
+def _pixels(budget: float) -> str:
+    """A change of a pixel in the usual unit: 0.031372 -> '8/255'."""
+    return f"{budget * 255:.3g}/255"
+
+
+def _attack_words(attack: dict[str, Any]) -> str:
+    kept = "the iterate of the largest loss" if attack.get("best") else "the last iterate"
+    size = f"eps {_pixels(attack['eps'])}, step {_pixels(attack['step'])}, {attack['steps']} steps"
+    return f"Attacks: L-infinity in [0, 1] pixels, {size}, random start, {kept} is evaluated."
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _protocol_words(protocol: str | list[str]) -> str:
+    if protocol == "released":
+        return "Protocol: the authors' released code (all differences)."
+    if protocol == "paper" or not protocol:
+        return "Protocol: the paper's text."
+    return f"Protocol: the paper's text, but as in the authors' released code: {', '.join(protocol)}."
+
+
+def _data_words(kept: list[Record]) -> list[str]:
+    """What sets the images apart from the whole official test set."""
+    parts = ", ".join(_unique(r["dataset"] for r in kept if r.get("counts") == "any"))
+    cropped = ", ".join(_unique(r["dataset"] for r in kept if r["settings"]["task"].get("crop") == "eigen"))
+    damaged = ", ".join(_unique(f"{r['damaged']} on {r['dataset']}" for r in kept if r.get("damaged")))
+    words = [f"Rows on parts of the official data sets (counts: any): {parts}."] if parts else []
+    words += [f"Unreadable test images that were left out: {damaged}."] if damaged else []
+    return words + ([f"Errors count inside the centre crop of Eigen et al. on {cropped}."] if cropped else [])
+
+
+def _comparison_words(compared: pd.DataFrame) -> str:
+    """What the brackets mean and how often the value lies inside."""
+    if compared.empty:
+        return "The paper has none of these rows."
+    rule = f"≈ if it is at most 2 standard errors of ours (+ {ROUNDING}, as the paper rounds to 0.01), ≠ if it is more"
+    judged = compared["inside"].dropna()
+    count = f"{judged.sum()} of {len(judged)} values are ≈" if len(judged) else "none of them was run"
+    return f"In brackets: the paper's value, then the difference (ours − the paper's), {rule}; {count}."
+
+
+def _skipped_words(task: str, kept: list[Record], skipped: Sequence[Record]) -> list[str]:
+    """One sentence for each reason, with the rows it stopped; rows that have values are not among them."""
+    run = {tuple(r[key] for key in KEYS) for r in kept}
+    stopped: dict[str, list[str]] = {}
+    for row in skipped:
+        if row["task"] == task and tuple(row[key] for key in KEYS) not in run:
+            name = f"{row['dataset']}/{row['encoder']} {DEFENSE.get(row['defense'], row['defense'])}"
+            stopped.setdefault(row["why"].rstrip("."), []).append(name)
+    return [f"Not run: {', '.join(names)}, because: {why}." for why, names in stopped.items()]
+
+
+def _overstated(task: str, kept: list[Record]) -> list[str]:
+    """How far the task attack's value is from the worst case, in each row or, for many rows, as a range."""
+    cells = {(*(r[key] for key in KEYS), r["attack"]): r for r in kept}
+    sign, gaps = -1 if task == "depth" else 1, {}
+    for (*place, kind), worst in cells.items():
+        alone = cells.get((*place, "task"))
+        if kind == "worst" and alone:
+            gaps[row_name(worst)] = sign * (alone["value"] - worst["value"])
+    if not gaps:
+        return []
+    ranked = sorted(gaps, key=gaps.get)
+    numbers = ", ".join(f"{gap:.3f} in {row}" for row, gap in gaps.items())
+    if len(gaps) > FEW:
+        least, middle, most = (f"{gaps[row]:.3f} in {row}" for row in (ranked[0], ranked[len(gaps) // 2], ranked[-1]))
+        numbers = f"{least} (the least of {len(gaps)} rows), {middle} (the middle), {most} (the most)"
+    others = ", ".join(name for kind, name in names(task, kept).items() if kind != "worst")
+    lies = f"its {METRIC[task][:-2]} lies {'below' if task == 'depth' else 'above'} Worst by"
+    return [
+        f"Worst: for each image the worst result of {others}.",
+        f"{TASK_ATTACK[task]} alone overstates robustness: {lies} {numbers}.",
+    ]
+
+
+def _seed_words(kept: list[Record]) -> list[str]:
+    seeds = _unique(str(s["seed"]) for r in kept for s in [r, *r.get("over_seeds", ())])
+    if len(seeds) < 2 or not any(r.get("over_seeds") for r in kept):
+        return []
+    rule = "mean ± standard deviation over heads and attacks made anew with each seed, and how many there are"
+    return [f"Seeds {', '.join(seeds)}; in brackets {rule}."]
+
+
+def _paired_words(task: str, kept: list[Record]) -> list[str]:
+    """DeACL against Standard, a sentence for each row."""
+    found, headings = paired.differences(kept), names(task, kept)
+    sentences = []
+    for (dataset, encoder), row in found.groupby(["dataset", "encoder"], sort=False):
+        row = row.assign(order=row["attack"].map(list(headings).index)).sort_values("order")
+        numbers = [
+            f"{headings[r.attack]} {_signed(r.difference)} [{_signed(r.low)}, {_signed(r.high)}]"
+            for r in row.itertuples()
+        ]
+        sentences.append(f"DeACL − Standard on {dataset}/{encoder}: {', '.join(numbers)}.")
+    if sentences:
+        how = {
+            "segmentation": ", of mIoU as a mean over images",
+            "depth": ", every image counting the same; a negative one is a gain",
+        }
+        rule = "Differences with their 95 % interval (the claims' intervals too): paired bootstrap over the same images"
+        sentences.insert(0, f"{rule}{how.get(task, '')}.")
+    elif any(r["defense"] == "deacl" for r in kept):
+        sentences.append("The claims' intervals are one standard error: there are no values of the same images.")
+    return sentences
+
+
+def notes(task: str, records: list[Record], skipped: Sequence[Record] = ()) -> list[str]:
+    """Sentences below a table: daggers, how it was measured, what to compare with, and the claims as they show here."""
+    kept = _kept(task, records)
+    attacked = [r for r in kept if r["attack"] != "clean"]
+    sentences = [sentence for _, sentence in daggers(task, records)]
+    sentences.append("Value ± standard error over n test images, the same ones clean and attacked.")
+    if chances := ", ".join(_unique(f"{r['chance']:.2f} on {r['dataset']}" for r in kept)):
+        sentences.append(f"The best constant prediction scores {chances}.")
+    sentences += _unique(_protocol_words(r.get("protocol", "paper")) for r in kept)
+    sentences += _unique(_attack_words(r["settings"]["attack"]) for r in attacked if r["attack"] in ATTACKS)
+    if any(r.get("precision") == "bf16" for r in attacked):
+        sentences.append("Attack steps are computed in bf16, what is evaluated in fp32.")
+    if attacked:
+        sentences.append(f"Largest change of any pixel: {_pixels(max(r['max_perturbation'] for r in attacked))}.")
+    if nonfinite := sum(r["nonfinite"] for r in kept):
+        sentences.append(f"Warning: {nonfinite} values were not finite.")
+    sentences += [*_data_words(kept), *_overstated(task, kept), *_seed_words(kept)]
+    sentences.append(_comparison_words(comparison(task, records, skipped)))
+    sentences += [*_skipped_words(task, kept, skipped), *_paired_words(task, kept)]
+    return sentences + [f"({letter}) {sentence}" for letter, sentence in claims(sorted(records, key=_rank), task)]
+
+
+def csv(numbers: pd.DataFrame) -> str:
+    """A data frame as CSV with six decimals, the same bytes on every system."""
+    return numbers.to_csv(index=False, float_format="%.6f", lineterminator="\n")
+
+
+def table_files(number: int, records: list[Record], skipped: Sequence[Record] = ()) -> dict[str, str]:
+    """Content of table<number> as {'csv', 'md', 'tex'}, the same bytes for the same records (evidence.read).
+
+    Raises BadInput if `number` is not 1, 2 or 3 or if its task has neither a record nor a skipped row.
+    """
+    if number not in (1, 2, 3):
+        raise BadInput(f"There is no table {number}; ask for 1 (classification), 2 (segmentation) or 3 (depth).")
+    task = TASKS[number - 1]
+    numbers = table(task, records, skipped)
+    if numbers.empty:
+        raise BadInput(
+            f"Table {number} has no records; run notebook 0{number + 2}_attack_{task} first, or 'make paper'."
+        )
+    shown = TITLE[task], readable(task, records, skipped), notes(task, records, skipped)
+    return {"csv": csv(numbers), "md": layout.markdown(*shown), "tex": layout.latex(*shown)}
+
+
+def effect_rows(effects: pd.DataFrame, task: str) -> pd.DataFrame:
+    """Rows of one task as text: the paper's protocol first, then each other's values and their change against it."""
+    rows = effects[effects["task"] == task]
+    text = pd.DataFrame({"Protocol": rows["protocol"]})
+    for column, name in zip(["clean", "embed", "attack"], ["Clean", "EmbedAttack", TASK_ATTACK[task]], strict=True):
+        changes = rows[column] - rows[column].iloc[0]
+        pairs = zip(rows[column], rows[f"{column}_se"], changes, strict=True)
+        text[f"{name}, {METRIC[task]}"] = [
+            f"{value:.3f} ± {se:.3f} ({_signed(change, 3)})" for value, se, change in pairs
+        ]
+    return text

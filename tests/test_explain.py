@@ -1,0 +1,149 @@
+"""What is said of one table cell, on records planted in a temporary folder."""
+
+import shlex
+import subprocess
+
+import pytest
+
+from ssl_robust import evidence, explain, records, report
+from ssl_robust.settings import BadInput
+
+CELL = "table1/scenes/embedded_vit/deacl/task"
+
+
+def record(value=0.25, attack="task", defense="deacl", **changes):
+    per_image = [float(i < value * 8) for i in range(8)]
+    return {
+        "schema": 1, "key": "0" * 16, "task": "classification", "dataset": "scenes", "encoder": "embedded_vit",
+        "defense": defense, "epoch": 3, "attack": attack, "attack_name": "PGD", "metric": "accuracy", "value": value,
+        "se": 0.0125, "n": 8, "chance": 0.1, "protocol": "paper", "precision": "bf16", "batch": 32,
+        "settings": {"attack": {"eps": 8 / 255, "steps": 20}, "task": {"n_test": 8}}, "seed": 0,
+        "hashes": {"weights": "w" * 16, "data": "d" * 16}, "max_perturbation": 8 / 255, "nonfinite": 0,
+        "per_image": per_image, "seconds": 2.0, "notebook": "runs/demo/03_attack_classification.ipynb", "git": "abc",
+        "versions": {"torch": "2"}, "device": "cpu (x86_64)", "threads": 1, "made": "2025-01-01", **changes,
+    }  # fmt: skip
+
+
+def write(r, profile="demo"):
+    path = records.record_path(profile, *(r[name] for name in evidence.CELL))
+    return records.write_record(r, path)
+
+
+@pytest.fixture
+def project(root):
+    write(record(0.0, defense="standard"))
+    write(record(health={"rising": 3, "flags": ["the loss still rises"]}))
+    write(record(0.5, attack="clean"))
+    write(record(task="depth", dataset="nyuv2", metric="RMSE"))
+    lost = [{"dataset": "voc2012", "encoder": "embedded_vit", "defense": "standard", "why": "voc2012 is not there."}]
+    records.write_skipped("demo", "segmentation", lost)
+    return root
+
+
+def told(cell, capsys, *more):
+    code = explain.main([cell, *more])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_cell_is_shown_with_all_that_is_known_of_it(project, capsys, monkeypatch):
+    row = ("classification", "scenes", "embedded_vit", "deacl")
+    monkeypatch.setattr(evidence, "sanity_flags", lambda folder: {row: ["five times the steps take more"]})
+    code, out, err = told(CELL, capsys)
+    assert code == 0 and not err
+    for words in (
+        f"{CELL} of profile 'demo', from results/demo", "0.2500 ± 0.0125 (standard error)",
+        "8; the best constant prediction scores 0.1000", "DeACL-Standard +0.2500, 95 % interval [+0.0",
+        "PGD: eps 0.03137, steps 20", "|x' - x| of 8.000/255", "paper", f"weights {'w' * 16}, data {'d' * 16}",
+        "torch 2", "cpu (x86_64), 1 threads", "2025-01-01 in 2.0 s by commit abc", "bf16", "32", "rising 3",
+        "- the loss still rises", "- five times the steps take more", "runs/demo/03_attack_classification.ipynb",
+    ):  # fmt: skip
+        assert words in out, words
+    assert "not here" in out
+    (project / "runs/demo").mkdir(parents=True)
+    (project / "runs/demo/03_attack_classification.ipynb").touch()
+    assert "not here" not in told(CELL, capsys)[1]
+
+
+def test_a_clean_cell_has_no_attack_and_no_flags(project, capsys):
+    code, out, _ = told("table1/scenes/embedded_vit/deacl/clean", capsys)
+    assert code == 0 and "attack       none" in out and "flags        none" in out and "DeACL-Standard" not in out
+
+
+def test_the_command_removes_just_this_record_and_its_stage(project, capsys):
+    stage = records.finish("demo", "03_attack_classification")
+    there = set((project / "results").rglob("*.json"))
+    said = told(CELL, capsys)[1].splitlines()[-1]
+    remove, make = said.strip().split(" && ")
+    assert make == "make table1"
+    subprocess.run(remove, shell=True, check=True, cwd=project)
+    gone = there - set((project / "results").rglob("*.json"))
+    path = records.record_path("demo", "classification", "scenes", "embedded_vit", "deacl", "task")
+    assert gone == {stage, path}
+
+
+def test_the_command_keeps_profile_and_data_and_quotes_names(root):
+    r = record(dataset="my pets; rm -rf *")
+    records.write_bytes(b"/data/my folder\n", records.runs_dir("samples") / "data_root")
+    said = explain.command("samples", r)
+    assert shlex.split(said)[2] == "results/samples/classification/my pets; rm -rf *__embedded_vit__deacl__task.json"
+    assert shlex.split(said)[-3:] == ["table1", "PROFILE=samples", "DATA=/data/my folder"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("table4/scenes/embedded_vit/deacl/task", "no table 'table4'"),
+        ("table1/scene/embedded_vit/deacl/task", "no data set 'scene' for CELL 'table1/scene/embedded_vit/deacl/task'; "
+         "did you mean 'scenes', of the known ones: scenes."),
+        ("table1/nyuv2/embedded_vit/deacl/task", "known ones: scenes."),
+        ("table1/scenes/embeded_vit/deacl/task", "no encoder 'embeded_vit'"),
+        ("table1/scenes/embedded_vit/Standard/task", "did you mean 'standard', of the known ones: deacl, standard."),
+        ("table1/scenes/embedded_vit/deacl/pgd", "no attack 'pgd'"),
+        ("table1/scenes/embedded_vit/standard/clean", "no attack 'clean' for CELL 'table1/scenes/embedded_vit/standard/"
+         "clean'; write one of the known ones: task."),
+        ("table1/scenes", "has 2 parts; write TABLE/DATASET/ENCODER/DEFENSE/ATTACK"),
+        ("", "has 1 parts; write TABLE/"),
+        ("table2/voc2012/embedded_vit/deacl/task", "no defense 'deacl'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_cell_is_one_sentence_with_the_nearest_known_parts(cell, said, project, capsys):
+    code, out, err = told(cell, capsys)
+    assert code == 2 and not out and said in err and err.count("\n") == 1 and err.endswith(".\n")
+
+
+def test_a_skipped_cell_says_why(project, capsys):
+    code, out, err = told("table2/voc2012/embedded_vit/standard/embed", capsys)
+    assert code == 0 and not err
+    assert out == "table2/voc2012/embedded_vit/standard of profile 'demo' was not run, because: voc2012 is not there.\n"
+
+
+def test_a_clone_reads_the_records_that_came_with_it_and_says_so(project, capsys):
+    report.copy_records("demo")
+    (project / "results").rename(project / "gone")
+    code, out, _ = told(CELL, capsys)
+    assert code == 0 and "from figures/demo/records" in out and "There are no results in results/demo" in out
+    assert "- the loss still rises" in out
+
+
+def test_without_records_or_with_a_damaged_one_there_is_one_sentence(project, capsys):
+    code, out, err = told(CELL, capsys, "--profile", "nothing")
+    assert code == 2 and not out and "Profile 'nothing' has no records yet" in err
+    path = records.record_path("demo", "classification", "scenes", "embedded_vit", "deacl", "task")
+    path.write_text(path.read_text()[:100])
+    code, _, err = told(CELL, capsys)
+    assert code == 2 and path.name in err and err.count("\n") == 1
+
+
+def test_seeds_and_the_worst_case_are_shown(project, capsys):
+    again = record(0.5, seed=1)
+    records.write_record(again, project / "results/demo/seeds/1/classification/scenes__embedded_vit__deacl__task.json")
+    write(record(0.125, attack="worst", attack_name="worst case", chosen={"clean": 0, "task": 8}))
+    assert "seeds        0: 0.2500, 1: 0.5000" in told(CELL, capsys)[1]
+    out = told(CELL.replace("/task", "/worst"), capsys)[1]
+    assert "worst case: eps" in out and "chosen       (clean 0, task 8)" in out
+
+
+def test_an_unknown_cell_is_an_error_of_its_own():
+    with pytest.raises(BadInput, match="known ones: none"):
+        explain.find("table1/a/b/c/d", [], [])

@@ -1,0 +1,267 @@
+"""Sanity checks on models of which one knows what an attack can do: good, weak and misled attacks."""
+
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import planted
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ssl_robust import attacks, datasets, deacl, encoders, evaluate, metrics, records, sanity
+from ssl_robust.settings import TASKS, Attack, BadInput, Sanity
+
+RADII = [0.0, 2 / 255, 8 / 255, 64 / 255]
+FEW = SimpleNamespace(sanity=Sanity(n=4, restarts=1, eps=RADII))
+
+
+def bench(model=None, **attack):
+    """Images whose brightness lies 0.5, 1.5, .. hundredths above (class 1) or below the border of a linear model."""
+    margin = torch.cat([0.005 + 0.01 * torch.arange(12), -0.005 - 0.01 * torch.arange(12)]).view(-1, 1, 1, 1)
+    x = planted.images(24)
+    x = 0.5 + 0.1 * (x - x.mean((1, 2, 3), keepdim=True)) + margin
+    parts = [(x, (margin.flatten() > 0).long(), [f"image-{i}" for i in range(24)])]
+    model = model or planted.brightness_model()
+    return sanity.Bench(model, parts, 2, metrics.value_of_sums, 24, Attack(**attack), 0, "fp32")
+
+
+def test_a_converged_attack_on_a_linear_model_passes_all_checks():
+    b = bench()
+    found, said = sanity.checks(b, ("another", "task", planted.brightness_model()), FEW)
+    assert said == [] and found["monotone"] and found["reaches_chance"] and found["zero_is_clean"]
+    assert found["clean"]["value"] == 1 and found["attack"]["value"] == 0.75 and found["chance"] == 0.5
+    values = [point["value"] for point in found["sweep"]]  # what the margins say, in closed form
+    assert values == pytest.approx([24 / 24, 22 / 24, 18 / 24, 0]) and found["noise"]["value"] >= 23 / 24
+    assert found["more_steps"] | {"se": 0} == {"value": 0.75, "se": 0, "gain": 0, "steps": 100}
+    assert found["restarts"]["starts"] == 2 and found["transfer"]["from"] == "another"
+    assert found["transfer"]["value"] == 0.75  # the same weights: as good as the white box, but not better
+
+
+@pytest.mark.parametrize("attack", [{"steps": 1}, {"steps": 3, "step": 1 / 255}])
+def test_a_weak_attack_is_flagged(attack):
+    _, said = sanity.checks(bench(**attack, eps=16 / 255), None, FEW)
+    assert any("PGD is clearly stronger with" in flag and "has not converged" in flag for flag in said)
+
+
+def test_an_attack_that_depends_on_its_start_is_flagged(monkeypatch):
+    starts = {0: 0.0, 1: -1.0}  # the table's seed starts at the image, the next one at the darkest corner
+    monkeypatch.setattr(attacks, "random_start", lambda x, eps, ids, seed: x + eps * starts.get(seed, 0))
+    found, said = sanity.checks(bench(steps=1, step=0.0, eps=16 / 255), None, FEW)
+    assert found["restarts"]["value"] < found["attack"]["value"]
+    assert any("from the worst of 2 random starts" in flag for flag in said)
+
+
+class Rounded(nn.Module):
+    """A layer that hides the gradient of what comes before it."""
+
+    def forward(self, x):
+        return (64 * x).round() / 64
+
+
+def test_masked_gradients_are_flagged_by_noise_and_by_the_largest_radius():
+    model = planted.brightness_model()
+    model.encoder.backbone.proj = nn.Sequential(model.encoder.backbone.proj, Rounded())
+    _, said = sanity.checks(bench(model), None, FEW)
+    assert any("noise of the same size harms no less than PGD" in flag for flag in said)
+    assert any("even a radius of 64/255 leaves more than chance" in flag for flag in said)
+
+
+def test_an_attack_in_the_wrong_direction_is_flagged_by_every_comparison(monkeypatch):
+    right = attacks.cross_entropy
+    monkeypatch.setattr(attacks, "cross_entropy_loss", lambda m, label: lambda adv, t: -right(m(adv), label))
+    found, said = sanity.checks(bench(), ("another", "embed", planted.brightness_model()), FEW)
+    text = " ".join(said)
+    assert "EmbedAttack harms more than PGD" in text and "images made on another harm more" in text
+    assert "random signs of the same size harm no less" in text and "leaves more than chance" in text
+    assert found["attack"]["value"] == 1
+
+
+def test_a_curve_that_turns_back_is_found():
+    b = bench()
+    right = [torch.tensor([[1.0]] * k + [[0.0]] * (12 - k)).double() for k in (12, 8, 2, 8, 0)]
+    assert sanity._turns(b, right) == [2]  # from 2 right ones to 8
+    assert sanity._turns(b, right[:3]) == [] and sanity._turns(b, [right[0]] * 3) == []
+
+
+def test_a_gain_is_paired():
+    b = bench()
+    one, two = (torch.tensor([[1.0]] * k + [[0.0]] * (12 - k)).double() for k in (9, 6))
+    gap, se = sanity.gain(b, one, two)
+    assert gap == pytest.approx(0.25) and se == pytest.approx((0.25 * 0.75 / 11) ** 0.5)
+    assert sanity.gain(b, one, one) == (0, 0) and sanity.gain(b, two, one)[0] == pytest.approx(-0.25)
+    assert not sanity.surely_stronger(b, one, one) and not sanity.surely_stronger(b, two, one)
+
+
+def test_a_larger_rmse_is_a_stronger_attack():
+    b = bench(planted.model("depth"))
+    low, high = (torch.tensor([[4.0 * e, 4.0], [e, 1.0]]).double() for e in (1.0, 4.0))
+    assert sanity.gain(b, low, high)[0] == pytest.approx(1)
+    assert torch.equal(sanity.worst(b, [low, high]), high) and torch.equal(sanity.worst(b, [high, low]), high)
+
+
+def test_the_tables_own_radius_is_attacked_once(monkeypatch):
+    made, original = [], attacks.attacked
+    monkeypatch.setattr(attacks, "attacked", lambda *args: made.append(args[5]) or original(*args))
+    b = bench()
+    sanity.checks(b, None, FEW)
+    assert sum(a == b.attack for a in made) == 3  # the attack, one restart, EmbedAttack
+    assert [a.steps for a in made if a.eps == 0] == [1]
+    assert [a.step for a in made if a.eps == RADII[-1]] == [pytest.approx(16 / 255)]
+    assert sanity.steps(b.attack, FEW.sanity) == sum(a.steps for a in made) + 20  # and 20 for the transfer
+
+
+def test_eps_zero_in_the_tables_is_no_flaw_of_the_attack():
+    _, said = sanity.checks(bench(eps=0.0), None, FEW)
+    assert said == []
+
+
+# --- all rows on the toys ---
+
+QUICK = Sanity(n=4, more_steps=2, restarts=1, eps=[8 / 255, 64 / 255])
+
+
+@pytest.fixture
+def tuned(toys, monkeypatch):
+    """Planted encoders instead of rows, fine-tuned by DeACL; one more row that serves as a source."""
+
+    def load(row, data_root="", weights=None):
+        if row.name == "gone":
+            raise BadInput("The checkpoint gone.pth does not exist; correct the path.")
+        encoder = planted.encoder(seed=len(row.name))
+        encoder.name = row.name
+        if weights:
+            encoder.backbone.load_state_dict(load_file(weights))
+        return encoder
+
+    monkeypatch.setattr(encoders, "load", load)
+    monkeypatch.setattr(encoders, "random_init", lambda row, seed: planted.encoder(seed=99))
+    settings = _settings()
+    deacl.finetune(settings.encoders[0], load(settings.encoders[0]), settings)
+    return settings
+
+
+def _settings(**changes):
+    quick = {"n_train": 6, "n_val": 2, "epochs": 1}
+    changes = {"deacl": {**quick, "warmup_epochs": 0}} | dict.fromkeys(TASKS, quick) | changes
+    return planted.settings(**changes).model_copy(update={"sanity": QUICK})
+
+
+def test_all_rows_are_checked_written_and_kept(tuned, monkeypatch):
+    found = sanity.run_all(tuned)
+    assert [tuple(r[k] for k in sanity.KEYS) for r in found] == [
+        (task, "toys", "planted", defense) for task in TASKS for defense in ("standard", "deacl")
+    ]
+    for row in found:
+        path = sanity.path_of("toy", *(row[k] for k in sanity.KEYS))
+        assert records.read_record(path) == row and row["n"] == 4 and row["checks"]["zero_is_clean"]
+        assert row["checks"]["transfer"]["from"] == "planted at random init"
+    assert records.read_records(records.results_dir("toy")) == []  # no record of a table
+    assert sanity.flags("toy") == {tuple(r[k] for k in sanity.KEYS): r["flags"] for r in found if r["flags"]}
+    assert sanity.flags(records.results_dir("toy")) == sanity.flags("toy")
+
+    calls, original = [], sanity.checks
+    monkeypatch.setattr(sanity, "checks", lambda *args: calls.append(1) or original(*args))
+    assert sanity.run_all(tuned) == found and calls == []
+    only = tuned.model_copy(update={"segmentation": None, "depth": None})
+    assert len(sanity.run_all(only)) == 2 and calls == []
+    assert len(list((records.results_dir("toy") / "sanity").glob("*/*.json"))) == 2  # the others are gone
+    only = only.model_copy(update={"encoders": [tuned.encoders[0].model_copy(update={"defenses": ["standard"]})]})
+    for change in ({"seed": 1}, {"attack": Attack(steps=2)}, {"sanity": QUICK.model_copy(update={"n": 3})}):
+        calls.clear()
+        again = sanity.run_all(only.model_copy(update=change))
+        assert len(calls) == 1 and {r["key"] for r in again} & {r["key"] for r in found} == set(), change
+
+
+def test_a_damaged_result_is_made_again(tuned):
+    only = tuned.model_copy(update={"segmentation": None, "depth": None})
+    first, _ = sanity.run_all(only)
+    path = sanity.path_of("toy", *(first[k] for k in sanity.KEYS))
+    path.write_text(path.read_text().replace('"n": 4', '"n": 5'))
+    assert sanity.run_all(only)[0]["checks"] == first["checks"] and records.read_record(path)["n"] == 4
+
+
+def test_checks_and_tables_see_the_same_images_and_the_same_attack(tuned):
+    settings = _settings(encoders=[{"name": "planted"}]).model_copy(update={"segmentation": None})
+    settings = settings.model_copy(update={"sanity": QUICK.model_copy(update={"n": 50})})
+    found = {tuple(r[k] for k in sanity.KEYS): r for r in sanity.run_all(settings)}
+    for task in ("classification", "depth"):
+        for record in evaluate.run_task(task, settings, "n"):
+            row = found[tuple(record[k] for k in sanity.KEYS)]
+            name = {"task": "attack"}.get(record["attack"], record["attack"])
+            if name in ("clean", "attack", "embed"):
+                assert row["n"] == record["n"] == 8
+                assert row["checks"][name]["value"] == pytest.approx(record["value"], rel=1e-5)
+
+
+def test_images_are_transferred_from_another_row(tuned):
+    rows = [{"name": "planted"}, {"name": "other"}]
+    settings = _settings(encoders=rows)
+    settings = settings.model_copy(update={"segmentation": None, "depth": None})
+    assert [r["checks"]["transfer"]["from"] for r in sanity.run_all(settings)] == ["other", "planted"]
+    own = _settings(encoders=[{"name": "own", "call": "my_encoder:encoder"}])
+    model = planted.model("depth")
+    assert sanity.source_of("depth", "toys", own.encoders[0], model, own) is None
+
+
+def test_rows_without_data_or_weights_are_skipped_or_stop(tuned):
+    rows = [{"name": "gone"}, {"name": "planted", "timm": "embedded_vit"}]
+    settings = _settings(encoders=rows, missing="skip").model_copy(update={"segmentation": None, "depth": None})
+    assert [r["encoder"] for r in sanity.run_all(settings)] == ["planted"]
+    lost = records.read_skipped(records.skipped_path("toy", "sanity"))
+    assert [(r["task"], r["encoder"]) for r in lost] == [("classification", "gone")] and "gone.pth" in lost[0]["why"]
+    with pytest.raises(BadInput, match=r"gone\.pth does not exist"):
+        sanity.run_all(settings.model_copy(update={"missing": "stop"}))
+
+
+@pytest.mark.parametrize("section", ["sanity", "attack"])
+def test_missing_sections_are_refused(section, toys):
+    settings = _settings().model_copy(update={section: None})
+    with pytest.raises(BadInput, match=f"no section '{section}'; add one"):
+        sanity.run_all(settings)
+
+
+def test_without_checks_there_are_no_flags(toys):
+    assert sanity.flags("toy") == {} and sanity.flags(toys) == {}
+
+
+# --- table and picture ---
+
+
+def _result(task="classification", defense="standard", flags=(), transfer=True):
+    point = {"value": 0.5, "se": 0.1}
+    names = ("clean", "attack", "noise", "signs", "more_steps", "restarts", "embed")
+    checks = dict.fromkeys(names, point) | {"transfer": point if transfer else None, "chance": 0.2}
+    checks |= {"sweep": [{"eps": e, "value": 0.9 - e, "se": 0.05} for e in RADII], "monotone": True}
+    about = {"task": task, "dataset": "toys", "encoder": "planted", "defense": defense, "metric": "accuracy", "n": 4}
+    return about | {"attack": {"eps": 8 / 255}, "checks": checks | {"reaches_chance": False}, "flags": list(flags)}
+
+
+def test_the_table_has_a_row_for_each_result():
+    shown = sanity.table([_result(), _result("depth", "deacl", ["bad"], transfer=False)])
+    assert list(shown["flags"]) == [0, 1] and list(shown["task"]) == ["classification", "depth"]
+    assert shown["transfer"].isna().tolist() == [False, True] and (shown["chance"] == 0.2).all()
+    assert shown["largest_eps"].tolist() == pytest.approx([0.9 - RADII[-1]] * 2)
+    assert list(sanity.table([]).columns) == list(shown.columns)
+    assert sanity.sentences([_result(flags=["bad"])]) == ["classification toys planted standard: bad."]
+
+
+def test_the_picture_shows_every_curve_and_marks_flagged_rows(root):
+    results = [_result(), _result(defense="deacl", flags=["bad"]), _result("depth")]
+    curves = sanity.eps_curves(results)
+    assert len(curves) == 3 * len(RADII) and set(curves["flagged"]) == {True, False}
+    fig = sanity.draw(results, "toy")
+    assert sorted(path.name for path in records.figures_dir("toy").iterdir()) == ["sanity.pdf", "sanity.png"]
+    labels = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert labels == ["planted Standard", "planted DeACL †", "best constant"]
+    assert [ax.get_title() for ax in fig.axes] == ["Classification\ntoys", "Depth\ntoys"]
+    assert not plt.get_fignums()
+    four = [_result(task) for task in TASKS] + [_result() | {"dataset": "more"}]
+    assert sum(ax.axison for ax in sanity.figure(sanity.eps_curves(four)).axes) == 4
+    assert sanity.figure(sanity.eps_curves([])).axes
+
+
+def test_the_first_images_are_those_of_the_test_set(toys):
+    test = datasets.load("depth", "toys", "test", planted.settings(), 16)
+    few = sanity.first(test, 3)
+    assert few.ids == test.ids[:3] and len(few) == 3 and len(test) == 8 and len(sanity.first(test, 99)) == 8
