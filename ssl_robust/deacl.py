@@ -13,7 +13,9 @@ import copy
 import io
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -28,6 +30,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.other import get_free_port
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from . import attacks, compute, datasets, encoders, records
@@ -378,7 +381,7 @@ def _launch(count: int, row: EncoderRow, teacher: Encoder, settings: Settings) -
     out, causes = sys.stdout, torch.multiprocessing.get_context("fork").SimpleQueue()
     print(f"DeACL of {row.name}: {count} processes", flush=True)
     try:
-        with redirect_stdout(io.StringIO()):  # accelerate calls them CUDAs, on the CPU too
+        with _signals_kept(), redirect_stdout(io.StringIO()):  # accelerate calls them CUDAs, on the CPU too
             notebook_launcher(_forked, (out, causes, row, teacher, settings), count, use_port=str(get_free_port()))
     except ChildFailedError as error:
         failure = error.get_first_failure()[1]
@@ -386,6 +389,21 @@ def _launch(count: int, row: EncoderRow, teacher: Encoder, settings: Settings) -
         # the first that failed says why; the others then fail for the lack of it, and torch may name one of them
         said = said if causes.empty() else causes.get()
         raise _reason(" ".join(said.split()), row.name) from None
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Puts back the signal handlers that torch replaces for good when it starts processes."""
+    here = threading.current_thread() is threading.main_thread()  # handlers are only set there
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT) if here}
+    try:
+        yield
+    except SignalException as stopped:
+        raise (KeyboardInterrupt() if stopped.sigval == signal.SIGINT else stopped) from None
+    finally:
+        for name, handler in before.items():
+            if handler is not None:
+                signal.signal(name, handler)
 
 
 def _reason(said: str, name: str) -> Exception:

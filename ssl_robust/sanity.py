@@ -382,16 +382,6 @@ def _remove_other(kept: list[Result], profile: str) -> None:
 # --- for the notebook and for the tables ---
 
 
-def flags(profile: str | Path) -> dict[tuple[str, str, str, str], list[str]]:
-    """The sentences of the rows that have any, by (task, dataset, encoder, defense), read from disk; {} if none has.
-
-    `profile`: its name, or a folder of records such as figures/<profile>/records.
-    """
-    folder = records.results_dir(profile) if isinstance(profile, str) else profile
-    rows = [records.read_record(path) for path in sorted(folder.glob("sanity/*/*.json"))]
-    return {tuple(row[key] for key in KEYS): row["flags"] for row in rows if row["flags"]}
-
-
 COLUMNS = ["clean", "attack", "noise", "signs", "more_steps", "restarts", "transfer", "embed", "chance"]
 
 

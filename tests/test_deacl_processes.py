@@ -63,7 +63,9 @@ def _before_step(number, do, monkeypatch):
 
 
 def test_two_processes_give_the_curve_of_one_and_go_on_after_the_death_of_one(given, monkeypatch):
+    handlers = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
     alone, both = given("one", 1), given("two", 2)
+    assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert (alone["processes"], both["processes"]) == (1, 2)
     assert _numbers(both) == pytest.approx(_numbers(alone), abs=1e-5)
     for epoch in (1, 2):
@@ -94,6 +96,16 @@ def test_one_process_finishes_what_two_began(given, monkeypatch):
     index = given("begun", 1)
     assert len(taken) == 4  # the first epoch was kept
     assert index["processes"] == 1 and _numbers(index) == pytest.approx(_numbers(given("one", 1)), abs=1e-5)
+
+
+def test_an_interrupt_is_an_interrupt(given, monkeypatch):
+    def interrupt():
+        os.kill(os.getppid(), signal.SIGINT)
+        signal.pause()
+
+    _before_step(1, interrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        given("stopped", 2)
 
 
 @pytest.mark.parametrize(

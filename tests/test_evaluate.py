@@ -15,7 +15,8 @@ from ssl_robust.settings import TASKS, Attack, BadInput
 FIELDS = {
     "schema", "key", "task", "dataset", "encoder", "defense", "epoch", "attack", "attack_name", "metric", "value", "se",
     "n", "chance", "protocol", "counts", "settings", "seed", "hashes", "max_perturbation", "nonfinite", "per_image",
-    "seconds", "notebook", "git", "versions", "device", "threads", "made", "precision", "batch", "health", "damaged", "numerics",
+    "seconds", "notebook", "git", "versions", "device", "threads", "made",
+    "precision", "batch", "health", "damaged", "numerics",
 }  # fmt: skip
 ALL = (*evaluate.KINDS, evaluate.WORST)
 NAMES = {"classification": "PGD", "segmentation": "SegPGD", "depth": "DepthPGD"}

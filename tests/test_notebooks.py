@@ -160,8 +160,8 @@ def test_rules_find_stored_outputs_a_foreign_kernel_and_two_parameter_cells() ->
 
 
 def _imported(source: str) -> Iterator[str]:
-    """Modules of the package that `source`, a notebook's or a module's, imports."""
-    for node in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)):
+    """Modules of the package that `source`, a notebook's or a module's, imports; not those of a command line."""
+    for node in (n for n in ast.parse(source).body if isinstance(n, ast.ImportFrom)):
         origin = ".".join(filter(None, ["ssl_robust" if node.level else "", node.module]))
         if origin == "ssl_robust":
             yield from (alias.name for alias in node.names)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ssl_robust import attacks, datasets, deacl, encoders, evaluate, metrics, records, sanity
+from ssl_robust import attacks, datasets, deacl, encoders, evaluate, evidence, metrics, records, sanity
 from ssl_robust.settings import TASKS, Attack, BadInput, Sanity
 
 RADII = [0.0, 2 / 255, 8 / 255, 64 / 255]
@@ -157,8 +157,8 @@ def test_all_rows_are_checked_written_and_kept(tuned, monkeypatch):
         assert records.read_record(path) == row and row["n"] == 4 and row["checks"]["zero_is_clean"]
         assert row["checks"]["transfer"]["from"] == "planted at random init"
     assert records.read_records(records.results_dir("toy")) == []  # no record of a table
-    assert sanity.flags("toy") == {tuple(r[k] for k in sanity.KEYS): r["flags"] for r in found if r["flags"]}
-    assert sanity.flags(records.results_dir("toy")) == sanity.flags("toy")
+    flags = {tuple(r[k] for k in sanity.KEYS): r["flags"] for r in found if r["flags"]}
+    assert evidence.sanity_flags(records.results_dir("toy")) == flags
 
     calls, original = [], sanity.checks
     monkeypatch.setattr(sanity, "checks", lambda *args: calls.append(1) or original(*args))
@@ -222,7 +222,7 @@ def test_missing_sections_are_refused(section, toys):
 
 
 def test_without_checks_there_are_no_flags(toys):
-    assert sanity.flags("toy") == {} and sanity.flags(toys) == {}
+    assert evidence.sanity_flags(records.results_dir("toy")) == {}
 
 
 # --- table and picture ---
