@@ -555,8 +555,7 @@ def main(argv: list[str] | None = None) -> int:
     from . import run
 
     arguments = _arguments(argv)
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see run.py; jobs inherit it
-    os.environ["SSL_ROBUST_HEADLESS"] = "1"
+    run.prepare_children()
     logging.getLogger("submitit").setLevel(logging.ERROR)
     try:
         cluster = read_cluster(arguments.cluster or arguments.executor)

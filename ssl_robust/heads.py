@@ -77,9 +77,10 @@ class DepthHead(nn.Module):
     def forward(self, cls: Tensor, patches: Tensor, patch: int) -> Tensor:
         tokens = torch.cat([patches, cls[:, :, None, None].expand(-1, -1, *patches.shape[2:])], 1)
         # a 1x1 convolution and bilinear upsampling commute: convolving first costs a sixteenth and gives the same
-        bins = F.relu(upsample(self.conv(tokens), 4)) + 0.1  # (B, 256, 4h, 4w)
-        # expectation over the normalised bins: both sums in one product with the rows (centres, 1)
-        sums = torch.stack([self.centres, torch.ones_like(self.centres)]) @ bins.flatten(2)  # (B, 2, 16hw)
+        bins = upsample(self.conv(tokens), 4).relu_()  # (B, 256, 4h, 4w)
+        # expectation over the bins plus 0.1, normalised: both sums in one product with the rows (centres, 1)
+        rows = torch.stack([self.centres, torch.ones_like(self.centres)])
+        sums = rows @ bins.flatten(2) + 0.1 * rows.sum(1)[:, None]  # (B, 2, 16hw)
         depth = (sums[:, :1] / sums[:, 1:]).unflatten(2, bins.shape[2:])
         size = (patches.shape[2] * patch, patches.shape[3] * patch)
         return F.interpolate(depth, size=size, mode="bilinear")[:, 0].clamp(MIN_DEPTH, MAX_DEPTH)
@@ -456,7 +457,7 @@ def labels(task: str, prediction: Tensor) -> Tensor:
     """What a prediction says: class (B,), mask uint8 (B, H, W), or depth (B, H, W) itself."""
     if task == "depth":
         return prediction
-    return prediction.argmax(1) if task == "classification" else prediction.argmax(1).to(torch.uint8)
+    return prediction.argmax(1) if task == "classification" else prediction.max(1).indices.to(torch.uint8)
 
 
 def predictions(model: TaskModel, subset: Subset, count: int) -> dict[str, object]:

@@ -183,7 +183,7 @@ def two_means(logits: Tensor, mask: Tensor) -> Tensor:
     logits (B, C, H, W), mask (B, H, W) with IGNORE where a pixel is in neither set.
     """
     pixel = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="none").flatten(1)  # 0 where ignored
-    right, seen = (logits.argmax(1) == mask).flatten(1), (mask != IGNORE).flatten(1)
+    right, seen = (logits.max(1).indices == mask).flatten(1), (mask != IGNORE).flatten(1)
     sets = (right & seen, ~right & seen)
     return torch.stack([(pixel * chosen).sum(1) / chosen.sum(1).clamp(min=1) for chosen in sets], 1)
 

@@ -8,10 +8,14 @@ angles radians; the world is x right, y up, z away from the camera. Arrays of ra
 import colorsys
 import io
 import itertools
+import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -675,6 +679,21 @@ def _save(path: Path, scenes: Scenes) -> None:
     write_bytes(buffer.getvalue(), path)
 
 
+def _images(split: str, indices: Iterable[int], size: tuple[int, int], count: int) -> Iterator[tuple]:
+    """_image of every index, in as many processes as there are cores: NumPy holds the interpreter for most of it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if min(cores, count // 32) < 2:  # few scenes are done before other processes have begun
+        yield from (_image(split, i, size) for i in indices)
+        return
+    with ProcessPoolExecutor(cores, mp_context=get_context("fork")) as pool:
+        waiting: deque[Future] = deque()
+        for i in indices:  # drawn one by one, as the progress counts them
+            waiting.append(pool.submit(_image, split, i, size))
+            if len(waiting) > 16 * cores:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
+
+
 def cached(
     folder: Path, split: str, n: int, size: int | tuple[int, int] = 64, progress: Callable | None = None
 ) -> Scenes:
@@ -689,7 +708,7 @@ def cached(
     if start < n:
         todo = range(start, n)
         todo = progress(todo, total=n - start, desc=f"render {split}") if progress else todo
-        more = _stack([_image(split, i, size) for i in todo], size)
+        more = _stack(list(_images(split, todo, size, n - start)), size)
         have = Scenes(*(torch.cat([getattr(s, f.name) for s in (have, more)]) for f in fields(Scenes)))
         _save(path, have)
     return Scenes(*(getattr(have, f.name)[:n] for f in fields(Scenes)))

@@ -234,12 +234,12 @@ def pixel_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
 
 def masked_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """SEA's masked cross-entropy: wrong pixels, which have nothing left to lose, weigh nothing."""
-    return _mean(-_own(logits.log_softmax(1), mask) * (logits.argmax(1) == mask), mask)
+    return _mean(-_own(logits.log_softmax(1), mask) * (logits.max(1).indices == mask), mask)
 
 
 def balanced_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """SEA's balanced masked cross-entropy: every class of the image weighs the same, however few pixels it has."""
-    loss = -_own(logits.log_softmax(1), mask) * (logits.argmax(1) == mask)
+    loss = -_own(logits.log_softmax(1), mask) * (logits.max(1).indices == mask)
     return _mean(
         loss / _own(_counts(mask, logits.shape[1])[..., None, None].expand_as(logits), mask).clamp(min=1), mask
     )
@@ -268,7 +268,7 @@ def masked_margin(logits: Tensor, mask: Tensor) -> Tensor:
     """
     label = mask.masked_fill(mask == IGNORE, 0)[:, None]
     other = logits.scatter(1, label, -torch.inf).amax(1)
-    return _mean(torch.where(logits.argmax(1) == mask, other - _own(logits, mask), 0), mask)
+    return _mean(torch.where(logits.max(1).indices == mask, other - _own(logits, mask), 0), mask)
 
 
 def cosine_weighted(logits: Tensor, mask: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ def wrongness(logits: Tensor, mask: Tensor) -> Tensor:
     Not the mIoU of the image, which falls to almost nothing for few wrong pixels if they are of many absent classes.
     """
     pixels = (mask != IGNORE).flatten(1).sum(1).clamp(min=1).double()
-    wrong = ((logits.argmax(1) != mask) & (mask != IGNORE)).flatten(1).sum(1)
+    wrong = ((logits.max(1).indices != mask) & (mask != IGNORE)).flatten(1).sum(1)
     within = 1 - 1 / (1 + pixel_cross_entropy(logits, mask).double())
     return (wrong + within) / (pixels + 1)
 

@@ -39,7 +39,7 @@ def jobs(*names: str) -> list[dict]:
 def project(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the profile 'tiny' and the cluster files 'local' and 'slurm'."""
     monkeypatch.setattr(run, "PARAMS", root / "params")
-    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "SSL_ROBUST_HEADLESS"):  # main sets them; put back afterwards
+    for name in ("OMP_NUM_THREADS", "SSL_ROBUST_HEADLESS", *run.CHILDREN):  # main sets them; put back afterwards
         monkeypatch.setenv(name, "1")
     (root / "params" / "cluster").mkdir(parents=True)
     (root / "params" / "tiny.yaml").write_text(yaml.safe_dump(PROFILE))
