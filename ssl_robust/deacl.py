@@ -265,7 +265,7 @@ def _made_here(row: EncoderRow, settings: Settings) -> dict[str, Any]:
     if count == 1:
         return finetune(row, teacher, settings)
     _launch(count, row, teacher, settings)
-    return records.read_json(folder(settings.profile, row.name) / "deacl.json")
+    return records.read_record(folder(settings.profile, row.name) / "deacl.json")
 
 
 def finetune(row: EncoderRow, teacher: Encoder, settings: Settings) -> dict[str, Any]:
@@ -315,7 +315,7 @@ def _finetune(row: EncoderRow, teacher: Encoder, settings: Settings, accelerator
     index = {"key": records.digest([key, kept]), "epochs": kept, "history": history}
     index["processes"] = accelerator.num_processes
     if accelerator.is_main_process:
-        records.write_json(index, home / "deacl.json")
+        records.write_record(index, home / "deacl.json")
     accelerator.wait_for_everyone()
     return index
 
@@ -492,13 +492,14 @@ def _save_state(path: Path, key: str, run: Tuning, history: list[dict], batches:
     buffer = io.BytesIO()
     state = {"key": key, "student": run.student.state_dict(), "optimizer": run.optimizer.state_dict()}
     torch.save({**state, "history": history, "batches": batches, "sums": sums}, buffer)
-    records.write_bytes(buffer.getvalue(), path)
+    records.write_sealed(buffer.getvalue(), path)
 
 
 def _read_state(home: Path, key: str, kept: list[int]) -> dict[str, Any] | None:
     """The state of interrupted work; None if there is none that fits."""
     try:
-        state = torch.load(home / "state.pt", map_location="cpu", weights_only=True)
+        content = io.BytesIO(records.read_sealed(home / "state.pt") or b"")
+        state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception:  # missing, truncated or foreign: whatever the reason, the remedy is to start anew
         return None
     passed = [n for n in kept if n < len(state.get("history", []))]
@@ -540,7 +541,7 @@ def _index(row: EncoderRow, profile: str) -> dict[str, Any]:
     if not path.is_file():
         records.need(profile, "02_deacl")
         raise BadInput(f"{path} is missing although 02_deacl has run; run notebook 02_deacl again.")
-    return records.read_json(path)
+    return records.read_record(path)
 
 
 # --- command line ---

@@ -284,6 +284,8 @@ def pick_device(device: str) -> str:
     """'cpu' or 'cuda' for the setting 'auto', 'cpu' or 'cuda'; raises BadInput if a GPU is asked for in vain."""
     import torch
 
+    # asked of the driver: CUDA must not be set up in a process that forks others for DeACL
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("The setting device is 'cuda' but no CUDA GPU is usable here; write device: auto or cpu.")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

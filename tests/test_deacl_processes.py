@@ -1,5 +1,6 @@
 """DeACL by several processes: the same images, starts and results as alone, and what happens when one dies."""
 
+import io
 import os
 import signal
 
@@ -76,7 +77,8 @@ def test_two_processes_give_the_curve_of_one_and_go_on_after_the_death_of_one(gi
         _before_step(6, lambda: os.kill(os.getpid(), signal.SIGKILL), dying)  # in the midst of the second epoch
         with pytest.raises(RuntimeError, match=r"A process of DeACL of 'planted' ended \(.*\); repeat, and it goes on"):
             given("killed", 2)
-    state = torch.load(deacl.folder("killed", "planted") / "state.pt", weights_only=True)
+    content = records.read_sealed(deacl.folder("killed", "planted") / "state.pt")
+    state = torch.load(io.BytesIO(content), weights_only=True)
     assert (len(state["history"]), state["batches"]) == (2, 2)
     again = given("killed", 2)
     assert again == both
