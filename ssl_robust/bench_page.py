@@ -135,8 +135,9 @@ def write(settings: Settings, table: pd.DataFrame, picks: pd.DataFrame) -> str:
         content = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n")
         records.write_bytes(content.encode(), folder / f"{name}.csv")
     records.write_bytes(text.encode(), folder / "bench.md")
+    asked = bench.section(settings).model_dump()
     content = {
-        "settings": {"seed": settings.seed, "precision": settings.precision, "bench": bench.section(settings).model_dump()},
+        "settings": {"seed": settings.seed, "precision": settings.precision, "bench": asked},
         "provenance": records.provenance(records.pick_device(settings.device)),
         "notes": notes(table, picks), "contenders": _plainly(table), "choices": _plainly(picks),
     }  # fmt: skip

@@ -61,17 +61,17 @@ def _speeds(case: Case, pieces: Pieces, repeats: int, work: float = 0) -> pd.Dat
 
 
 def _piece(case: Case, contender: bench.Contender, **options: Any) -> Callable[[], Tensor]:
-    """A piece: the short attack of `contender` on the whole case."""
-    return partial(bench.attack_case, case, contender, "task", steps=SHORT, **options)
+    """A piece: PGD by `contender` with few steps, on the whole case unless `options` of attack_case say otherwise."""
+    return partial(bench.attack_case, case, contender, "task", **({"steps": SHORT} | options))
 
 
 def _own(case: Case, **options: Any) -> Callable[[], Tensor]:
-    """A piece: our attack as the package runs it."""
+    """A piece: PGD as the package runs it."""
     return _piece(case, partial(bench.ours, precision=case.precision), **options)
 
 
 def _loop(case: Case, cls: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-    """A piece: our attack through another way, `cls`, from images to their CLS tokens (B, D)."""
+    """A piece: our PGD, with `cls` as the way from images to their CLS tokens (B, D)."""
 
     def contender(model: TaskModel, x: Tensor, label: Tensor, start: Tensor, attack: Attack) -> Tensor:
         def loss(adv: Tensor, t: int) -> Tensor:
@@ -96,10 +96,7 @@ def last_block(case: Case, repeats: int) -> list[Row]:
     encoder, names = case.model.encoder, ("last block", "CLS token only", "all tokens")
     if not vit.plain(encoder.backbone):
         return _left_out(case, *names, "not a vision transformer of standard blocks: both are the same")
-    pieces = {
-        names[1]: _loop(case, encoder.cls),
-        names[2]: _loop(case, lambda x: encoder(x)[0]),
-    }
+    pieces = {names[1]: _loop(case, encoder.cls), names[2]: _loop(case, lambda x: encoder(x)[0])}
     return _rows(case, names[0], names[2], _speeds(case, pieces, repeats))
 
 
@@ -109,10 +106,7 @@ def patch_embedding(case: Case, repeats: int) -> list[Row]:
     backbone = encoder.backbone
     if not vit.plain(backbone) or type(backbone.patch_embed) is not timm.layers.PatchEmbed:
         return _left_out(case, *names, "its stem is another one: both are the same")
-    pieces = {
-        names[1]: _loop(case, lambda x: encoder(x)[0]),
-        names[2]: _loop(case, bench.Logits(case.model).cls),
-    }
+    pieces = {names[1]: _loop(case, lambda x: encoder(x)[0]), names[2]: _loop(case, bench.Logits(case.model).cls)}
     return _rows(case, names[0], names[2], _speeds(case, pieces, repeats))
 
 
@@ -178,7 +172,7 @@ def finished_images(case: Case, repeats: int) -> list[Row]:
         )
 
     rates = _speeds(case, {name: partial(attacked, name) for name in kinds}, repeats, len(case.x) * steps)
-    words = " and ".join(f"{strength(case, images[name], 'task')['accuracy']:.2f}" for name in kinds)
+    words = " and ".join(f"{bench.strength(case, images[name], 'task')['accuracy']:.2f}" for name in kinds)
     return _rows(case, "broken images", "stay", rates, note=f"{steps} steps asked for; accuracy {words}")
 
 
@@ -209,9 +203,8 @@ def cached_tokens(case: Case, repeats: int) -> list[Row]:
 def windows(case: Case, repeats: int) -> list[Row]:
     """EmbedAttack through a sliding window, one step: windows of several images together, against image by image."""
     encoder, side = case.model.encoder, round(1.5 * case.size)
-    model = TaskModel(
-        "segmentation", encoder, heads.SegmentationHead(encoder.dim, bench.CLASSES).to(case.device), 2 / 3
-    )
+    head = heads.SegmentationHead(encoder.dim, bench.CLASSES).to(case.device)
+    model = TaskModel("segmentation", encoder, head, 2 / 3)
     x = F.interpolate(case.x[:2], size=(side, side), mode="bilinear").clamp(0, 1)
     start, attack = (x + case.attack.eps).clamp(max=1), case.attack.model_copy(update={"steps": 1})
 
@@ -227,7 +220,7 @@ def windows(case: Case, repeats: int) -> list[Row]:
 
 
 def segpgd(case: Case, repeats: int) -> list[Row]:
-    """The sums of SegPGD's loss (eq. 1), forward and backward: with their own backward, against that of autograd."""
+    """The sums of SegPGD's loss (eq. 1) with a backward of their own, against cross-entropy, argmax and autograd."""
     draw, (images, classes, side) = torch.Generator().manual_seed(case.seed), SEGMENTED
     logits = torch.randn(images, classes, side, side, generator=draw).to(case.device).requires_grad_()
     mask = torch.randint(classes, (images, side, side), generator=draw).to(case.device)
@@ -235,10 +228,10 @@ def segpgd(case: Case, repeats: int) -> list[Row]:
     def gradient(parts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         return torch.autograd.grad(attacks.segpgd(parts(logits, mask), 0.25).sum(), logits)[0]
 
-    pieces = {"own": partial(gradient, attacks.segpgd_parts), "of autograd": partial(gradient, _plain_parts)}
-    note = f"the loss alone, {images} images of {classes} classes, {side} px"
+    pieces = {"own backward": partial(gradient, attacks.segpgd_parts), "autograd": partial(gradient, _plain_parts)}
     rates = _speeds(case, pieces, repeats, images)
-    return _rows(case, "backward of SegPGD's loss", "of autograd", rates, "images/s", note)
+    note = f"forward and backward of the loss alone; {images} images, {classes} classes, {side} px"
+    return _rows(case, "SegPGD's loss", "autograd", rates, "images/s", note)
 
 
 def _plain_parts(logits: Tensor, mask: Tensor) -> Tensor:
@@ -284,9 +277,7 @@ def memory(case: Case, repeats: int) -> list[Row]:
     most, few = min(4, len(case.x)), min(2, len(case.x))
 
     def peak(images: int, steps: int) -> float:
-        contender = partial(bench.ours, precision=case.precision)
-        piece = partial(bench.attack_case, case, contender, "task", slice(0, images), steps, images)
-        return bench.peak_memory(piece, case.device)
+        return bench.peak_memory(_own(case, rows=slice(0, images), steps=steps, batch=images), case.device)
 
     peak(most, 1)  # the first call keeps buffers
     steps = pd.DataFrame([{str(t): peak(few, t) for t in (2, 10)} for _ in range(2)])

@@ -10,7 +10,7 @@ import planted
 import pytest
 import torch
 
-from ssl_robust import attacks, bench, encoders, records
+from ssl_robust import attacks, bench, bench_page, choices, encoders, records
 from ssl_robust.heads import ClassificationHead, TaskModel
 from ssl_robust.settings import Attack, BadInput, EncoderRow, check
 
@@ -134,7 +134,7 @@ def test_missing_section_and_unknown_encoders_are_refused() -> None:
     with pytest.raises(BadInput, match="no section 'bench'; add one"):
         bench.run(settings(bench=None))
     with pytest.raises(BadInput, match="no section 'bench'; add one"):
-        bench.choices(settings(bench=None))
+        choices.run(settings(bench=None))
     with pytest.raises(BadInput, match="timm has no model 'vit_of_nobody'"):
         bench.case(settings(bench={"encoders": ["vit_of_nobody"]}), "vit_of_nobody")
 
@@ -244,26 +244,41 @@ def test_kept_tokens_encode_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(bench, "timed", planted_times)
     monkeypatch.setattr(bench, "scenes", lambda count, side, seed: [0] * count)
-    monkeypatch.setattr(bench.heads, "encoded", counted)
-    (row,) = bench.cached_tokens(case, 2)
-    for name, expected in (("kept", 1), ("encoded anew", bench.EPOCHS)):
+    monkeypatch.setattr(choices.heads, "encoded", counted)
+    (row,) = choices.cached_tokens(case, 2)
+    for name, expected in (("kept", 1), ("encoded anew", choices.EPOCHS)):
         encoded.clear()
         pieces[name]()
         assert len(encoded) == expected
     assert row["ratio"] == 1
 
 
+def test_segpgds_loss_is_timed_on_equal_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = {}
+
+    def planted_times(given: bench.Pieces, repeats: int, device: str) -> pd.DataFrame:
+        gradients.update({name: piece() for name, piece in given.items()})
+        return pd.DataFrame({"own backward": [1.0, 1.0], "autograd": [2.0, 4.0]})
+
+    monkeypatch.setattr(bench, "timed", planted_times)
+    monkeypatch.setattr(choices, "SEGMENTED", (2, 5, 12))
+    (row,) = choices.segpgd(planted_case(), 2)
+    torch.testing.assert_close(gradients["own backward"], gradients["autograd"], atol=1e-7, rtol=1e-4)
+    assert gradients["autograd"].abs().max() > 1e-3
+    assert row["ratio"] == 3 and row["value"] == 2 and row["unit"] == "images/s"
+
+
 def test_explicit_attention_leaves_the_modules_as_they_were(small: TaskModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LEAST", 0.0)
     case = planted_case(2)._replace(model=small, x=planted.images(2, 32))
     before = [b.attn.fused_attn for b in small.encoder.backbone.blocks]
-    assert len(bench.fused_attention(case, 2)) == 1
+    assert len(choices.fused_attention(case, 2)) == 1
     assert [b.attn.fused_attn for b in small.encoder.backbone.blocks] == before
 
 
 def test_compilation_without_a_compiler_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.shutil, "which", lambda name: None)
-    (row,) = bench.compilation(planted_case(), 2)
+    monkeypatch.setattr(choices.shutil, "which", lambda name: None)
+    (row,) = choices.compilation(planted_case(), 2)
     assert math.isnan(row["ratio"]) and "no C++ compiler" in row["note"]
 
 
@@ -274,19 +289,19 @@ def test_compilation_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 
         return call
 
-    monkeypatch.setattr(bench.shutil, "which", lambda name: name)
+    monkeypatch.setattr(choices.shutil, "which", lambda name: name)
     monkeypatch.setattr(torch, "compile", broken)
-    (row,) = bench.compilation(planted_case(), 2)
+    (row,) = choices.compilation(planted_case(), 2)
     assert math.isnan(row["ratio"]) and row["note"] == "compiling failed (NotImplementedError)"
 
 
 def test_when_compiling_pays() -> None:
     case = planted_case()  # batches of 4
     faster = pd.DataFrame({"compiled": [8.0], "not compiled": [4.0]})  # steps of 0.5 s and 1 s
-    said = bench._pays(case, 10.0, faster)
+    said = choices._pays(case, 10.0, faster)
     assert "takes 10 s" in said and "pays after 20 such steps" in said
     slower = pd.DataFrame({"compiled": [4.0], "not compiled": [8.0]})
-    assert "never pays" in bench._pays(case, 10.0, slower)
+    assert "never pays" in choices._pays(case, 10.0, slower)
 
 
 # --- tables ---
@@ -296,9 +311,12 @@ def test_when_compiling_pays() -> None:
 def measured() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Both tables of the embedded encoder, small and in a hurry."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"LEAST": 0.0, "HEAD_IMAGES": 2, "LOADED": 2, "EPOCHS": 2}.items():
-            patch.setattr(bench, name, value)
-        return bench.run(settings()), bench.choices(settings(), compiled=False)
+        for module, name, value in (
+            (bench, "LEAST", 0.0), (bench, "HEAD_IMAGES", 2),
+            (choices, "LOADED", 2), (choices, "EPOCHS", 2), (choices, "SEGMENTED", (1, 3, 8)),
+        ):  # fmt: skip
+            patch.setattr(module, name, value)
+        return bench.run(settings()), choices.run(settings(), compiled=False)
 
 
 def test_table_has_every_contender_and_column(measured: tuple[pd.DataFrame, pd.DataFrame]) -> None:
@@ -315,9 +333,10 @@ def test_every_choice_has_a_ratio_or_a_reason(measured: tuple[pd.DataFrame, pd.D
     _, picks = measured
     wanted = {
         "weights", "last block", "patch embedding", "precision", "attention", "batch", "broken images",
-        "tokens of head training", "windows in a batch", "loading", "memory by steps", "memory by batch",
+        "tokens of head training", "windows in a batch", "SegPGD's loss", "loading",
+        "memory by steps", "memory by batch",
     }  # fmt: skip
-    assert set(picks["choice"]) == wanted and list(picks) == bench.CHOICE_COLUMNS
+    assert set(picks["choice"]) == wanted and list(picks) == choices.COLUMNS
     without = picks[picks["ratio"].isna()]
     assert set(without["choice"]) <= {"patch embedding", "precision"} and (without["note"] != "").all()
     bf16 = picks[picks["choice"] == "precision"].iloc[0]
@@ -325,7 +344,7 @@ def test_every_choice_has_a_ratio_or_a_reason(measured: tuple[pd.DataFrame, pd.D
 
 
 def test_everything_is_written(measured: tuple[pd.DataFrame, pd.DataFrame], root: object) -> None:
-    text = bench.write(settings(), *measured)
+    text = bench_page.write(settings(), *measured)
     folder = records.figures_dir("bench")
     assert {p.name for p in folder.iterdir()} >= {"bench.csv", "choices.csv", "bench.json", "bench.md", "bench.png"}
     content = json.loads((folder / "bench.json").read_text())
@@ -336,29 +355,29 @@ def test_everything_is_written(measured: tuple[pd.DataFrame, pd.DataFrame], root
 
 def test_notes_say_what_was_reached(measured: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     table, picks = measured
-    slow = " ".join(bench.notes(table.assign(ratio=1.0), picks))
-    fast = " ".join(bench.notes(table.assign(ratio=1.2), picks))
+    slow = " ".join(bench_page.notes(table.assign(ratio=1.0), picks))
+    fast = " ".join(bench_page.notes(table.assign(ratio=1.2), picks))
     assert "(aim: 1.1; not reached)" in slow and "(aim: 1.1; reached)" in fast
     quick = table.assign(precision=["bf16" if c == "ours" else "fp32" for c in table["contender"]], ratio=2.3)
-    assert "(aim: 2.2; reached)" in " ".join(bench.notes(quick, picks))
+    assert "(aim: 2.2; reached)" in " ".join(bench_page.notes(quick, picks))
 
 
 def test_notes_say_that_bf16_could_not_be_measured(
     measured: tuple[pd.DataFrame, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table, case = measured[0], planted_case()
-    monkeypatch.setattr(bench.compute, "fast_bf16", lambda device: False)
-    picks = pd.DataFrame(bench.bf16(case, 2))
-    said = bench.notes(table.assign(precision="fp32"), picks)[-1]
+    monkeypatch.setattr(bench_page.compute, "fast_bf16", lambda device: False)
+    picks = pd.DataFrame(choices.bf16(case, 2))
+    said = bench_page.notes(table.assign(precision="fp32"), picks)[-1]
     assert "its speed could not be measured here" in said and "Strength, planted, on 4 images bf16: accuracy" in said
-    monkeypatch.setattr(bench.compute, "fast_bf16", lambda device: True)
-    assert "the setting precision is fp32" in bench.notes(table.assign(precision="fp32"), picks)[-1]
+    monkeypatch.setattr(bench_page.compute, "fast_bf16", lambda device: True)
+    assert "the setting precision is fp32" in bench_page.notes(table.assign(precision="fp32"), picks)[-1]
 
 
 def test_remarks_name_choices_that_bring_nothing() -> None:
     rows = [("a", 0.8, 0.9), ("b", 0.9, 1.2), ("c", 1.1, 1.3), ("d", math.nan, math.nan)]
     picks = pd.DataFrame(rows, columns=["choice", "ratio_min", "ratio_max"])
     picks = picks.assign(ratio=picks["ratio_min"], option="on", encoder="e", unit="image steps/s")
-    said = bench.remarks(picks)
+    said = bench_page.remarks(picks)
     assert "Slower in every round: a (on, e)." in said
     assert "Faster in some rounds and slower in others: b (on, e)." in said
