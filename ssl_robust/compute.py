@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: by default GPUs would round the factors of convolutions
+
 # Tokens that fill a device; more at a time take more memory and are no faster (make bench shows it for this machine).
 TOKENS = {"cpu": 2048, "cuda": 65536}
 

@@ -335,7 +335,8 @@ def load(task: str, name: str, split: str, settings: Settings, native: int) -> S
         section = settings.task(task)
         n, n_val, size = getattr(section, f"n_{split}"), section.n_val, section.size
     crop = settings.depth.crop if task == "depth" else "none"
-    items = select(name, task, split, n, n_val, settings.seed, settings.data_root, settings.counts)
+    drawn = settings.seed if settings.data_seed is None else settings.data_seed
+    items = select(name, task, split, n, n_val, drawn, settings.data_root, settings.counts)
     damaged = _damaged(task, name, split, items, settings) if settings.damaged == "skip" else {}
     items = [item for item in items if item.id not in damaged]
     made = transform(task, split, size, native, crop)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -233,7 +234,7 @@ def _about(
     task, (defense, epoch), attack = model.task, variant, _attack(kind, settings)
     section, protocol = released.adjusted(settings, model.encoder.native).task(task), released.label(model.protocol)
     device = records.pick_device(settings.device)
-    precision = "fp32" if kind == "clean" else compute.precision(settings.precision, device)
+    precision = "fp32" if kind in ("clean", *strong.ALWAYS_FP32) else compute.precision(settings.precision, device)
     hashes = {
         "weights": model.encoder.hash,
         "head": records.state_hash(model.head.state_dict()),
@@ -302,9 +303,11 @@ def run_task(task: str, settings: Settings, notebook: str) -> list[dict[str, Any
     _attack("task", settings)
     records.pick_device(settings.device)
     found = _run_seed(task, settings, settings.profile, notebook)
-    for seed in settings.seeds:
-        again = settings.model_copy(update={"seed": seed, "profile": f"{settings.profile}/seeds/{seed}"})
-        _run_seed(task, again, settings.profile, notebook)
+    for seed in settings.more_seeds:
+        _run_seed(task, settings.again(seed), settings.profile, notebook)
+    for path in (records.results_dir(settings.profile) / "seeds").glob(f"*/{task}"):
+        if path.parent.name not in map(str, settings.more_seeds):
+            shutil.rmtree(path)
     return found
 
 

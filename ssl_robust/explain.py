@@ -170,8 +170,16 @@ def text(cell: str, profile: str) -> str:
     if folder != disk.results_dir(profile):
         lines.append(f"There are no results in results/{profile}; this is the record that came with the project.")
     lines += [*_numbers(record), *_against_standard(record, records), *_doubts(record, folder), *_making(record)]
+    if others := _committed(record, profile, folder):
+        lines += _listed("committed", disk.differences(record, others[0]))
     lines += [_line("notebook", _notebook(record)), "Only this cell is made again by"]
     return "\n".join([*lines, f"  {command(profile, record)}"])
+
+
+def _committed(record: Record, profile: str, folder: Path) -> list[Record]:
+    """The record of the same cell that came with the project, if it is another one."""
+    came = disk.figures_dir(profile) / "records"
+    return [] if folder == came else [r for r in disk.read_records(came) if place_of(r) == place_of(record)]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -115,7 +115,7 @@ def _row(row: EncoderRow, tasks: list[str], settings: Settings, lost: list[dict[
     for variant in _variants(row, settings):
         # before there are weights of DeACL, the original's place is enough to see that the data are there
         encoder = _refusing(encoders.load(row, settings.data_root, None if before else variant[2]))
-        for seed in (settings.seed, *settings.seeds):
+        for seed in (settings.seed, *settings.more_seeds):
             for task in tasks:
                 cells = evaluate.wanted_cells(task, settings, row, variant)
                 for dataset in dict.fromkeys(cell.dataset for cell in cells):
@@ -165,9 +165,7 @@ def _head_and_cells(
 
 def _seeded(settings: Settings, seed: int) -> Settings:
     """The settings of one seed, as evaluate.run_task repeats heads and attacks with settings.seeds."""
-    if seed == settings.seed:
-        return settings
-    return settings.model_copy(update={"seed": seed, "profile": f"{settings.profile}/seeds/{seed}"})
+    return settings if seed == settings.seed else settings.again(seed)
 
 
 # --- what a job does ---

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(os.environ.get("SSL_ROBUST_ROOT", Path(__file__).resolve().parents[1]))
 PACKAGE = Path(__file__).resolve().parent
 SCHEMA = 2  # of records; 2: they carry a hash of their own content
-PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy")
+PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pyautoattack")
 # what decides in which order, with which instructions a CPU adds: set differently, last digits differ
 THREADING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -60,6 +60,18 @@ def make_folder(folder: Path) -> None:
         raise BadInput(disk_problem(error, folder)) from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise BadInput(disk_problem(OSError(errno.EACCES, os.strerror(errno.EACCES)), folder / "x"))
+
+
+def home() -> Path:
+    """Folder of what Jupyter, IPython and matplotlib keep for themselves."""
+    return ROOT / "runs" / ".home"
+
+
+def keep_inside() -> None:
+    """Points what Jupyter, IPython and matplotlib write for themselves into runs/, so nothing outside is touched."""
+    make_folder(home())
+    for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR"):
+        os.environ[name] = str(home() / name.partition("_")[0].removesuffix("DIR").removesuffix("CONFIG").lower())
 
 
 def write_bytes(data: bytes, path: Path) -> None:

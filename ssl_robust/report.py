@@ -327,6 +327,7 @@ def summary(profile: str) -> str:
 
 def main(profile: str) -> str:
     """What `make paper` says at its end, after everything was made anew."""
+    disk.keep_inside()
     return "\n\n".join(part for part in (rewrite(profile), summary(profile)) if part)
 
 

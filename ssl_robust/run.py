@@ -203,7 +203,7 @@ def execute(notebook: str, settings: Settings) -> float:
     """
     parameters = parameters_for(notebook, settings)
     target, stage = executed_path(settings.profile, notebook), records.stage_path(settings.profile, notebook)
-    _keep_inside()
+    records.keep_inside()
     with alone(notebook, settings.profile) as waited:
         start = time.monotonic()
         if waited > 1 and _made_meanwhile(notebook, settings, waited):
@@ -233,7 +233,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _papermill(notebook: str, parameters: dict[str, object], target: Path) -> None:
     papermill_io.register(str(target.parent), _Whole())
     # the file that tells the kernel its ports outlives a runner that is killed; here it is inside the project
-    before, tempfile.tempdir = tempfile.tempdir, str(_home())
+    before, tempfile.tempdir = tempfile.tempdir, str(records.home())
     try:
         papermill.execute_notebook(
             NOTEBOOKS / f"{notebook}.ipynb",
@@ -311,23 +311,11 @@ def _failed_cell(error: PapermillExecutionError, notebook: str, profile: str) ->
     return _fail(f"Notebook {notebook} failed by {error.ename}: {message}; the full traceback is in {place}.", 1)
 
 
-def _home() -> Path:
-    return records.ROOT / "runs" / ".home"
-
-
-def _keep_inside() -> None:
-    """Points what Jupyter, IPython and matplotlib write for themselves into runs/, so nothing outside is touched."""
-    folder = _home()
-    records.make_folder(folder)
-    os.environ["JUPYTER_RUNTIME_DIR"] = str(folder / "jupyter")
-    os.environ["IPYTHONDIR"] = str(folder / "ipython")
-    os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")
-
-
 def prepare_children() -> None:
     """Sets the environment that kernels and jobs inherit, as far as the user has not set it."""
     for name, value in CHILDREN.items():
         os.environ.setdefault(name, value)
+    records.keep_inside()
     os.environ["SSL_ROBUST_HEADLESS"] = "1"  # lines instead of bars, see progress.py
 
 

@@ -182,6 +182,7 @@ class Settings(_Strict):
         "auto", description="of attack steps: auto is bf16 where the device computes it fast; predictions are fp32"
     )
     strong: bool = Field(False, description="also AutoAttack, APGD, CosPGD and losses of SEA, see ssl_robust/strong.py")
+    data_seed: int | None = Field(None, ge=0, description="draws the images of data sets; default: seed")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [], description="further seeds: heads and attacks are repeated with each, tables give mean and spread"
     )
@@ -200,6 +201,16 @@ class Settings(_Strict):
         if len(set(names)) < len(names):
             raise ValueError(f"encoder names {names} are not unique; give each row its own name")
         return self
+
+    @property
+    def more_seeds(self) -> list[int]:
+        """The seeds besides `seed` itself, each once."""
+        return [seed for seed in dict.fromkeys(self.seeds) if seed != self.seed]
+
+    def again(self, seed: int) -> "Settings":
+        """These settings for another seed of heads and attacks, with results of their own, on the same images."""
+        place = {"profile": f"{self.profile}/seeds/{seed}", "seed": seed}
+        return self.model_copy(update=place | {"data_seed": self.seed if self.data_seed is None else self.data_seed})
 
     def task(self, name: str) -> TaskSettings:
         """Section of the task `name`; raises BadInput if this notebook did not set it."""

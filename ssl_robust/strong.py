@@ -27,6 +27,7 @@ TARGETS = 9  # classes at most that AutoAttack aims at
 RHO, MOMENTUM = 0.75, 0.75  # APGD: share of steps that have to improve; weight of the new step against the last move
 RADII = ((2.0, 0.3), (1.5, 0.3), (1.0, 0.4))  # SEA: radius in eps, and its share of the steps
 
+ALWAYS_FP32 = ("autoattack",)  # whatever precision is asked for
 NAMES = {
     "classification": ("autoattack",),
     "segmentation": ("apgd_seg", "cospgd", "sea", "apgd_class"),

@@ -223,7 +223,7 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(toys, monkeyp
 
 
 def test_seeds_are_repeated_beside_the_first_one(tuned):
-    found = evaluate.run_task("depth", tuned.model_copy(update={"seeds": [1, 2]}), "05_attack_depth")
+    found = evaluate.run_task("depth", tuned.model_copy(update={"seeds": [0, 1, 2, 1]}), "05_attack_depth")
     assert {r["seed"] for r in found} == {0}
     values = [found[0]["value"]]
     for seed in (1, 2):
@@ -232,10 +232,14 @@ def test_seeds_are_repeated_beside_the_first_one(tuned):
         assert len(again) == len(found) and {r["seed"] for r in again} == {seed}
         assert {r["notebook"] for r in again} == {"runs/toy/05_attack_depth.ipynb"}
         values.append(next(r for r in again if (r["defense"], r["attack"]) == ("standard", "clean"))["value"])
-    assert len(set(values)) == 3  # other images and other heads
+    assert len(set(values)) == 3  # other heads
+    data = {r["hashes"]["data"] for r in again + found}
+    assert len(data) == 1  # on the same images
     assert len(records.read_records(records.results_dir("toy"))) == len(
         found
     )  # those of other seeds are not among them
+    evaluate.run_task("depth", tuned.model_copy(update={"seeds": [2]}), "05_attack_depth")
+    assert [p.parent.name for p in records.results_dir("toy").glob("seeds/*/depth")] == ["2"]
 
 
 @pytest.fixture
