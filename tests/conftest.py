@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox asks for git when it is imported, and needs none
 
 import matplotlib  # noqa: E402
 import planted  # noqa: E402
