@@ -82,15 +82,16 @@ def case(settings: Settings, name: str) -> Case:
     bench, device = section(settings), records.pick_device(settings.device)
     encoder = _encoder(settings, name).to(device)
     subset = scenes(max(bench.images, HEAD_IMAGES), encoder.native, settings.seed)
-    ids, x = subset.ids[: bench.images], _all(subset).to(device)
+    x = _all(subset).to(device)
     model = TaskModel("classification", encoder, _head(encoder, x, settings.seed))
-    x = x[: bench.images]
-    batch = compute.batch_for(compute.tokens_of(encoder.patch, x.shape[-2:]), device)
+    # all in one batch, as other implementations have no other: not more than this project would take
+    batch = min(bench.images, compute.batch_for(compute.tokens_of(encoder.patch, x.shape[-2:]), device))
+    ids, x = subset.ids[:batch], x[:batch]
     ball = (settings.attack or Attack()).model_copy(update={"steps": bench.steps, "best": False})
     with torch.no_grad():
         label = model(x).argmax(1)
     precision = compute.precision(settings.precision, device)
-    return Case(name, model, x, label, ids, ball, min(batch, bench.images), settings.seed, precision)
+    return Case(name, model, x, label, ids, ball, batch, settings.seed, precision)
 
 
 def section(settings: Settings) -> Any:

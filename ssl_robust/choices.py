@@ -101,13 +101,19 @@ def last_block(case: Case, repeats: int) -> list[Row]:
 
 
 def patch_embedding(case: Case, repeats: int) -> list[Row]:
-    """Encoder.forward, which embeds patches by a matrix product, against timm's, which convolves."""
+    """Patches embedded by a matrix product, forward and backward, against timm's convolution."""
     encoder, names = case.model.encoder, ("patch embedding", "matrix product", "convolution")
     backbone = encoder.backbone
     if not vit.plain(backbone) or type(backbone.patch_embed) is not timm.layers.PatchEmbed:
         return _left_out(case, *names, "its stem is another one: both are the same")
-    pieces = {names[1]: _loop(case, lambda x: encoder(x)[0]), names[2]: _loop(case, bench.Logits(case.model).cls)}
-    return _rows(case, names[0], names[2], _speeds(case, pieces, repeats))
+    embed, x = backbone.patch_embed, case.x.clone().requires_grad_()
+
+    def gradient(tokens: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.autograd.grad(tokens(x).sum(), x)[0]
+
+    pieces = {names[1]: partial(gradient, partial(vit.patches, embed)), names[2]: partial(gradient, embed)}
+    note = "forward and backward of the embedding alone"
+    return _rows(case, names[0], names[2], _speeds(case, pieces, repeats, len(x)), "images/s", note)
 
 
 def bf16(case: Case, repeats: int) -> list[Row]:

@@ -158,8 +158,8 @@ class Bench(_Strict):
 
     encoders: list[str] = Field(["embedded_vit", "dinov2_vits14"], min_length=1, description="names or timm models")
     size: int = Field(224, ge=8, description="side of the images in px, but not above the encoder's native px")
-    images: int = Field(16, ge=1)
-    steps: int = Field(5, ge=1)
+    images: int = Field(32, ge=1, description="attacked at a time; fewer where fewer fill the device")
+    steps: int = Field(2, ge=1)
     repeats: int = Field(3, ge=2, description="rounds, each of which times everything once")
 
 
