@@ -235,7 +235,8 @@ def read_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]"
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # cloned, as the library maps the file, and whoever writes it anew would change them
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise BadInput(
             f"The file {path} does not exist; run the notebook that makes it, or correct the path."
