@@ -557,7 +557,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("submitit").setLevel(logging.ERROR)
     try:
         cluster = read_cluster(arguments.cluster or arguments.executor)
-        return _grid(run.read_profile(arguments.profile, arguments.data), arguments.executor, cluster)
+        settings = run.read_profile(arguments.profile, arguments.data)
+        records.keep_inside()
+        return _grid(settings, arguments.executor, cluster)
     except BadInput as error:
         return _fail(str(error), run.BAD_INPUT)
     except KeyboardInterrupt:

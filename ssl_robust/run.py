@@ -315,7 +315,6 @@ def prepare_children() -> None:
     """Sets the environment that kernels and jobs inherit, as far as the user has not set it."""
     for name, value in CHILDREN.items():
         os.environ.setdefault(name, value)
-    records.keep_inside()
     os.environ["SSL_ROBUST_HEADLESS"] = "1"  # lines instead of bars, see progress.py
 
 
