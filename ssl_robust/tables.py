@@ -155,7 +155,7 @@ def daggers(task: str, records: Iterable[Record]) -> list[tuple[Record, str]]:
     """Flagged records of a table with the sentence that gives the reasons; the first has †1, and so on."""
     headings, found = names(task, records), []
     for record in (r for r in _kept(task, records) if reasons(r)):
-        said = "; ".join(_unique(reason.rstrip(".") for reason in reasons(record)))
+        said = "; ".join(unique(reason.rstrip(".") for reason in reasons(record)))
         number = f"†{len(found) + 1}"
         found.append((record, f"{number} {row_name(record)}, {headings[record['attack']]}: {said}."))
     return found
@@ -215,7 +215,8 @@ def _attack_words(attack: dict[str, Any]) -> str:
     return f"Attacks: L-infinity in [0, 1] pixels, {size}, random start, {kept} is evaluated."
 
 
-def _unique(values: Iterable[Any]) -> list[Any]:
+def unique(values: Iterable[Any]) -> list[Any]:
+    """The values without repetition, in their order."""
     return list(dict.fromkeys(values))
 
 
@@ -229,9 +230,9 @@ def _protocol_words(protocol: str | list[str]) -> str:
 
 def _data_words(kept: list[Record]) -> list[str]:
     """What sets the images apart from the whole official test set."""
-    parts = ", ".join(_unique(r["dataset"] for r in kept if r.get("counts") == "any"))
-    cropped = ", ".join(_unique(r["dataset"] for r in kept if r["settings"]["task"].get("crop") == "eigen"))
-    damaged = ", ".join(_unique(f"{r['damaged']} on {r['dataset']}" for r in kept if r.get("damaged")))
+    parts = ", ".join(unique(r["dataset"] for r in kept if r.get("counts") == "any"))
+    cropped = ", ".join(unique(r["dataset"] for r in kept if r["settings"]["task"].get("crop") == "eigen"))
+    damaged = ", ".join(unique(f"{r['damaged']} on {r['dataset']}" for r in kept if r.get("damaged")))
     words = [f"Rows on parts of the official data sets (counts: any): {parts}."] if parts else []
     words += [f"Unreadable test images that were left out: {damaged}."] if damaged else []
     return words + ([f"Errors count inside the centre crop of Eigen et al. on {cropped}."] if cropped else [])
@@ -282,7 +283,7 @@ def _overstated(task: str, kept: list[Record]) -> list[str]:
 
 
 def _seed_words(kept: list[Record]) -> list[str]:
-    seeds = _unique(str(s["seed"]) for r in kept for s in [r, *r.get("over_seeds", ())])
+    seeds = unique(str(s["seed"]) for r in kept for s in [r, *r.get("over_seeds", ())])
     if len(seeds) < 2 or not any(r.get("over_seeds") for r in kept):
         return []
     rule = "mean ± standard deviation over heads and attacks made anew with each seed, and how many there are"
@@ -318,10 +319,10 @@ def notes(task: str, records: list[Record], skipped: Sequence[Record] = ()) -> l
     attacked = [r for r in kept if r["attack"] != "clean"]
     sentences = [sentence for _, sentence in daggers(task, records)]
     sentences.append("Value ± standard error over n test images, the same ones clean and attacked.")
-    if chances := ", ".join(_unique(f"{r['chance']:.2f} on {r['dataset']}" for r in kept)):
+    if chances := ", ".join(unique(f"{r['chance']:.2f} on {r['dataset']}" for r in kept)):
         sentences.append(f"The best constant prediction scores {chances}.")
-    sentences += _unique(_protocol_words(r.get("protocol", "paper")) for r in kept)
-    sentences += _unique(_attack_words(r["settings"]["attack"]) for r in attacked if r["attack"] in ATTACKS)
+    sentences += unique(_protocol_words(r.get("protocol", "paper")) for r in kept)
+    sentences += unique(_attack_words(r["settings"]["attack"]) for r in attacked if r["attack"] in ATTACKS)
     if any(r.get("precision") == "bf16" for r in attacked):
         sentences.append("Attack steps are computed in bf16, what is evaluated in fp32.")
     if attacked:
