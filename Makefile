@@ -6,6 +6,9 @@ DATA    ?=
 EXECUTOR ?=
 CLUSTER ?= $(EXECUTOR)
 PYTHON  ?= python3
+# Notebooks that run side by side where they do not depend on each other: while one starts or draws, the other computes.
+# One after the other where there is a GPU, whose memory each of them expects for itself.
+AT_ONCE ?= $(if $(wildcard /proc/driver/nvidia/version),1,2)
 # In an environment of your own, e.g. conda's, say: make paper PY=python STAMP=
 PY      := .venv/bin/python
 STAMP   := .venv/.ready
@@ -17,9 +20,15 @@ endif
 ifneq ($(filter-out local slurm,$(EXECUTOR)),)
 $(error EXECUTOR must be local or slurm, or nothing; write for example EXECUTOR=local)
 endif
+ifneq ($(shell test "$(AT_ONCE)" -ge 1 2>/dev/null && echo a number),a number)
+$(error AT_ONCE must be a number of notebooks; write for example AT_ONCE=1)
+endif
+ifeq ($(filter -j%,$(MAKEFLAGS))$(filter-out paper table1 table2 table3 fig1 fig2,$(MAKECMDGOALS)),)
+MAKEFLAGS += -j$(AT_ONCE)
+endif
 RESULTS := results/$(PROFILE)
 STAGES  := 00_data 01_heads 02_deacl 03_attack_classification 04_attack_segmentation 05_attack_depth 06_figures 07_sanity
-ATTACKS := $(filter 03% 04% 05%,$(STAGES))
+ATTACKS := 05_attack_depth 04_attack_segmentation 03_attack_classification# begun in this order, so the long ones first
 RUN      = $(PY) -m ssl_robust.run --profile $(PROFILE) --data "$(DATA)"
 stages   = $(patsubst %,$(RESULTS)/%.json,$(1))
 modules  = $(patsubst %,ssl_robust/%.py,$(1))
@@ -33,7 +42,8 @@ made     = $(if $(filter-out $(notdir $(wildcard figures/$(PROFILE)/*)),$(1)),FO
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9 ]+:.*## / { printf "make %-26s %s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: PROFILE=$(PROFILE) (a file in params/), DATA=$(DATA) (folder of real images), PYTHON=$(PYTHON),'
-	@echo '           EXECUTOR=$(EXECUTOR) (of paper: local or slurm, jobs in place of notebooks), CLUSTER=$(CLUSTER) (a file in params/cluster/)'
+	@echo '           AT_ONCE=$(AT_ONCE) (notebooks side by side), EXECUTOR=$(EXECUTOR) (of paper: local or slurm, jobs in place of'
+	@echo '           notebooks), CLUSTER=$(CLUSTER) (a file in params/cluster/)'
 
 env: $(STAMP) ## the environment in .venv, alone
 
@@ -96,8 +106,8 @@ check: | $(STAMP)
 
 # Each stage names the earlier stages it reads and the modules it is the first to use; later ones inherit them.
 $(call stages,00_data):    $(call modules,settings records progress scenes catalogue datasets plots tiles paired claims)
-$(call stages,01_heads):   $(call stages,00_data) $(call modules,compute vit checkpoints callables encoders metrics released heads) $(wildcard ssl_robust/weights/*.safetensors)
-$(call stages,02_deacl):   $(call stages,01_heads) $(call modules,attacks strong health deacl evaluate)
+$(call stages,01_heads 02_deacl): $(call stages,00_data) $(call modules,compute vit checkpoints callables encoders metrics released heads) $(wildcard ssl_robust/weights/*.safetensors)
+$(call stages,02_deacl):   $(call modules,attacks strong health deacl evaluate)
 $(call stages,$(ATTACKS)): $(call stages,01_heads 02_deacl) $(call modules,timing evidence tables report layout) ssl_robust/reported.csv
 $(call stages,06_figures): $(call stages,$(ATTACKS))
 $(call stages,07_sanity):  $(call stages,$(ATTACKS)) $(call modules,sanity)

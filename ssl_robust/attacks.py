@@ -59,7 +59,7 @@ def pgd(
         with compute.steps_in(precision, x.device):
             loss, judged = _columns(loss_fn(adv, t))
         (gradient,) = torch.autograd.grad(loss.sum(), adv)
-        _note(trace, t, going, judged, gradient)
+        note(trace, t, going, judged, gradient)
         adv = adv.detach()
         if enough < math.inf and (done := loss.detach() > enough).any():
             result[going[done]] = adv[done]
@@ -75,7 +75,7 @@ def pgd(
     result[going] = adv
     if trace is not None:
         with torch.no_grad(), compute.steps_in(precision, x.device):
-            _note(trace, None, torch.arange(len(x)), _columns(whole(result, attack.steps))[1])
+            note(trace, None, torch.arange(len(x)), _columns(whole(result, attack.steps))[1])
     return result
 
 
@@ -84,8 +84,8 @@ def _columns(loss: Tensor) -> tuple[Tensor, Tensor]:
     return loss.unbind(1) if loss.ndim == 2 else (loss, loss)
 
 
-def _note(trace: Trace | None, t: int | None, going: Tensor, loss: Tensor, gradient: Tensor | None = None) -> None:
-    """Add what one step saw to the trace, if there is one."""
+def note(trace: Trace | None, t: int | None, going: Tensor, loss: Tensor, gradient: Tensor | None = None) -> None:
+    """Add what one step saw to the trace, if there is one, as `pgd` describes it."""
     if trace is None:
         return
     entry = {"step": t, "index": going, "loss": loss.detach().float(), "zero": None, "nan": None}

@@ -81,11 +81,12 @@ def case(settings: Settings, name: str) -> Case:
     """
     bench, device = section(settings), records.pick_device(settings.device)
     encoder = _encoder(settings, name).to(device)
-    subset = scenes(max(bench.images, HEAD_IMAGES), encoder.native, settings.seed)
+    # all in one batch, as other implementations have no other: not more than this project would take
+    batch = compute.batch_for(compute.tokens_of(encoder.patch, (encoder.native, encoder.native)), device)
+    batch = batch if bench.images == "auto" else min(bench.images, batch)
+    subset = scenes(max(batch, HEAD_IMAGES), encoder.native, settings.seed)
     x = _all(subset).to(device)
     model = TaskModel("classification", encoder, _head(encoder, x, settings.seed))
-    # all in one batch, as other implementations have no other: not more than this project would take
-    batch = min(bench.images, compute.batch_for(compute.tokens_of(encoder.patch, x.shape[-2:]), device))
     ids, x = subset.ids[:batch], x[:batch]
     ball = (settings.attack or Attack()).model_copy(update={"steps": bench.steps, "best": False})
     with torch.no_grad():
@@ -99,6 +100,12 @@ def section(settings: Settings) -> Any:
     if settings.bench is None:
         raise BadInput("The settings have no section 'bench'; add one (params/bench.yaml shows how).")
     return settings.bench
+
+
+def names(settings: Settings) -> list[str]:
+    """The encoders that are timed on this device."""
+    bench, gpu = section(settings), records.pick_device(settings.device) == "cuda"
+    return [*bench.encoders, *(bench.gpu_encoders if gpu else [])]
 
 
 def _row(settings: Settings, name: str) -> EncoderRow:
@@ -422,7 +429,7 @@ def run(settings: Settings) -> pd.DataFrame:
     """
     for name in ("torchattacks", "foolbox"):
         _library(name)
-    work = [(name, kind) for name in section(settings).encoders for kind in ATTACK]
+    work = [(name, kind) for name in names(settings) for kind in ATTACK]
     rows, cases = [], {}
     for name, kind in track(work, desc="contenders"):
         cases = cases if name in cases else {name: case(settings, name)}

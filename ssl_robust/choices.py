@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import attacks, bench, compute, datasets, heads, vit
+from . import attacks, bench, compute, datasets, heads, records, vit
 from .bench import Case, Pieces, Row
 from .heads import TaskModel
 from .progress import track
@@ -331,16 +331,17 @@ CHOICES = (
 )  # fmt: skip
 
 
-def run(settings: Settings, compiled: bool | list[str] = True) -> pd.DataFrame:
+def run(settings: Settings, compiled: list[str] | None = None) -> pd.DataFrame:
     """Every choice on every encoder: COLUMNS, a row for each option; a ratio above 1 favours the option.
 
-    Units are rates (image steps or images a second), or MB, where less is better. compiled: whether torch.compile is
-    tried, which takes minutes on large encoders; or the encoders it is tried on.
+    Units are rates (image steps or images a second), or MB, where less is better. compiled: the encoders that
+    torch.compile is tried on; default: all on a GPU, the first on a CPU, where it takes minutes for large ones.
     """
-    names, rows = bench.section(settings).encoders, []
-    wanted = (names if compiled else []) if isinstance(compiled, bool) else compiled
+    names, rows = bench.names(settings), []
+    if compiled is None:
+        compiled = names if records.pick_device(settings.device) == "cuda" else names[:1]
     for name in names:
         here = bench.case(settings, name)
-        for choice in track((*CHOICES, *([compilation] if name in wanted else [])), desc=f"choices, {name}"):
+        for choice in track((*CHOICES, *([compilation] if name in compiled else [])), desc=f"choices, {name}"):
             rows += choice(here, settings.bench.repeats)
     return pd.DataFrame(rows)[COLUMNS]

@@ -49,7 +49,10 @@ def tokens_of(patch: int, size: tuple[int, int], windows: int = 1) -> int:
     return windows * (1 + math.prod(-(-side // patch) for side in size))
 
 
-def in_parts(work: Callable[[slice], Tensor], count: int, size: int) -> tuple[Tensor, int]:
+Rows = Tensor | tuple[Tensor, ...]  # one or several tensors, (rows, ...) each
+
+
+def in_parts(work: Callable[[slice], Rows], count: int, size: int) -> tuple[Rows, int]:
     """`work` on rows 0..count in parts of at most `size`, joined, and the size that was possible.
 
     When memory runs out the size is halved, so a batch that is too large costs time and no result; a single image that
@@ -64,10 +67,16 @@ def in_parts(work: Callable[[slice], Tensor], count: int, size: int) -> tuple[Te
         else:
             parts.append(part)
             done += size
-    return torch.cat(parts), size
+    return _joined(parts), size
 
 
-def _tried(work: Callable[[slice], Tensor], rows: slice, last: bool) -> Tensor | None:
+def _joined(parts: list[Rows]) -> Rows:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _tried(work: Callable[[slice], Rows], rows: slice, last: bool) -> Rows | None:
     try:
         return work(rows)
     except RuntimeError as error:

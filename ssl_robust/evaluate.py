@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from . import attacks, compute, datasets, deacl, encoders, heads, health, metrics, records, released, strong
+from . import attacks, compute, datasets, deacl, encoders, evidence, heads, health, metrics, records, released, strong
 from .datasets import Subset
 from .encoders import Encoder
 from .heads import TaskModel, skipping
@@ -20,8 +21,10 @@ from .progress import track
 from .settings import TASKS, Attack, BadInput, EncoderRow, Settings
 
 KINDS = ("clean", "embed", "task")
-WORST = "worst"
+WORST, CHECKS = "worst", "checks"  # what the first may be made of besides the attacks of the table
+NOTEBOOK = dict(zip(TASKS, ("03_attack_classification", "04_attack_segmentation", "05_attack_depth"), strict=True))
 CODE = tuple(dict.fromkeys((*heads.CODE, "attacks", "strong", "released", "health", "evaluate")))
+Loader = Callable[[EncoderRow, str], Encoder]  # (row, data folder) -> its Standard encoder
 Variant = tuple[str, int, Path | None]  # defense, epochs of DeACL, weight file
 
 
@@ -62,7 +65,7 @@ def perturbed(
 ) -> Tensor:  # fmt: skip
     """x (B, 3, H, W) under the attack `kind`: one of KINDS, or of strong.NAMES."""
     if kind in strong.NAMES[model.task]:
-        return strong.attacked(kind, model, x, target, ids, attack, seed, precision)
+        return strong.attacked(kind, model, x, target, ids, attack, seed, precision, trace)
     return attacks.attacked(kind, model, x, target, ids, attack, seed, precision, trace)
 
 
@@ -175,11 +178,15 @@ def cell(
 
 def stored(
     model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, settings: Settings
-) -> dict[str, Any] | None:
-    """The record of a cell if `cell` would only read it, else None."""
+) -> tuple[dict[str, Any], Tensor] | None:
+    """The record of a cell and its images' statistics (N, ..), in the order of `test`; None if `cell` would compute."""
     about = _about(model, test, variant, kind, settings, "")
-    found = _read(_path(about, settings), about["key"])
-    return found and found[0]
+    return _read(_path(about, settings), about["key"])
+
+
+def key_of(model: TaskModel, test: Subset, kind: str, settings: Settings) -> str:
+    """Hash of all that the numbers of a cell depend on."""
+    return _about(model, test, ("", 0), kind, settings, "")["key"]
 
 
 def worst(
@@ -187,28 +194,43 @@ def worst(
 ) -> dict[str, Any] | None:
     """The record of the worst case: each image under that of the attacks run on this row that hurts it most.
 
-    Made from what `cell` left; None while one of the attacks is not there.
+    Made from what `cell` left; None while one of the attacks is not there. Where the row has had its sanity checks, the
+    attacks inside the table's ball that these made on its first images (noise, more steps and starts, transfer) count
+    as one more.
     """
     names, start = kinds(model.task, settings), time.perf_counter()
-    abouts = [_about(model, test, variant, kind, settings, notebook) for kind in names]
-    about = _about(model, test, variant, WORST, settings, notebook)
-    about["key"] = records.digest([about["key"], *(a["key"] for a in abouts)])
+    abouts = {kind: _about(model, test, variant, kind, settings, notebook) for kind in names}
+    about, checked = _about(model, test, variant, WORST, settings, notebook), _checked(abouts["task"], settings)
+    about["key"] = records.digest([about["key"], *(a["key"] for a in abouts.values()), checked and checked[0]])
     path = _path(about, settings)
     found = _read(path, about["key"])
     if found:
         return found[0]
-    cells = [_read(_path(a, settings), a["key"]) for a in abouts]
-    if not all(cells):
+    cells = {kind: _read(_path(a, settings), a["key"]) for kind, a in abouts.items()}
+    if not all(cells.values()):
         return None
-    chosen = _worst(model, test, [stats for _, stats in cells])
-    stats = torch.stack([stats for _, stats in cells])[chosen, torch.arange(len(chosen))]
-    about |= _numbers(model, test, "task", stats, settings.seed) | {
-        "max_perturbation": max(record["max_perturbation"] for record, _ in cells),
-        "nonfinite": sum(record["nonfinite"] for record, _ in cells), "health": {"flags": []}, "batch": 0,
-        "chosen": {kind: int((chosen == i).sum()) for i, kind in enumerate(names)},
-        "seconds": round(time.perf_counter() - start, 2),
+    stats = {kind: stats for kind, (_, stats) in cells.items()}
+    if checked:
+        stats[CHECKS] = torch.cat([checked[1], stats["task"][len(checked[1]) :]])
+    chosen, made = _worst(model, test, [*stats.values()]), [record for record, _ in cells.values()]
+    taken = torch.stack([*stats.values()])[chosen, torch.arange(len(chosen))]
+    about |= _numbers(model, test, "task", taken, settings.seed) | {
+        "max_perturbation": max(record["max_perturbation"] for record in made),
+        "nonfinite": sum(record["nonfinite"] for record in made), "health": {"flags": []}, "batch": 0,
+        "chosen": {kind: int((chosen == i).sum()) for i, kind in enumerate(stats)},
+        "checked": len(checked[1]) if checked else 0, "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip
-    return _write(path, about, stats, settings)
+    return _write(path, about, taken, settings)
+
+
+def _checked(about: dict[str, Any], settings: Settings) -> tuple[str, Tensor] | None:
+    """Key and statistics (n, ..) of the sanity checks of the task attack's cell, None without them."""
+    row = (about[name] for name in ("task", "dataset", "encoder", "defense"))
+    try:
+        parts, found = records.read_tensors(evidence.checks_path(settings.profile, *row).with_suffix(".safetensors"))
+    except BadInput:
+        return None
+    return (found["key"], unpacked(parts)) if found["cell"] == about["key"] else None
 
 
 def _worst(model: TaskModel, test: Subset, found: list[Tensor]) -> Tensor:
@@ -261,11 +283,22 @@ def _path(about: dict[str, Any], settings: Settings, part: str = "") -> Path:
 def _write(path: Path, record: dict[str, Any], stats: Tensor, settings: Settings) -> dict[str, Any]:
     """Writes statistics first and the record last, so that a record never lacks them."""
     record |= records.provenance(records.pick_device(settings.device))
-    index = stats.nonzero()  # confusion matrices of many classes are nearly empty
-    parts = {"index": index.int(), "values": stats[tuple(index.T)], "shape": torch.tensor(stats.shape)}
-    records.write_tensors(parts, {"key": record["key"]}, path.with_suffix(".safetensors"))
+    records.write_tensors(packed(stats), {"key": record["key"]}, path.with_suffix(".safetensors"))
     records.write_record(record, path)
     return record
+
+
+def packed(stats: Tensor) -> dict[str, Tensor]:
+    """Statistics as they are stored: without zeros, as confusion matrices of many classes are nearly empty."""
+    index = stats.nonzero()
+    return {"index": index.int(), "values": stats[tuple(index.T)], "shape": torch.tensor(stats.shape)}
+
+
+def unpacked(parts: dict[str, Tensor]) -> Tensor:
+    """The statistics that `packed` was given."""
+    stats = torch.zeros(parts["shape"].tolist(), dtype=torch.float64)
+    stats[tuple(parts["index"].long().T)] = parts["values"]
+    return stats
 
 
 def _read(path: Path, key: str) -> tuple[dict[str, Any], Tensor] | None:
@@ -277,9 +310,7 @@ def _read(path: Path, key: str) -> tuple[dict[str, Any], Tensor] | None:
         return None
     if not record or about.get("key") != key:
         return None
-    stats = torch.zeros(parts["shape"].tolist(), dtype=torch.float64)
-    stats[tuple(parts["index"].long().T)] = parts["values"]
-    return record, stats
+    return record, unpacked(parts)
 
 
 # --- all cells of a task ---
@@ -374,21 +405,25 @@ def remove_other(task: str, kept: list[dict[str, Any]], profile: str) -> None:
             path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def examples(task: str, settings: Settings, count: int = 4) -> list[Path]:
+def examples(task: str, settings: Settings, count: int = 4, load: Loader = encoders.load) -> list[Path]:
     """Attack `count` test images of the first data set on the first encoder (Standard) and keep them for pictures.
 
-    With missing: skip, these are the first that can be used. Raises BadInput without attack settings.
+    With missing: skip, these are the first that can be used. Those that were made from the same inputs are kept. Raises
+    BadInput without attack settings. `load`: what loads an encoder.
     Returns [runs/<profile>/examples/<task>.safetensors], which plots.load_example reads and Figure 1 is drawn from, or
     [] if every row is skipped. In the file:
     images, adv_embed, adv_task (k, 3, H, W) in [0,1]; target, pred_clean, pred_embed, pred_task as in datasets.py.
     """
     _attack("task", settings)
     path = records.runs_dir(settings.profile) / "examples" / f"{task}.safetensors"
-    found = _first_usable(task, settings)
+    found = _first_usable(task, settings, load)
     if found is None:
         path.unlink(missing_ok=True)  # no old pictures either
         return []
     model, test = found
+    key = records.digest([count, *(key_of(model, test, kind, settings) for kind in KINDS)])
+    if made_from(path, key):
+        return [path]
     device = records.pick_device(settings.device)
     indices, x, target = next(datasets.batches(test, count))
     x, target, ids = x.to(device), target.to(device), [test.ids[i] for i in indices]
@@ -399,6 +434,7 @@ def examples(task: str, settings: Settings, count: int = 4) -> list[Path]:
             shown |= {f"adv_{kind}": adv, f"pred_{kind}": heads.labels(task, model(adv))}
     del shown["adv_clean"]
     about = {
+        "key": key,
         "classes": json.dumps(test.classes),
         "eps": str(settings.attack.eps),
         "dataset": test.name,
@@ -408,14 +444,22 @@ def examples(task: str, settings: Settings, count: int = 4) -> list[Path]:
     return [path]
 
 
-def _first_usable(task: str, settings: Settings) -> tuple[TaskModel, Subset] | None:
+def made_from(path: Path, key: str) -> bool:
+    """Whether the tensors at `path` are whole and were made from exactly what `key` hashes."""
+    try:
+        return records.read_tensors(path)[1].get("key") == key
+    except BadInput:
+        return False
+
+
+def _first_usable(task: str, settings: Settings, load: Loader) -> tuple[TaskModel, Subset] | None:
     """Standard model and test images of the first row that is not skipped; None if all are."""
     lost: list[dict[str, str]] = []
     standard = [row for row in settings.encoders if "standard" in row.defenses] or settings.encoders
     for dataset in settings.task(task).datasets:
         for row in standard:
             with skipping(settings, lost, [_place(dataset, row, "standard")]):
-                return prepare(task, dataset, row, settings)
+                return prepared(task, dataset, load(row, settings.data_root), settings, "standard")
     return None
 
 

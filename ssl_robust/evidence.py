@@ -8,8 +8,7 @@ from .settings import TASKS
 
 Record = dict[str, Any]
 
-ROW = ("task", "dataset", "encoder", "defense")
-CELL = (*ROW, "attack")
+CELL = ("task", "dataset", "encoder", "defense", "attack")
 
 
 def read_skipped(folder: Path) -> list[Record]:
@@ -35,11 +34,16 @@ def read(folder: Path) -> list[Record]:
     """The records of the tables below `folder` (results/<profile> or figures/<profile>/records), sorted by path.
 
     Each has two fields more: `reasons`, the sentences that flag its value (its own health record's; for the task attack
-    also the row's from the sanity checks), and `over_seeds`, the records of the same cell under further seeds.
+    also those of the sanity checks of that very cell), and `over_seeds`, the records of the same cell under further
+    seeds.
     """
-    rows, further = sanity_flags(folder), _further(folder)
+    checked, further = sanity_flags(folder), _further(folder)
     return [
-        record | {"reasons": [*own_flags(record), *_of_row(record, rows)], "over_seeds": further.get(_cell(record), [])}
+        record
+        | {
+            "reasons": [*own_flags(record), *checked.get(record["key"], [])],
+            "over_seeds": further.get(_cell(record), []),
+        }
         for record in disk.read_records(folder)
         if record.get("task") in TASKS and "value" in record
     ]
@@ -53,10 +57,6 @@ def reasons(record: Record) -> list[str]:
 def own_flags(record: Record) -> list[str]:
     """Sentences of a record's own health record; none if it has none."""
     return list((record.get("health") or {}).get("flags", ()))
-
-
-def _of_row(record: Record, rows: dict[tuple[str, ...], list[str]]) -> list[str]:
-    return rows.get(tuple(record[name] for name in ROW), []) if record["attack"] == "task" else []
 
 
 def _cell(record: Record) -> tuple[str, ...]:
@@ -77,7 +77,15 @@ def seed_values(record: Record) -> list[float]:
     return [record["value"], *(r["value"] for r in record.get("over_seeds", ()))]
 
 
-def sanity_flags(folder: Path) -> dict[tuple[str, ...], list[str]]:
-    """Flags of the sanity checks below `folder` by (task, dataset, encoder, defense); empty without such checks."""
+def checks_path(profile: str, task: str, dataset: str, encoder: str, defense: str) -> Path:
+    """File of one row's sanity checks; a folder deeper than the records of tables, which are read by their names."""
+    return disk.results_dir(profile) / "sanity" / task / f"{dataset}__{encoder}__{defense}.json"
+
+
+def sanity_flags(folder: Path) -> dict[str, list[str]]:
+    """Flags of the sanity checks below `folder` by the key of the cell that they judge; empty without such checks.
+
+    A cell that was made anew from something else has another key, so that old flags are never shown at it.
+    """
     rows = [disk.read_record(path) for path in sorted(folder.glob("sanity/*/*.json"))]
-    return {tuple(row[key] for key in ROW): row["flags"] for row in rows if row["flags"]}
+    return {row["cell"]: row["flags"] for row in rows if row["flags"] and "cell" in row}

@@ -117,7 +117,7 @@ def _making(record: Record) -> list[str]:
 def _doubts(record: Record, folder: Path) -> list[str]:
     """Health of the attack, and the flags of the record and of its row."""
     health = {k: v for k, v in (record.get("health") or {}).items() if k != "flags"}
-    row = evidence.sanity_flags(folder).get(tuple(record[name] for name in evidence.ROW), [])
+    row = evidence.sanity_flags(folder).get(record["key"], [])
     own = evidence.own_flags(record)
     return [_line("health", _pairs(health)), *_listed("flags", own), *_listed("row's flags", row)]
 

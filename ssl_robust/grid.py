@@ -1,8 +1,9 @@
 """The experiment grid as jobs, one for each missing result: python -m ssl_robust.grid --profile P --executor slurm.
 
 submitit brings the jobs to Slurm (--executor slurm) or starts them as processes here (--executor local). A job
-fine-tunes one encoder (DeACL), trains one head, or evaluates one table cell, by the functions that the notebooks call;
-those then find everything made. Exit codes: 0 every result is there, 1 a job failed, 2 bad input, 3 jobs are waiting or
+fine-tunes one encoder (DeACL), trains one head, evaluates one table cell, checks the attacks on one row (07_sanity), or
+attacks the images that Figure 1 shows of one task, by the functions that the notebooks call; those then find everything
+made. Exit codes: 0 every result is there, 1 a job failed, 2 bad input, 3 jobs are waiting or
 running on the cluster, 130 interrupted.
 """
 
@@ -34,20 +35,22 @@ from submitit.helpers import DelayedSubmission
 
 from . import deacl, encoders, evaluate, records
 from . import settings as schema
+from .datasets import Subset
 from .encoders import Encoder
-from .heads import skipping
+from .heads import TaskModel, skipping
 from .settings import TASKS, BadInput, Cluster, EncoderRow, Settings
 
 WAITING = 3
 EXECUTORS = ("local", "slurm")
-ORDER = ("deacl", "head", "cell")
+ORDER = ("deacl", "head", "cell", "checks", "examples")
 SLURM = ("sbatch", "srun", "squeue")
 # Slurm's states of jobs that still come to an end by themselves
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "RESIZING", "SUSPENDED", "SIGNALING"}
 HANDLES = {"local": submitit.LocalJob, "slurm": submitit.SlurmJob}
 
 # One job: "name"; "step", one of ORDER; "needs", names of jobs that come before it; and what work() is told:
-# "encoder", and for heads and cells "task", "dataset", "defense", "epoch", "weights", "seed", for cells "kind".
+# "encoder", and for heads, cells and checks "task", "dataset", "defense", "epoch", "weights", "seed", for cells "kind";
+# for examples "task" alone.
 Job = dict[str, Any]
 # What was submitted, by job name: "id", "executor", "log", "submitted", "needs" (ids). Kept until the result is there.
 Book = dict[str, dict[str, Any]]
@@ -74,6 +77,10 @@ def _refusing(encoder: Encoder) -> Encoder:
     return encoder
 
 
+def _load_refusing(row: EncoderRow, data_root: str) -> Encoder:
+    return _refusing(encoders.load(row, data_root))
+
+
 def _on_disk(result: Callable[[], Any]) -> Any:
     """What `result` returns without computing, else None."""
     try:
@@ -98,7 +105,9 @@ def missing(settings: Settings) -> tuple[list[Job], int, list[dict[str, str]]]:
             only = row.model_copy(update={"defenses": [defense]})
             with skipping(settings, lost, [{"what": f"{row.name} {defense}"}]):
                 found += _row(only, tasks, settings, lost)
-    jobs = [job for job, there in found if not there]
+    found += [_examples(task, settings) for task in tasks]
+    absent = {job["name"] for job, there in found if not there}
+    jobs = [job | {"needs": [n for n in job["needs"] if n in absent]} for job, there in found if not there]
     # stable, so rows keep their order; what waits for DeACL comes last, when other jobs have nothing to wait for
     jobs.sort(key=lambda job: (job.get("defense", "standard") != "standard", ORDER.index(job["step"])))
     return jobs, len(found) - len(jobs), lost
@@ -126,7 +135,7 @@ def _row(row: EncoderRow, tasks: list[str], settings: Settings, lost: list[dict[
 
 def _tuned(row: EncoderRow, settings: Settings) -> bool:
     """Whether DeACL of a row is finished."""
-    teacher = _refusing(encoders.load(row, settings.data_root))
+    teacher = _load_refusing(row, settings.data_root)
     return _on_disk(lambda: deacl.finetune(row, teacher, settings)) is not None
 
 
@@ -150,6 +159,7 @@ def _head_and_cells(
 ) -> Iterator:
     """(job, whether its result is there) of one head and its cells; `before`: the DeACL job that both wait for."""
     dataset, row, (defense, epoch, weights), _ = cells[0]
+    checked = settings.sanity is not None and seed == settings.seed and defense in row.defenses
     where, settings = _where(task, cells[0], seed, settings), _seeded(settings, seed)
     made = _on_disk(lambda: evaluate.prepared(task, dataset, encoder, settings, defense))
     there = made is not None and not before
@@ -158,9 +168,32 @@ def _head_and_cells(
     head = {"name": f"head {where}", "step": "head", "needs": before, **place}
     yield head, there
     for kind in (cell.kind for cell in cells):
-        needs = [] if there else [head["name"]]
-        job = {"name": f"cell {where} {kind}", "step": "cell", "needs": needs, "kind": kind, **place}
+        job = {"name": f"cell {where} {kind}", "step": "cell", "needs": [head["name"]], "kind": kind, **place}
         yield job, there and evaluate.stored(*made, (defense, epoch), kind, settings) is not None
+    if checked:
+        from . import sanity  # here and in compute, because its pictures take seconds that other jobs do not need
+
+        others = [f"head {task} {dataset} {other.name} standard" for other in sanity.sources(row, settings)]
+        cells_of = [f"cell {where} {kind}" for kind in ("embed", "task")]
+        job = {"name": f"checks {where}", "step": "checks", "needs": [*cells_of, *others], **place}
+        yield job, there and _on_disk(lambda: _checks(made, row, defense, settings)) is not None
+
+
+def _checks(made: tuple[TaskModel, Subset], row: EncoderRow, defense: str, settings: Settings) -> dict[str, Any]:
+    """The sanity checks of one row, by encoders that cannot compute."""
+    from . import sanity
+
+    model, test = made
+    source = sanity.source_of(model.task, test.name, row, model, settings, _load_refusing)
+    return sanity.check_row(model, test, defense, source, settings)
+
+
+def _examples(task: str, settings: Settings) -> tuple[Job, bool]:
+    """The job of Figure 1's images of one task, and whether they are there."""
+    rows = [(dataset, row.name) for dataset in settings.task(task).datasets for row in settings.encoders]
+    needs = [f"head {task} {dataset} {name} standard" for dataset, name in rows]
+    there = _on_disk(lambda: evaluate.examples(task, settings, load=_load_refusing)) is not None
+    return {"name": f"examples {task}", "step": "examples", "task": task, "needs": needs}, there
 
 
 def _seeded(settings: Settings, seed: int) -> Settings:
@@ -201,11 +234,19 @@ def compute(job: Job, settings: Settings) -> None:
         # what is to be skipped is said by `work`, and by the notebooks when they come to it
         deacl.finetune_all(settings.model_copy(update={"missing": "stop"}), job["encoder"])
         return
+    if job["step"] == "examples":
+        evaluate.examples(job["task"], settings)
+        return
     row = next(row for row in settings.encoders if row.name == job["encoder"])
+    if job["step"] == "checks":
+        from . import sanity
+
+        sanity.check(job["task"], job["dataset"], row, job["defense"], settings)
+        return
     settings, weights = _seeded(settings, job["seed"]), Path(job["weights"]) if job["weights"] else None
     model, test = evaluate.prepare(job["task"], job["dataset"], row, settings, job["defense"], weights)
     if job["step"] == "cell":
-        notebook = f"0{3 + TASKS.index(job['task'])}_attack_{job['task']}"  # where readers find the result
+        notebook = evaluate.NOTEBOOK[job["task"]]  # where readers find the result
         evaluate.cell(model, test, (job["defense"], job["epoch"]), job["kind"], settings, notebook)
 
 

@@ -212,12 +212,17 @@ def training_loss(task: str, prediction: Tensor, target: Tensor) -> Tensor:
 def encoded(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> Batches:
     """Frozen tokens batch by batch, in the order of the images: (CLS, patches, targets), no patches unless `dense`.
 
-    Raises BadInput if the images differ in size.
+    Where memory lacks, fewer images than `batch` are encoded at a time. Raises BadInput if the images differ in size.
     """
-    shapes = set()
+    shapes, size = set(), batch
     for _, images, targets in datasets.batches(subset, batch):
+
+        def part(rows: slice, images: Tensor = images) -> tuple[Tensor, Tensor]:
+            return tokens(encoder, images[rows].to(device), dense)
+
         with torch.no_grad():
-            row = (*tokens(encoder, images.to(device), dense), targets.to(device))
+            made, size = compute.in_parts(part, len(images), size)
+        row = (*made, targets.to(device))
         shapes.add(tuple(part.shape[1:] for part in row))
         if len(shapes) > 1:
             raise BadInput(f"The images of {subset.name} differ in size; set 'size' of the task to one they share.")

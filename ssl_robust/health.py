@@ -31,7 +31,9 @@ def summarise(
     traces: one of attacks.pgd for each batch; one that does not end in step None was broken off and does not count.
     wrong (N,) bool, in the order of the traces: classification, whether the returned image is misclassified. enough:
     the cross-entropy above which an image surely is. steps: those of the attack; default: the most that were seen.
-    nonfinite: images with a non-finite prediction. Without traces (clean images) that number is all there is.
+    nonfinite: images with a non-finite prediction. Without traces (clean images) that number is all there is; of
+    AutoAttack, which keeps its steps to itself, there are besides "gradients", how many it asked for, and the shares of
+    them that were exactly 0 and not finite, "zero_share" and "nan_share".
 
     "images", "steps"; "left": images that were finished early, as their class was surely lost; "zero_gradient": images
     with an exactly zero gradient in some step, "zero_share": share of such image-steps; "nan_gradient": images with a
@@ -41,6 +43,11 @@ def summarise(
     iterate and of the returned image.
     """
     traces = [trace for trace in traces if trace and trace[-1]["step"] is None]
+    counts = [trace[-1]["counted"] for trace in traces if "counted" in trace[-1]]
+    if counts:
+        seen, zero, nan = (sum(c[name] for c in counts) for name in ("gradients", "zero", "nan"))
+        shares = {"zero_share": zero / max(1, seen), "nan_share": nan / max(1, seen)}
+        return {"nonfinite": nonfinite, "gradients": seen, **shares}
     if not traces:
         return {"nonfinite": nonfinite}
     taken = max([steps or 0, *(entry["step"] or 0 for trace in traces for entry in trace)])
@@ -115,8 +122,11 @@ def flags(health: dict[str, Any] | None) -> list[str]:
         found.append(f"the predictions of {_images(bad)} are not finite")
     if bad := health.get("nan_gradient"):
         found.append(f"the gradients of {_images(bad)} are not finite")
+    if share := health.get("nan_share"):
+        found.append(f"{_percent(share)} of the gradients are not finite")
     if (share := health.get("zero_share", 0)) > ZERO_STEPS:
-        where = f"in {_percent(share)} of all steps ({_images(health['zero_gradient'])} of {images})"
+        where = f"in {_percent(share)} of all steps"
+        where += f" ({_images(health['zero_gradient'])} of {images})" if images else ""
         found.append(f"the gradient is exactly zero {where}, so the attack stands still there")
     if images and (share := health["rising"] / images) > RISING:
         found.append(f"the loss of {_percent(share)} of the images still rises at the last step (not converged)")

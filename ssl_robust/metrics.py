@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from .datasets import IGNORE, MAX_DEPTH
 
@@ -45,6 +44,9 @@ def depth_statistics(prediction: Tensor, target: Tensor, valid: Tensor) -> Tenso
 
 
 def _confusion(labels: Tensor, target: Tensor, classes: int) -> Tensor:
+    # here, because it takes seconds, which the other tasks and all that evaluates nothing need not wait
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     return multiclass_confusion_matrix(labels, target, classes, ignore_index=IGNORE, validate_args=False)
 
 

@@ -16,12 +16,11 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from . import attacks, catalogue, compute, cost, datasets, encoders, heads, records, released, strong
 from .cost import Cost, Device, Step, attack_step, encoder_of, image_size, reading, traced
-from .evaluate import KINDS
+from .evaluate import KINDS, NOTEBOOK
 from .settings import TASKS, BadInput, EncoderRow, Settings, TaskSettings
 
 STAGES = ("00_data", "01_heads", "02_deacl", "03_attack_classification", "04_attack_segmentation",
           "05_attack_depth", "06_figures", "07_sanity")  # fmt: skip
-STAGE = dict(zip(TASKS, STAGES[3:6], strict=True))  # the notebook that attacks each task
 EXAMPLES = 4  # images of Figure 1, attacked once more
 START, DRAW = 9.0, 11.0  # seconds of a notebook for imports and pictures; more of them in 06_figures
 CELL = 0.1  # seconds of a table cell for its metric and its record
@@ -204,7 +203,7 @@ def _heads(stage: str, task: str, name: str, row: EncoderRow, settings: Settings
 
 def _table(task: str, settings: Settings) -> Iterator[Work]:
     """All cells of one task, the heads of the DeACL variants, and the examples of Figure 1."""
-    section, stage = settings.task(task), STAGE[task]
+    section, stage = settings.task(task), NOTEBOOK[task]
     for name in section.datasets:
         first = name == section.datasets[0]
         for row in settings.encoders:
@@ -255,7 +254,7 @@ def cell(task: str, name: str, row: EncoderRow, defense: str, kind: str, setting
         parts += [_times(step.forward, n * looks, calls * looks, low=True)]
     # read once more in three cells, for the value of a constant prediction
     read = 4 / 3 * n * reading(name, _test_size(task, name, row, settings))
-    about = (STAGE[task], task, name, row.name, defense, kind)
+    about = (NOTEBOOK[task], task, name, row.name, defense, kind)
     return Work(*about, n, steps, **_sum(*parts), read=read, fixed=CELL)
 
 
@@ -268,7 +267,7 @@ def _strong(task: str, name: str, row: EncoderRow, defense: str, settings: Setti
         targets = min(strong.TARGETS, cost.shape(name).classes - 1)
         parts += [_times(step.whole, STANDING * n * 2 * targets * steps, 0)]  # APGD and FAB towards each of them
         parts += [_times(step.forward, STANDING * n * strong.QUERIES * steps, 0)]
-    about = (STAGE[task], task, name, row.name, defense, "strong")
+    about = (NOTEBOOK[task], task, name, row.name, defense, "strong")
     kinds = len(strong.NAMES[task])
     return Work(*about, n, steps, **_sum(*parts), fixed=kinds * CELL)
 
@@ -281,7 +280,7 @@ def _losses(task: str) -> int:
 def _sanity(task: str, name: str, row: EncoderRow, settings: Settings) -> Iterator[Work]:
     """07_sanity on one data set, Standard and DeACL of one row: the task attack again and again on a few images."""
     cfg, n = settings.sanity, min(settings.sanity.n, counts(task, name, settings)[2])
-    rounds = cfg.more_steps + cfg.restarts + len(cfg.eps)
+    rounds = cfg.rounds(settings.attack)
     calls = math.ceil(n / at_once(task, name, "test", row, settings))
     step, steps = _step(task, name, row, "task", settings), rounds * settings.attack.steps
     looks = rounds + LOOKS
@@ -372,12 +371,13 @@ def chain(work: list[Work], shared: int, device: Device) -> dict[str, float]:
     tuning = {w.encoder: _on(w, shared, device) for w in work if w.what == "deacl"}
     found = [{}]
     for place in dict.fromkeys(w[1:5] for w in work if w.what in KINDS and "-epoch" not in w.defense):
-        mine = [w for w in work if w[1:5] == place and w.stage != "07_sanity"]
+        mine = [w for w in work if w[1:5] == place]
         cells = [seconds([w], device) for w in mine if w.what in (*KINDS, "strong")]
+        checks = sum(seconds([w], device) for w in mine if w.what == "sanity")
         before = tuning.get(place[2], 0.0) if place[3] == "deacl" else 0.0
         head = sum(seconds([w], device) for w in mine if w.what in ("tokens", "head"))
         found.append({f"DeACL of {place[2]}": before, f"the head of {place[0]} on {place[1]}": head,
-                      "its longest attack": max(cells)})  # fmt: skip
+                      "its longest attack": max(cells), "its checks": checks})  # fmt: skip
     longest = {words: took for words, took in max(found, key=lambda parts: sum(parts.values())).items() if took}
     ends = sum(seconds([w], device) for w in work if w.stage in ("00_data", "06_figures"))
     return longest | {"reading the data once and drawing": ends}

@@ -4,7 +4,7 @@ Images are (k, 3, H, W) in [0, 1], masks (k, H, W) class ids, depths (k, H, W) i
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,11 +225,11 @@ def _first_right(example: Example) -> int:
 
 
 @plt.rc_context(STYLE)
-def figure1(examples: dict[str, Example]) -> Figure:
+def figure1(examples: dict[str, Example], flagged: Collection[tuple[str, str]] = ()) -> Figure:
     """Figure 1: for each task one image under EmbedAttack and the task attack, in rows as attack_panel's.
 
     `examples` maps task names to examples. The image is not chosen by hand: it is the first one, for classification the
-    first that is classified right.
+    first that is classified right. A dagger stands at the attacks that are `flagged`, as (task, 'embed' or 'task').
     """
     fig, axes = tiles([e["images"].shape for e in examples.values() for _ in range(2)], 4, least=0.75)
     for (task, example), lines in zip(examples.items(), np.split(axes, len(examples)), strict=True):
@@ -237,7 +237,8 @@ def figure1(examples: dict[str, Example]) -> Figure:
         for attack, line in zip(("embed", "task"), lines, strict=True):
             drawn = _attack_row(example, attack, index, line)
             name = TASK_ATTACK[task] if attack == "task" else "EmbedAttack"
-            line[0].set_ylabel(f"{task}\n{name}", fontsize=9)
+            mark = " †" if (task, attack) in flagged else ""
+            line[0].set_ylabel(f"{task}\n{name}{mark}", fontsize=9)
         _key(example, [example[f"pred_{kind}"][index] for kind in ATTACK], drawn, lines, fig)
     _headings(example, axes[0], fig)
     return fig

@@ -6,7 +6,7 @@
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,9 @@ from .tables import (
     table_files,
     unique,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 
@@ -181,8 +184,9 @@ def draw_figure2(profile: str, folder: Path | None = None) -> None:
 def copy_records(profile: str) -> int:
     """Make figures/<profile>/records an exact copy of the records of `profile`; returns how many there are.
 
-    Lists of skipped rows, records of further seeds and the sanity checks are copied too; the stages' seconds become
-    figures/<profile>/times.json. Raises BadInput, and leaves an old copy alone, if there is nothing to copy.
+    Lists of skipped rows, records of further seeds and the sanity checks are copied too; when the stages started and
+    how long they took become figures/<profile>/times.json. Raises BadInput, and leaves an old copy alone, if there is
+    nothing to copy.
     """
     source, target = disk.results_dir(profile), disk.figures_dir(profile) / "records"
     records, _ = read(profile)
@@ -196,21 +200,21 @@ def copy_records(profile: str) -> int:
     return len(records)
 
 
-def _times(profile: str, folder: Path | None) -> dict[str, float]:
-    """Seconds of the stages: those measured here, or, for the copied records, the copied ones."""
+def _times(profile: str, folder: Path | None) -> timing.Times:
+    """Times of the stages: those measured here, or, for the copied records, the copied ones."""
     copied = disk.figures_dir(profile) / "times.json"
     if folder == copied.with_name("records"):
         return disk.read_json(copied) if copied.is_file() else {}
     return timing.measured(profile)
 
 
-def _facts(profile: str, records: list[Record], times: dict[str, float]) -> dict[str, str]:
+def _facts(profile: str, records: list[Record], times: timing.Times) -> dict[str, str]:
     """How the records of a page were made."""
     return {
         "Profile": profile,
         "Hardware": ", ".join(unique(f"{r['device']}, {r['threads']} threads" for r in records)),
         "Seed": ", ".join(unique(str(s["seed"]) for r in records for s in [r, *r["over_seeds"]])),
-        "Time": ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()) or "not measured",
+        "Time": timing.total_words(times) if times else "not measured",
         "Code": ", ".join(unique(r["git"] for r in records)),
         "Versions": ", ".join(unique(f"{name} {number}" for r in records for name, number in r["versions"].items())),
     }
@@ -226,12 +230,30 @@ def _example_places(profile: str) -> list[tuple[str, str, str]]:
     return found
 
 
-def _flags_of_figure1(profile: str, records: list[Record]) -> list[str]:
-    """Reasons for the daggers of the rows whose images Figure 1 shows."""
+def _flags_of_figure1(profile: str, records: list[Record]) -> list[tuple[Record, str]]:
+    """Flagged records of the attacks that Figure 1 shows images of, with the reasons."""
     places = _example_places(profile)
     flagged = [pair for task in TASKS for pair in daggers(task, records)]
-    shown = [said for r, said in flagged if r["defense"] == "standard" and _curve(r) in places]
-    return [f"†: {said.partition(' ')[2]}" for said in shown]
+    return [
+        (r, f"†: {said.partition(' ')[2]}")
+        for r, said in flagged
+        if r["defense"] == "standard" and r["attack"] in ("embed", "task") and _curve(r) in places
+    ]
+
+
+def draw_figure1(profile: str) -> "Figure":
+    """Figure 1 from the examples that the attack notebooks left, also written to figures/<profile>/fig1.png and .pdf.
+
+    Attacks that there are reasons to doubt have a dagger. Raises BadInput for a damaged example.
+    """
+    from . import plots  # here, because matplotlib takes seconds that tables do not need
+
+    paths = [disk.runs_dir(profile) / "examples" / f"{task}.safetensors" for task in TASKS]
+    examples = {path.stem: plots.load_example(path) for path in paths if path.is_file()}
+    flagged = [(r["task"], r["attack"]) for r, _ in _flags_of_figure1(profile, read(profile)[0])]
+    figure = plots.figure1(examples, flagged)
+    plots.save(figure, disk.figures_dir(profile) / "fig1")
+    return figure
 
 
 def _flags_of_figure2(records: list[Record]) -> list[str]:
@@ -249,7 +271,7 @@ def _flags_of_figure2(records: list[Record]) -> list[str]:
 
 def _figures(profile: str, records: list[Record]) -> list[str]:
     """The figures there are as parts of the page, with what is to be said about their flags."""
-    flags = {"fig1": _flags_of_figure1(profile, records), "fig2": _flags_of_figure2(records)}
+    flags = {"fig1": [said for _, said in _flags_of_figure1(profile, records)], "fig2": _flags_of_figure2(records)}
     there = {name: disk.figures_dir(profile) / f"{name}.png" for name in PICTURES}
     return [
         layout.html_figure(title, there[name].read_bytes(), " ".join([caption, *flags.get(name, [])]))
@@ -282,10 +304,10 @@ def write_index(profile: str, folder: Path | None = None) -> Path:
 
 
 def rewrite(profile: str) -> str:
-    """Make everything in figures/<profile> but Figure 1 anew from what is on disk; returns where the time went.
+    """Make everything in figures/<profile> anew from what is on disk; returns where the time went.
 
-    The same records give the same bytes. Without results the copied records are used. Raises BadInput if there are no
-    records at all.
+    The same records give the same bytes. Without results the copied records are used, and Figure 1, whose images are
+    not among them, stays as it is. Raises BadInput if there are no records at all.
     """
     folder = folder_of(profile)
     if folder == disk.results_dir(profile):
@@ -297,6 +319,8 @@ def rewrite(profile: str) -> str:
     write_reported(profile, folder)
     write_paired(profile, folder)
     draw_figure2(profile, folder)
+    if _example_places(profile):
+        draw_figure1(profile)
     write_index(profile, folder)
     return timing.text(_times(profile, folder), records)
 

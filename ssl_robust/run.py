@@ -16,14 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat
-import papermill
-from papermill.exceptions import PapermillExecutionError
-from papermill.iorw import LocalHandler, papermill_io
-from traitlets.config import Config
+# Jupyter brings this check of addresses, which no notebook has; building its grammar takes longer than all else here.
+sys.modules.setdefault("rfc3987_syntax", None)
 
-from . import records
-from .settings import BadInput, Settings, check, read_params
+import nbformat  # noqa: E402
+import papermill  # noqa: E402
+from papermill.exceptions import PapermillExecutionError  # noqa: E402
+from papermill.iorw import LocalHandler, papermill_io  # noqa: E402
+from traitlets.config import Config  # noqa: E402
+
+from . import records  # noqa: E402
+from .settings import BadInput, Settings, check, read_params  # noqa: E402
 
 try:
     import fcntl
@@ -205,7 +208,7 @@ def execute(notebook: str, settings: Settings) -> float:
     target, stage = executed_path(settings.profile, notebook), records.stage_path(settings.profile, notebook)
     records.keep_inside()
     with alone(notebook, settings.profile) as waited:
-        start = time.monotonic()
+        start, clock = time.monotonic(), time.time()
         if waited > 1 and _made_meanwhile(notebook, settings, waited):
             return 0.0
         for folder in (target.parent, stage.parent):
@@ -220,7 +223,7 @@ def execute(notebook: str, settings: Settings) -> float:
             stage.unlink(missing_ok=True)
             raise BadInput(f"Notebook {notebook} did not write {_shown(stage)}; let its last cell call records.finish.")
         seconds = round(time.monotonic() - start, 1)
-        about = {"seconds": seconds, "notebook": records.file_hash(target)}
+        about = {"started": round(clock, 1), "seconds": seconds, "notebook": records.file_hash(target)}
         records.write_json(about, target.with_suffix(".time.json"))
     return seconds
 

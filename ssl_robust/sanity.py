@@ -7,7 +7,7 @@ same way as in the tables. Each comparison is paired: its standard error is that
 import copy
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from . import attacks, compute, datasets, deacl, encoders, evaluate, metrics, plots, records, released
+from . import attacks, compute, datasets, deacl, encoders, evaluate, evidence, metrics, plots, records, released
 from .datasets import Subset
 from .heads import TaskModel, skipping
 from .progress import track
@@ -34,6 +34,7 @@ DEFENSE, DASH = {"standard": "Standard", "deacl": "DeACL"}, {"standard": "-", "d
 SLACK = 0.02  # of the sweep's whole range: a curve that turns back by less is still monotone
 
 Result = dict[str, Any]
+Known = dict[str, Tensor]  # attack of the table: statistics (n, ..) of its cell on the images that are checked
 Maker = Callable[..., Tensor]  # (model, images, targets, ids) -> images under attack
 Source = tuple[str, str, TaskModel]  # where transferred images come from: its name, the attack on it, the model
 
@@ -49,6 +50,7 @@ class Bench(NamedTuple):
     attack: Attack
     seed: int
     precision: str
+    known: Known = MappingProxyType({})
 
 
 def first(test: Subset, n: int) -> Subset:
@@ -58,15 +60,27 @@ def first(test: Subset, n: int) -> Subset:
     return few
 
 
-def bench(model: TaskModel, test: Subset, settings: Settings) -> Bench:
-    """What the checks of one row need; `test` is the whole test set of the row."""
+def bench(model: TaskModel, test: Subset, defense: str, settings: Settings) -> Bench:
+    """What the checks of one row need; `test` is the whole test set of the row.
+
+    What the tables' own attacks left of the images is taken from their cells, if these are there.
+    """
     device, section = records.pick_device(settings.device), settings.task(model.task)
     few = first(test, settings.sanity.n)
     parts = [(x.to(device), y.to(device), [few.ids[i] for i in rows]) for rows, x, y in datasets.batches(few, len(few))]
     reduce = released.reduction(model.task, test.classes, model.protocol)
     batch = evaluate.at_once(model, few, section.attack_batch, device)
     precision = compute.precision(settings.precision, device)
-    return Bench(model, parts, len(test.classes), reduce, batch, settings.attack, settings.seed, precision)
+    cells = {kind: evaluate.stored(model, test, (defense, 0), kind, settings) for kind in ("task", "embed")}
+    order = places(parts, few)
+    known = {kind: found[1][order] for kind, found in cells.items() if found}
+    return Bench(model, parts, len(test.classes), reduce, batch, settings.attack, settings.seed, precision, known)
+
+
+def places(parts: list[tuple[Tensor, Tensor, list[str]]], few: Subset) -> Tensor:
+    """Where in `few` the images of the statistics' rows are, (n,): parts are by shape, the data set is not."""
+    where = {name: i for i, name in enumerate(few.ids)}
+    return torch.tensor([where[name] for *_, ids in parts for name in ids])
 
 
 # --- attacks, and what they leave of the images ---
@@ -161,24 +175,32 @@ def at_chance(b: Bench, stats: Tensor, level: float) -> bool:
 # --- the checks of one row: numbers, and sentences where something is wrong ---
 
 
-def checks(b: Bench, source: Source | None, settings: Settings) -> tuple[Result, list[str]]:
+def checks(b: Bench, source: Source | None, settings: Settings) -> tuple[Result, list[str], Tensor]:
     """All checks of one row: their numbers ("checks" of its file) and one sentence for each that fails.
 
-    source: where transferred images come from (name, attack, model); None: nowhere.
+    source: where transferred images come from (name, attack, model); None: nowhere. The third are the statistics
+    (n, ..) of each image under that of the checks' attacks inside the table's ball that hurts it most.
     """
-    untouched, attacked, level = statistics(b, clean), statistics(b, attacking(b)), chance(b)
+    untouched, attacked, level = statistics(b, clean), table_attack(b, "task"), chance(b)
     found: Result = {"clean": numbers(b, untouched), "attack": numbers(b, attacked), "chance": level}
-    said = [*_noise(b, attacked, level, found), *_longer(b, untouched, attacked, settings, found)]
-    said += [*_sweep(b, untouched, attacked, level, settings, found), *_transfer(b, attacked, source, found)]
-    said += _embedding(b, attacked, found)
-    return found, said
+    inside: list[Tensor] = []
+    said = [*_noise(b, attacked, level, found, inside), *_longer(b, untouched, attacked, settings, found, inside)]
+    said += _sweep(b, untouched, attacked, level, settings, found)
+    said += [*_transfer(b, attacked, source, found, inside), *_embedding(b, attacked, found)]
+    return found, said, worst(b, inside)
 
 
-def _noise(b: Bench, attacked: Tensor, level: float, found: Result) -> list[str]:
+def table_attack(b: Bench, kind: str) -> Tensor:
+    """Statistics of the images under the table's attack `kind`: its cell's, or made here without one."""
+    return b.known[kind] if kind in b.known else statistics(b, attacking(b, kind))
+
+
+def _noise(b: Bench, attacked: Tensor, level: float, found: Result, inside: list[Tensor]) -> list[str]:
     """Noise of the same size must be weaker than the attack."""
     said, name = [], attacks.NAMES[b.model.task]
     for key, words, signs in (("noise", "uniform noise", False), ("signs", "random signs", True)):
         stats = statistics(b, noise(b, signs))
+        inside.append(stats)
         found[key] = numbers(b, stats)
         if b.attack.eps == 0 or gain(b, stats, attacked)[0] > 0:
             continue
@@ -189,7 +211,9 @@ def _noise(b: Bench, attacked: Tensor, level: float, found: Result) -> list[str]
     return said
 
 
-def _longer(b: Bench, untouched: Tensor, attacked: Tensor, settings: Settings, found: Result) -> list[str]:
+def _longer(
+    b: Bench, untouched: Tensor, attacked: Tensor, settings: Settings, found: Result, inside: list[Tensor]
+) -> list[str]:
     """More steps, and more random starts, must not find much more than the table's attack."""
     cfg, steps, said = settings.sanity, b.attack.steps * settings.sanity.more_steps, []
     starts = [statistics(b, attacking(b, seed=k)) for k in range(1, cfg.restarts + 1)]
@@ -197,6 +221,7 @@ def _longer(b: Bench, untouched: Tensor, attacked: Tensor, settings: Settings, f
         "more_steps": (statistics(b, attacking(b, steps=steps)), f"with {steps} steps instead of {b.attack.steps}"),
         "restarts": (worst(b, [attacked, *starts]), f"from the worst of {1 + cfg.restarts} random starts"),
     }
+    inside += [*starts, longer["more_steps"][0]]
     taken = max(0.0, gain(b, untouched, attacked)[0])
     for key, (stats, how) in longer.items():
         found[key] = numbers(b, stats) | {"gain": gain(b, attacked, stats)[0]}
@@ -242,13 +267,14 @@ def _turns(b: Bench, curve: list[Tensor]) -> list[int]:
     return [i for i, (gap, se) in enumerate(gaps) if -gap > se + slack + 1e-9]
 
 
-def _transfer(b: Bench, attacked: Tensor, source: Source | None, found: Result) -> list[str]:
+def _transfer(b: Bench, attacked: Tensor, source: Source | None, found: Result, inside: list[Tensor]) -> list[str]:
     """Images made on another model must be weaker than those made on this one."""
     found["transfer"] = None
     if source is None:
         return []
     name, kind, other = source
     stats = statistics(b, attacking(b, kind, source=other))
+    inside.append(stats)
     found["transfer"] = numbers(b, stats) | {"from": name}
     if not surely_stronger(b, attacked, stats):
         return []
@@ -258,7 +284,7 @@ def _transfer(b: Bench, attacked: Tensor, source: Source | None, found: Result) 
 
 def _embedding(b: Bench, attacked: Tensor, found: Result) -> list[str]:
     """EmbedAttack, which knows nothing of the task, must not beat the task's own attack."""
-    stats = statistics(b, attacking(b, "embed"))
+    stats = table_attack(b, "embed")
     found["embed"] = numbers(b, stats)
     if not surely_stronger(b, attacked, stats):
         return []
@@ -275,38 +301,39 @@ def _radius(eps: float) -> str:
 
 
 def steps(attack: Attack, cfg: Sanity) -> int:
-    """Attack steps that the checks of one row take for each image, its transfer included: what they cost."""
-    others = set(cfg.eps) - {0.0, attack.eps}
-    return attack.steps * (3 + cfg.more_steps + cfg.restarts + len(others)) + (attack.eps > 0)
+    """Attack steps that the checks of one row take for each image, its transfer included: what they cost.
+
+    The tables' own attacks are not among them, as their cells are there.
+    """
+    return attack.steps * cfg.rounds(attack) + (attack.eps > 0)
 
 
 # --- one row and all rows, on disk ---
 
 
-def path_of(profile: str, task: str, dataset: str, encoder: str, defense: str) -> Path:
-    """File of one row; a folder deeper than the records of tables, which are read by their names."""
-    return records.results_dir(profile) / "sanity" / task / f"{dataset}__{encoder}__{defense}.json"
-
-
 def check_row(model: TaskModel, test: Subset, defense: str, source: Source | None, settings: Settings) -> Result:
     """The checks of one row: read if they were made from exactly these inputs, else made and written.
 
-    {"task", "dataset", "encoder", "defense", "metric", "n", "attack" (settings), "checks": numbers, "flags": sentences}
-    and where it was computed.
+    {"task", "dataset", "encoder", "defense", "metric", "n", "attack" (settings), "cell": key of the task attack's cell,
+    "checks": numbers, "flags": sentences} and where it was computed; beside it the statistics for evaluate.worst.
     """
     task, encoder = model.task, model.encoder.name
-    path, key = path_of(settings.profile, task, test.name, encoder, defense), _key(model, test, source, settings)
-    kept = records.reusable(path, key)
+    path = evidence.checks_path(settings.profile, task, test.name, encoder, defense)
+    key, cell = _key(model, test, source, settings), evaluate.key_of(model, test, "task", settings)
+    kept = records.reusable(path, key) if evaluate.made_from(path.with_suffix(".safetensors"), key) else None
     if kept:
         return kept
-    b = bench(model, test, settings)
-    found, said = checks(b, source, settings)
+    b = bench(model, test, defense, settings)
+    found, said, stats = checks(b, source, settings)
+    ordered = torch.empty_like(stats)
+    ordered[places(b.parts, first(test, settings.sanity.n))] = stats
     row = {
-        "schema": records.SCHEMA, "key": key, "task": task, "dataset": test.name, "encoder": encoder,
+        "schema": records.SCHEMA, "key": key, "cell": cell, "task": task, "dataset": test.name, "encoder": encoder,
         "defense": defense, "metric": metrics.METRIC[task], "n": sum(len(ids) for *_, ids in b.parts),
         "attack": settings.attack.model_dump(), "checks": found, "flags": said,
         **records.provenance(records.pick_device(settings.device)),
     }  # fmt: skip
+    records.write_tensors(evaluate.packed(ordered), {"key": key, "cell": cell}, path.with_suffix(".safetensors"))
     records.write_record(row, path)
     return records.read_record(path)
 
@@ -322,15 +349,28 @@ def _key(model: TaskModel, test: Subset, source: Source | None, settings: Settin
     return records.digest([model.task, used, given, inputs])
 
 
-def source_of(task: str, dataset: str, row: EncoderRow, model: TaskModel, settings: Settings) -> Source | None:
+def sources(row: EncoderRow, settings: Settings) -> list[EncoderRow]:
+    """Rows whose Standard encoder images for `row` can be transferred from, in the order in which they are tried."""
+    return [other for other in settings.encoders if other.name != row.name and "standard" in other.defenses]
+
+
+def source_of(
+    task: str,
+    dataset: str,
+    row: EncoderRow,
+    model: TaskModel,
+    settings: Settings,
+    load: evaluate.Loader = encoders.load,
+) -> Source | None:
     """Where images for `row` are transferred from: another row's Standard encoder and head, under the task attack.
 
     With a single row EmbedAttack on the same architecture at random init; None if that is a callable. Rows whose data
-    or weights are missing are passed over with missing: skip, else raise BadInput.
+    or weights are missing are passed over with missing: skip, else raise BadInput. `load`: what loads an encoder.
     """
-    for other in (r for r in settings.encoders if r.name != row.name and "standard" in r.defenses):
+    for other in sources(row, settings):
         with skipping(settings, [], []):
-            return other.name, "task", evaluate.prepare(task, dataset, other, settings)[0]
+            encoder = load(other, settings.data_root)
+            return other.name, "task", evaluate.prepared(task, dataset, encoder, settings, "standard")[0]
     if row.call:
         return None
     blank = encoders.random_init(row, settings.seed).to(model.encoder.mean.device)
@@ -358,25 +398,29 @@ def run_all(settings: Settings) -> list[Result]:
     for task, dataset, row, defense in track(rows, desc="sanity checks"):
         place = {"task": task, "dataset": dataset, "encoder": row.name, "defense": defense}
         with skipping(settings, lost, [place]):
-            found.append(_row(task, dataset, row, defense, settings))
+            found.append(check(task, dataset, row, defense, settings))
     _remove_other(found, settings.profile)
     records.write_skipped(settings.profile, "sanity", lost)
     return found
 
 
-def _row(task: str, dataset: str, row: EncoderRow, defense: str, settings: Settings) -> Result:
+def check(task: str, dataset: str, row: EncoderRow, defense: str, settings: Settings) -> Result:
+    """The checks of one row, as check_row gives them; the row's worst case is then made anew with their attacks."""
     only = row.model_copy(update={"defenses": [defense]})
-    *_, (_, _, weights) = deacl.variants(only, settings.profile, settings.data_root)
+    *_, (_, epoch, weights) = deacl.variants(only, settings.profile, settings.data_root)
     model, test = evaluate.prepare(task, dataset, row, settings, defense, weights)
-    return check_row(model, test, defense, source_of(task, dataset, row, model, settings), settings)
+    found = check_row(model, test, defense, source_of(task, dataset, row, model, settings), settings)
+    evaluate.worst(model, test, (defense, epoch), settings, evaluate.NOTEBOOK[task])
+    return found
 
 
 def _remove_other(kept: list[Result], profile: str) -> None:
     """Delete results of rows that the settings no longer ask for."""
-    names = [path_of(profile, *(result[key] for key in KEYS)) for result in kept]
+    names = [evidence.checks_path(profile, *(result[key] for key in KEYS)) for result in kept]
     for path in (records.results_dir(profile) / "sanity").glob("*/*.json"):
         if path not in names:
             path.unlink()
+            path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 # --- for the notebook and for the tables ---

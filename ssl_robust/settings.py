@@ -152,13 +152,20 @@ class Sanity(_Strict):
         min_length=2, description="radii of the sweep, in [0,1] pixel units",
     )  # fmt: skip
 
+    def rounds(self, attack: Attack) -> int:
+        """How many times the steps of the tables' attack the checks of one row take: longer, restarted, swept, moved."""
+        return self.more_steps + self.restarts + len(set(self.eps) - {0.0, attack.eps}) + 1
+
 
 class Bench(_Strict):
     """What `make bench` times: frozen encoders under PGD and EmbedAttack, side by side with other implementations."""
 
     encoders: list[str] = Field(["embedded_vit", "dinov2_vits14"], min_length=1, description="names or timm models")
+    gpu_encoders: list[str] = Field(["dino_vitb16"], description="further ones, where there is a GPU")
     size: int = Field(224, ge=8, description="side of the images in px, but not above the encoder's native px")
-    images: int = Field(32, ge=1, description="attacked at a time; fewer where fewer fill the device")
+    images: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="attacked at a time: as many as the package would, or a smaller number"
+    )
     steps: int = Field(2, ge=1)
     repeats: int = Field(3, ge=2, description="rounds, each of which times everything once")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import attacks, compute
 from .datasets import IGNORE, MAX_DEPTH, image_seed
@@ -46,14 +46,16 @@ Objective = Callable[[Tensor, int], Tensor | tuple[Tensor, Tensor]]
 
 def attacked(
     name: str, model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int,
-    precision: str = "fp32",
+    precision: str = "fp32", trace: attacks.Trace | None = None,
 ) -> Tensor:  # fmt: skip
     """x (B, 3, H, W) in [0,1] under the attack `name` of NAMES[model.task], with |x_adv - x| <= attack.eps, in [0,1].
 
     Takes STEPS * attack.steps steps, of each loss where there are several, computed in `precision`; AutoAttack is
     always fp32, as it looks for images just beyond the boundary. Random starts are drawn per image from (seed, id), so
-    batches do not matter; AutoAttack's noise is drawn from the seed and the batch's first id, so for it they do. Raises
-    BadInput for a name that the task does not have.
+    batches do not matter; AutoAttack's noise is drawn from the seed and the batch's first id, so for it they do. A
+    `trace` gets what attacks.pgd says of its own steps, the loss being the score that iterates are judged by: of
+    several losses the steps of the one that the returned image comes from, of SEA those in the last of its balls; of
+    AutoAttack one entry "counted", see _Watched. Raises BadInput for a name that the task does not have.
     """
     if name not in NAMES[model.task]:
         known = ", ".join(NAMES[model.task])
@@ -62,16 +64,20 @@ def attacked(
         return x
     steps = STEPS * attack.steps
     if name == "autoattack":
-        return autoattack(model, x, target, attack.eps, steps, image_seed(seed, ids[0]))
+        return autoattack(model, x, target, attack.eps, steps, image_seed(seed, ids[0]), trace)
     target = target.long() if model.task == "segmentation" else target
     start = attacks.random_start(x, attack.eps, ids, seed)
     if name == "cospgd":
         loss_fn = _objective(model, target, cosine_weighted)
-        return attacks.pgd(x, loss_fn, attack.model_copy(update={"steps": steps}), start, precision)
+        return attacks.pgd(x, loss_fn, attack.model_copy(update={"steps": steps}), start, precision, trace=trace)
     losses = (towards_class(model, x, target),) if name == "apgd_class" else LOSSES[name]
     objectives = [_objective(model, target, loss, SCORES[model.task], precision) for loss in losses]
-    found = [(shrinking if name == "sea" else apgd)(x, objective, attack.eps, steps, start) for objective in objectives]
-    return found[0] if len(found) == 1 else _worst(model, target, found)
+    run, traces = shrinking if name == "sea" else apgd, [[] for _ in objectives]
+    found = [run(x, o, attack.eps, steps, start, own) for o, own in zip(objectives, traces, strict=True)]
+    adv, chosen = _worst(model, target, found)
+    if trace is not None:
+        trace += _of_chosen(traces, chosen.cpu())
+    return adv
 
 
 def _objective(
@@ -89,11 +95,26 @@ def _objective(
 
 
 @torch.no_grad()
-def _worst(model: TaskModel, target: Tensor, found: list[Tensor]) -> Tensor:
-    """Of several attacked versions of each image the one of the largest score."""
+def _worst(model: TaskModel, target: Tensor, found: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of several attacked versions of each image the one of the largest score, and which it is, (B,)."""
+    if len(found) == 1:
+        return found[0], torch.zeros(len(target), dtype=torch.long)
     scores = torch.stack([SCORES[model.task](model(adv), target) for adv in found])  # (attacks, B)
     chosen = scores.nan_to_num(torch.inf).argmax(0)  # a prediction that is not a number is as wrong as can be
-    return torch.stack(found)[chosen, torch.arange(len(target), device=target.device)]
+    return torch.stack(found)[chosen, torch.arange(len(target), device=target.device)], chosen
+
+
+def _of_chosen(traces: list[attacks.Trace], chosen: Tensor) -> attacks.Trace:
+    """One trace of several attacks: of each image the steps of the attack that it was taken from."""
+    joined = []
+    for k, trace in enumerate(traces):
+        for entry in trace[:-1]:
+            mine = chosen[entry["index"]] == k
+            joined.append({n: part[mine] if isinstance(part, Tensor) else part for n, part in entry.items()})
+    last = torch.stack([trace[-1]["loss"] for trace in traces])  # (attacks, B)
+    everyone = torch.arange(len(chosen))
+    attacks.note(joined, None, everyone, last[chosen, everyone])
+    return joined
 
 
 # --- APGD ---
@@ -108,7 +129,10 @@ def checkpoints(steps: int) -> set[int]:
     return marks
 
 
-def apgd(x: Tensor, loss_fn: Objective, eps: float, steps: int, start: Tensor | None = None) -> Tensor:
+def apgd(
+    x: Tensor, loss_fn: Objective, eps: float, steps: int, start: Tensor | None = None,
+    trace: attacks.Trace | None = None,
+) -> Tensor:  # fmt: skip
     """Auto-PGD (Croce & Hein 2020) in the L-infinity ball: gradient signs with momentum, its step size its own affair.
 
     x, start: (B, 3, H, W) in [0,1]. loss_fn(x_adv, t) -> (B,) for t = 1..steps is made large; it may return a pair
@@ -116,12 +140,16 @@ def apgd(x: Tensor, loss_fn: Objective, eps: float, steps: int, start: Tensor | 
     halved, per image, at those of `checkpoints` where fewer than RHO of the steps since the last one improved the
     score, or where neither the best score nor the step size has changed since; the image then goes on from its best
     iterate. Returns each image's iterate of the largest score, the start among them; |x_adv - x| <= eps, in [0,1].
+    `trace`: as attacks.pgd fills it, with the scores.
     """
+    everyone = torch.arange(len(x))
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     adv = previous = (x if start is None else start).clamp(low, high)
     size, marks, mark = x.new_full((len(x), 1, 1, 1), 2 * eps), checkpoints(steps), 0
     for k in range(steps):
         gradient, score = _ascent(adv, loss_fn, k + 1)
+        attacks.note(trace, k + 1, everyone, score, gradient)
+        gradient = gradient.nan_to_num()  # where it is not a number nothing moves
         if k == 0:
             best, at_mark, before = (adv, gradient, score), score, score
             rises, halved = torch.zeros_like(score), torch.zeros_like(score, dtype=torch.bool)
@@ -137,6 +165,7 @@ def apgd(x: Tensor, loss_fn: Objective, eps: float, steps: int, start: Tensor | 
         previous, adv = adv, (adv + weight * step + (1 - weight) * (adv - previous)).clamp(low, high)
     with torch.no_grad():
         _, score = _pair(loss_fn(adv, steps))
+    attacks.note(trace, None, everyone, torch.maximum(score, best[2]))
     return torch.where((score > best[2])[:, None, None, None], adv, best[0])
 
 
@@ -145,11 +174,11 @@ def _pair(found: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _ascent(adv: Tensor, loss_fn: Objective, t: int) -> tuple[Tensor, Tensor]:
-    """Gradient (B, 3, H, W) and score (B,) at an iterate; where the gradient is not a number nothing moves."""
+    """Gradient (B, 3, H, W) and score (B,) at an iterate."""
     adv = adv.detach().requires_grad_(True)
     loss, score = _pair(loss_fn(adv, t))
     (gradient,) = torch.autograd.grad(loss.sum(), adv)
-    return gradient.nan_to_num(), score
+    return gradient, score
 
 
 def _chosen(which: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -158,10 +187,14 @@ def _chosen(which: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> 
     return tuple(torch.where(which.view(-1, *[1] * (part.ndim - 1)), part, other) for part, other in pairs)
 
 
-def shrinking(x: Tensor, loss_fn: Objective, eps: float, steps: int, start: Tensor | None = None) -> Tensor:
+def shrinking(
+    x: Tensor, loss_fn: Objective, eps: float, steps: int, start: Tensor | None = None,
+    trace: attacks.Trace | None = None,
+) -> Tensor:  # fmt: skip
     """APGD as SEA runs it: in a ball of 2 eps, then of 1.5 eps, then of eps, each from where the last ended."""
     for radius, share in RADII:
-        start = apgd(x, loss_fn, radius * eps, max(1, round(share * steps)), start)
+        own = trace if radius == 1 else None  # iterates of a larger ball are no candidates
+        start = apgd(x, loss_fn, radius * eps, max(1, round(share * steps)), start, own)
     return start
 
 
@@ -178,18 +211,22 @@ def parts(classes: int) -> list[str]:
     return ["apgd-ce", *dlr, "fab-t", "square"]
 
 
-def autoattack(model: TaskModel, x: Tensor, label: Tensor, eps: float, steps: int, seed: int) -> Tensor:
+def autoattack(
+    model: TaskModel, x: Tensor, label: Tensor, eps: float, steps: int, seed: int, trace: attacks.Trace | None = None
+) -> Tensor:
     """AutoAttack by the package pyautoattack: images (B, 3, H, W) that are misclassified if one of its parts succeeds.
 
     Each part attacks the images that are still right. APGD and FAB take `steps` steps for each target class, Square
     QUERIES * steps queries: with 100 steps this is the standard version. Images that stay right, or are wrong already,
-    come back as they are. The same seed gives the same images; the global random state is left alone.
+    come back as they are. The same seed gives the same images; the global random state is left alone. A `trace` gets
+    one entry with the gradients that the package asked for, see _Watched.
     """
     from pyautoattack import AutoAttack
 
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
-    auto = AutoAttack(model, attacks=parts(classes), device=x.device, eps=eps, seed=seed, version="custom")
+    watched = _Watched(model)
+    auto = AutoAttack(watched, attacks=parts(classes), device=x.device, eps=eps, seed=seed, version="custom")
     for part in (auto.apgd, auto.apgd_targeted):  # all that the package derives from the number of steps
         part.n_restarts, part.n_iter = 1, steps
         part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
@@ -197,7 +234,32 @@ def autoattack(model: TaskModel, x: Tensor, label: Tensor, eps: float, steps: in
     auto.fab.n_target_classes = auto.apgd_targeted.n_target_classes = min(TARGETS, classes - 1)
     with _contained(x):
         adv, _ = auto.run_standard_evaluation(x, label.long(), batch_size=len(x))
+    if trace is not None:
+        trace.append({"step": None, "counted": watched.counted()})
     return adv.clamp((x - eps).clamp(min=0), (x + eps).clamp(max=1))  # FAB's images may be off by a rounding
+
+
+class _Watched(nn.Module):
+    """A model that counts the gradients which are asked of it, one for each image and step."""
+
+    def __init__(self, model: TaskModel) -> None:
+        super().__init__()
+        self.model, self.seen, self.zero, self.nan = model, 0, 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(self._look)
+        return self.model(x)
+
+    def _look(self, gradient: Tensor) -> None:
+        flat = gradient.flatten(1)
+        self.seen += len(flat)
+        self.zero += (flat == 0).all(1).sum()
+        self.nan += (~flat.isfinite()).any(1).sum()
+
+    def counted(self) -> dict[str, int]:
+        """How many gradients there were, and how many of them were 0 everywhere, or not finite."""
+        return {"gradients": self.seen, "zero": int(self.zero), "nan": int(self.nan)}
 
 
 @contextmanager

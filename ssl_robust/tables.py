@@ -276,8 +276,10 @@ def _overstated(task: str, kept: list[Record]) -> list[str]:
         numbers = f"{least} (the least of {len(gaps)} rows), {middle} (the middle), {most} (the most)"
     others = ", ".join(name for kind, name in names(task, kept).items() if kind != "worst")
     lies = f"its {METRIC[task][:-2]} lies {'below' if task == 'depth' else 'above'} Worst by"
+    n = max(r.get("checked", 0) for r in kept if r["attack"] == "worst")
+    further = f"; of the first {n} also of 07_sanity's attacks (noise, more steps and starts, transferred images)"
     return [
-        f"Worst: for each image the worst result of {others}.",
+        f"Worst: for each image the worst result of {others}{further if n else ''}.",
         f"{TASK_ATTACK[task]} alone overstates robustness: {lies} {numbers}.",
     ]
 

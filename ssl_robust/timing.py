@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from . import records as disk
 
 WIDTH = 32  # letters of the longest bar
+Times = dict[str, dict[str, float]]  # notebook: {"started": seconds since 1970, "seconds": how long it took}
 
 
 class Stage(NamedTuple):
@@ -17,18 +18,24 @@ class Stage(NamedTuple):
     share: float
 
 
-def measured(profile: str) -> dict[str, float]:
-    """Seconds that the runner measured for each notebook of `profile`; empty if they were run by hand."""
+def measured(profile: str) -> Times:
+    """What the runner measured for each notebook of `profile`; empty if they were run by hand."""
     paths = sorted(disk.runs_dir(profile).glob("*.time.json"))
-    return {path.name.removesuffix(".time.json"): disk.read_json(path)["seconds"] for path in paths}
+    found = {path.name.removesuffix(".time.json"): disk.read_json(path) for path in paths}
+    return {name: {key: about[key] for key in ("started", "seconds")} for name, about in found.items()}
 
 
-def stages(times: dict[str, float], records: list[dict[str, Any]]) -> list[Stage]:
-    """The stages of `make paper` among `times` (notebooks' names start with a digit), in their order.
+def _of_stages(times: Times) -> Times:
+    """Those of `make paper` (notebooks' names start with a digit), in their order."""
+    return {name: about for name, about in sorted(times.items()) if name[:1].isdigit()}
+
+
+def stages(times: Times, records: list[dict[str, Any]]) -> list[Stage]:
+    """The stages of `make paper` among `times`, in their order.
 
     `cells` is 0 where the records took longer than the stage: then they were kept from an earlier run.
     """
-    ours = {name: seconds for name, seconds in sorted(times.items()) if name[:1].isdigit()}
+    ours = {name: about["seconds"] for name, about in _of_stages(times).items()}
     total, found = sum(ours.values()), []
     for name, seconds in ours.items():
         own = [r for r in records if Path(r["notebook"]).stem == name]
@@ -37,16 +44,32 @@ def stages(times: dict[str, float], records: list[dict[str, Any]]) -> list[Stage
     return found
 
 
-def text(times: dict[str, float], records: list[dict[str, Any]]) -> str:
+def elapsed(times: Times) -> float:
+    """Seconds in which at least one stage ran: less than their sum where two ran side by side."""
+    passed, until = 0.0, 0.0
+    for about in sorted(_of_stages(times).values(), key=lambda about: about["started"]):
+        end = about["started"] + about["seconds"]
+        passed += max(0.0, end - max(until, about["started"]))
+        until = max(until, end)
+    return passed
+
+
+def total_words(times: Times) -> str:
+    """'466 s', or, where notebooks ran side by side, '380 s (466 s of notebooks, side by side)'."""
+    passed, total = elapsed(times), sum(about["seconds"] for about in _of_stages(times).values())
+    return f"{passed:.0f} s" + (f" ({total:.0f} s of notebooks, side by side)" if total > passed + 1 else "")
+
+
+def text(times: Times, records: list[dict[str, Any]]) -> str:
     """A line for each stage with its seconds, share and bar ('#': table cells, '-': the rest); '' without times."""
     found = stages(times, records)
     if not found:
         return ""
     longest, name = max(s.seconds for s in found) or 1, max(len(s.name) for s in found)
-    total, cells = sum(s.seconds for s in found), sum(s.cells for s in found)
-    lines = [f"Where the time went: {total:.0f} s (#: attacks and their evaluation, {cells:.0f} s; -: the rest)"]
-    if not cells:  # everything was kept from an earlier run
-        lines = [f"Where the time went: {total:.0f} s"]
+    cells = sum(s.cells for s in found)
+    lines = [f"Where the time went: {total_words(times)}"]
+    if cells:  # else everything was kept from an earlier run
+        lines[0] += f"; #: attacks and their evaluation, {cells:.0f} s; -: the rest"
     for stage in found:
         inner = round(WIDTH * stage.cells / longest)
         bar = ("#" * inner).ljust(round(WIDTH * stage.seconds / longest), "-")
@@ -54,6 +77,6 @@ def text(times: dict[str, float], records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def bars(times: dict[str, float], records: list[dict[str, Any]]) -> list[tuple[str, float, float, str]]:
+def bars(times: Times, records: list[dict[str, Any]]) -> list[tuple[str, float, float, str]]:
     """(name, seconds, seconds of its table cells, words) of each stage, as layout.html_bars takes them."""
     return [(s.name, s.seconds, s.cells, f"{s.seconds:.0f} s, {s.share:.0%}") for s in stages(times, records)]

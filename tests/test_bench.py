@@ -316,7 +316,7 @@ def measured() -> tuple[pd.DataFrame, pd.DataFrame]:
             (choices, "LOADED", 2), (choices, "EPOCHS", 2), (choices, "SEGMENTED", (1, 3, 8)),
         ):  # fmt: skip
             patch.setattr(module, name, value)
-        return bench.run(settings()), choices.run(settings(), compiled=False)
+        return bench.run(settings()), choices.run(settings(), compiled=[])
 
 
 def test_table_has_every_contender_and_column(measured: tuple[pd.DataFrame, pd.DataFrame]) -> None:
