@@ -200,7 +200,8 @@ def worst(
     """
     names, start = kinds(model.task, settings), time.perf_counter()
     abouts = {kind: _about(model, test, variant, kind, settings, notebook) for kind in names}
-    about, checked = _about(model, test, variant, WORST, settings, notebook), _checked(abouts["task"], settings)
+    about, attacked = (_about(model, test, variant, kind, settings, notebook) for kind in (WORST, "task"))
+    checked = _checked(attacked, settings)
     about["key"] = records.digest([about["key"], *(a["key"] for a in abouts.values()), checked and checked[0]])
     path = _path(about, settings)
     found = _read(path, about["key"])
@@ -211,7 +212,8 @@ def worst(
         return None
     stats = {kind: stats for kind, (_, stats) in cells.items()}
     if checked:
-        stats[CHECKS] = torch.cat([checked[1], stats["task"][len(checked[1]) :]])
+        rest = next(reversed(stats.values()))  # of images that were not checked one of the others, which is no news
+        stats[CHECKS] = torch.cat([checked[1], rest[len(checked[1]) :]])
     chosen, made = _worst(model, test, [*stats.values()]), [record for record, _ in cells.values()]
     taken = torch.stack([*stats.values()])[chosen, torch.arange(len(chosen))]
     about |= _numbers(model, test, "task", taken, settings.seed) | {
@@ -405,18 +407,18 @@ def remove_other(task: str, kept: list[dict[str, Any]], profile: str) -> None:
             path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def examples(task: str, settings: Settings, count: int = 4, load: Loader = encoders.load) -> list[Path]:
+def examples(task: str, settings: Settings, count: int = 4, load: Loader | None = None) -> list[Path]:
     """Attack `count` test images of the first data set on the first encoder (Standard) and keep them for pictures.
 
     With missing: skip, these are the first that can be used. Those that were made from the same inputs are kept. Raises
-    BadInput without attack settings. `load`: what loads an encoder.
+    BadInput without attack settings. `load`: what loads an encoder in place of encoders.load.
     Returns [runs/<profile>/examples/<task>.safetensors], which plots.load_example reads and Figure 1 is drawn from, or
     [] if every row is skipped. In the file:
     images, adv_embed, adv_task (k, 3, H, W) in [0,1]; target, pred_clean, pred_embed, pred_task as in datasets.py.
     """
     _attack("task", settings)
     path = records.runs_dir(settings.profile) / "examples" / f"{task}.safetensors"
-    found = _first_usable(task, settings, load)
+    found = _first_usable(task, settings, load or encoders.load)
     if found is None:
         path.unlink(missing_ok=True)  # no old pictures either
         return []

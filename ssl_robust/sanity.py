@@ -355,21 +355,17 @@ def sources(row: EncoderRow, settings: Settings) -> list[EncoderRow]:
 
 
 def source_of(
-    task: str,
-    dataset: str,
-    row: EncoderRow,
-    model: TaskModel,
-    settings: Settings,
-    load: evaluate.Loader = encoders.load,
+    task: str, dataset: str, row: EncoderRow, model: TaskModel, settings: Settings, load: evaluate.Loader | None = None
 ) -> Source | None:
     """Where images for `row` are transferred from: another row's Standard encoder and head, under the task attack.
 
     With a single row EmbedAttack on the same architecture at random init; None if that is a callable. Rows whose data
-    or weights are missing are passed over with missing: skip, else raise BadInput. `load`: what loads an encoder.
+    or weights are missing are passed over with missing: skip, else raise BadInput. `load`: what loads an encoder in
+    place of encoders.load.
     """
     for other in sources(row, settings):
         with skipping(settings, [], []):
-            encoder = load(other, settings.data_root)
+            encoder = (load or encoders.load)(other, settings.data_root)
             return other.name, "task", evaluate.prepared(task, dataset, encoder, settings, "standard")[0]
     if row.call:
         return None

@@ -153,7 +153,7 @@ class Sanity(_Strict):
     )  # fmt: skip
 
     def rounds(self, attack: Attack) -> int:
-        """How many times the steps of the tables' attack the checks of one row take: longer, restarted, swept, moved."""
+        """How many times the steps of the tables' attack the checks of a row take: longer, restarted, swept, moved."""
         return self.more_steps + self.restarts + len(set(self.eps) - {0.0, attack.eps}) + 1
 
 

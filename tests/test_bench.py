@@ -40,6 +40,17 @@ def settings(**changes: object) -> object:
     return check(**(parameters | changes))
 
 
+def test_batches_and_encoders_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"encoders": ["embedded_vit"], "gpu_encoders": ["dino_vitb16"], "size": 32, "steps": 1}
+    asked = settings(bench=sizes)
+    monkeypatch.setitem(bench.compute.TOKENS, "cpu", 100)
+    assert bench.names(asked) == ["embedded_vit"] and bench.case(asked, "embedded_vit").batch == 100 // 17
+    few = settings(bench=sizes | {"images": 3})
+    assert bench.case(few, "embedded_vit").batch == 3 and len(bench.case(few, "embedded_vit").x) == 3
+    monkeypatch.setattr(records, "pick_device", lambda device: "cuda")
+    assert bench.names(asked) == ["embedded_vit", "dino_vitb16"]
+
+
 # --- contenders ---
 
 

@@ -55,6 +55,12 @@ def test_parts_are_halved_when_memory_runs_out(error):
     assert torch.equal(found, data * 2) and size == 3 and tried == [11, 6, 3, 3, 3, 2]
 
 
+def test_several_tensors_are_joined_each_by_itself():
+    data = torch.arange(10).view(5, 2)
+    found, size = compute.in_parts(lambda rows: (data[rows], data[rows, :0]), 5, 2)
+    assert torch.equal(found[0], data) and found[1].shape == (5, 0) and size == 2
+
+
 def test_a_single_image_that_does_not_fit_and_other_errors_are_raised():
     def work(rows):
         raise torch.OutOfMemoryError("x")

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, records
+from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, plots, records
 from ssl_robust.settings import TASKS, Attack, BadInput
 
 FIELDS = {
@@ -203,6 +203,20 @@ def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
     assert evaluate.worst(model, test, ("standard", 0), settings, "n") == worst  # read, with the time it was made
     other = settings.model_copy(update={"seed": 1})
     assert evaluate.worst(model, test, ("standard", 0), other, "n") is None
+
+
+def test_examples_are_made_once_and_again_when_something_changed(toys, monkeypatch):
+    made, original = [], attacks.attacked
+    monkeypatch.setattr(attacks, "attacked", lambda *args: made.append(args[0]) or original(*args))
+    settings = planted.settings()
+    (path,) = evaluate.examples("depth", settings)
+    stamp = path.stat().st_mtime_ns
+    assert evaluate.examples("depth", settings) == [path] and path.stat().st_mtime_ns == stamp and len(made) == 3
+    evaluate.examples("depth", settings.model_copy(update={"attack": Attack(steps=2)}))
+    assert len(made) == 6
+    path.write_bytes(path.read_bytes()[:-1])
+    evaluate.examples("depth", settings)
+    assert len(made) == 9 and plots.load_example(path)["eps"] == settings.attack.eps
 
 
 def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(toys, monkeypatch):

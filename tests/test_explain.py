@@ -47,8 +47,8 @@ def told(cell, capsys, *more):
 
 
 def test_a_cell_is_shown_with_all_that_is_known_of_it(project, capsys, monkeypatch):
-    row = ("classification", "scenes", "embedded_vit", "deacl")
-    monkeypatch.setattr(evidence, "sanity_flags", lambda folder: {row: ["five times the steps take more"]})
+    write(record(health={"rising": 3, "flags": ["the loss still rises"]}, key="checked"))
+    monkeypatch.setattr(evidence, "sanity_flags", lambda folder: {"checked": ["five times the steps take more"]})
     code, out, err = told(CELL, capsys)
     assert code == 0 and not err
     for words in (

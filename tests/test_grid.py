@@ -10,8 +10,8 @@ import pytest
 import submitit
 import yaml
 
-from ssl_robust import evaluate, grid, heads, records, run
-from ssl_robust.settings import BadInput, Cluster
+from ssl_robust import evaluate, grid, heads, records, run, sanity
+from ssl_robust.settings import BadInput, Cluster, Sanity
 
 SECTION = {"datasets": ["scenes"], "n_train": 12, "n_val": 6, "n_test": 4, "epochs": 1, "batch": 6, "lr": 0.01}
 PROFILE = {
@@ -20,6 +20,7 @@ PROFILE = {
     "encoders": [{"name": "embedded_vit"}],
     "classification": SECTION,
     "attack": {"steps": 1},
+    "sanity": {"n": 2, "more_steps": 1, "restarts": 1, "eps": [0.0, 0.25]},
 }
 FIELDS = {"partition": "gpu", "account": "vision", "gpus": 1, "deacl_gpus": 4, "cpus": 6, "memory": 32, "hours": 1.5}
 FIELDS |= {"setup": ["module load cuda"]}
@@ -365,12 +366,15 @@ def names(listed: list[dict]) -> list[str]:
 CELLS = [f"cell {d} {kind}" for d in ("deacl-epoch1", "deacl") for kind in evaluate.KINDS]
 DEACL = ["head deacl-epoch1", "head deacl", *CELLS]
 STANDARD = ["head standard", *(f"cell standard {kind}" for kind in evaluate.KINDS)]
+ROWS = {"b": ["standard"], "a": ["standard", "deacl"]}
+CHECKS = Sanity(n=2, more_steps=1, restarts=1, eps=[0.0, 0.25])
+PICTURES = ["examples classification"]
 
 
 def test_missing_follows_what_is_made(toy: dict) -> None:
     settings = toy_settings(**toy)
     listed, there, lost = grid.missing(settings)
-    assert names(listed) == ["deacl planted", *STANDARD, *DEACL] and (there, lost) == (0, [])
+    assert names(listed) == ["deacl planted", *STANDARD, *PICTURES, *DEACL] and (there, lost) == (0, [])
     order = [job["name"] for job in listed]
     assert all(order.index(need) < order.index(job["name"]) for job in listed for need in job["needs"])
     by_name = dict(zip(names(listed), listed, strict=True))
@@ -382,25 +386,53 @@ def test_missing_follows_what_is_made(toy: dict) -> None:
         grid.compute(by_name[made], settings)
     gone = {"deacl planted", "head standard", "cell standard task", "head deacl", "cell deacl task"}
     listed = grid.missing(settings)[0]
-    assert names(listed) == [n for n in ["deacl planted", *STANDARD, *DEACL] if n not in gone]
+    assert names(listed) == [n for n in ["deacl planted", *STANDARD, *PICTURES, *DEACL] if n not in gone]
     assert all(job["needs"] == [] for job in listed if "epoch1" not in job["name"])
 
     for job in listed:
         grid.compute(job, settings)
-    assert grid.missing(settings) == ([], 13, [])
-    before = sorted(records.results_dir("toy").rglob("*.json"))
+    assert grid.missing(settings) == ([], 14, [])
+    before = sorted([*records.results_dir("toy").rglob("*.json"), *records.runs_dir("toy").glob("examples/*")])
     stamps = [path.stat().st_mtime_ns for path in before]
     evaluate.run_task("classification", settings, "03_attack_classification")  # finds every record
+    assert len(evaluate.examples("classification", settings)) == 1  # and the images for Figure 1
     assert [path.stat().st_mtime_ns for path in before if "skipped" not in path.name] == stamps
     changed = settings.model_copy(update={"attack": settings.attack.model_copy(update={"steps": 2})})
-    assert len(grid.missing(changed)[0]) == 6  # EmbedAttack and PGD of three variants
+    assert len(grid.missing(changed)[0]) == 7  # EmbedAttack and PGD of three variants, and the pictures
+
+
+def test_checks_of_the_attacks_are_jobs_after_the_cells_that_they_judge(toy: dict) -> None:
+    rows = [{"name": name, "timm": "embedded_vit", "defenses": d} for name, d in ROWS.items()]
+    settings = toy_settings(**toy | {"encoders": rows}).model_copy(update={"sanity": CHECKS})
+    listed = grid.missing(settings)[0]
+    checks = {job["name"]: job for job in listed if job["step"] == "checks"}
+    assert list(checks) == [f"checks classification toys {row}" for row in ("b standard", "a standard", "a deacl")]
+    assert checks["checks classification toys a deacl"]["needs"] == [
+        *(f"cell classification toys a deacl {kind}" for kind in ("embed", "task")),
+        "head classification toys b standard",  # whose images are transferred
+    ]
+    order = [job["name"] for job in listed]
+    assert all(order.index(need) < order.index(job["name"]) for job in listed for need in job["needs"])
+    for job in listed:
+        grid.compute(job, settings)
+    assert grid.missing(settings)[0] == []
+    paths = sorted((records.results_dir("toy") / "sanity").glob("*/*.json"))
+    assert [p.stem for p in paths] == ["toys__a__deacl", "toys__a__standard", "toys__b__standard"]
+    stamps = [p.stat().st_mtime_ns for p in paths]
+    evaluate.run_task("classification", settings, "03_attack_classification")
+    assert len(sanity.run_all(settings)) == 3 and [p.stat().st_mtime_ns for p in paths] == stamps  # found
+    paths[0].write_text(paths[0].read_text().replace('"n": 2', '"n": 3'))
+    assert [job["name"] for job in grid.missing(settings)[0]] == ["checks classification toys a deacl"]
+    more = settings.model_copy(update={"sanity": CHECKS.model_copy(update={"restarts": 2})})
+    assert [job["step"] for job in grid.missing(more)[0]] == ["checks"] * 3
 
 
 def test_seeds_repeat_heads_and_cells_but_not_deacl(toy: dict) -> None:
     settings = toy_settings(**toy, seeds=[5], encoders=[{"name": "planted", "timm": "embedded_vit"}])
     listed = grid.missing(settings)[0]
     assert names(listed) == [s for name in STANDARD[:1] for s in (name, f"{name} seed 5")] + [
-        f"cell standard{seed} {kind}" for seed in ("", " seed 5") for kind in evaluate.KINDS
+        *(f"cell standard{seed} {kind}" for seed in ("", " seed 5") for kind in evaluate.KINDS),
+        *PICTURES,
     ]
     for job in listed:
         grid.compute(job, settings)
@@ -418,7 +450,7 @@ def test_rows_without_data_or_weights_are_skipped_with_their_reason(toy: dict) -
     with pytest.raises(BadInput):
         grid.missing(settings)
     listed, _, lost = grid.missing(settings.model_copy(update={"missing": "skip"}))
-    assert names(listed) == STANDARD
+    assert names(listed) == [*STANDARD, *PICTURES]
     assert [row["what"] for row in lost] == ["classification cifar10 planted standard", "gone standard"]
     assert all(row["why"].endswith(".") for row in lost)
 
@@ -459,8 +491,9 @@ def test_grid_of_a_profile_from_nothing_to_its_records(project: Path, capfd: pyt
     """Real jobs in processes of their own, then the notebooks' functions find everything."""
     code, out, err = outcome(capfd, "local")
     assert (code, err) == (0, ""), out
-    assert out.count("COMPLETED") == 4 and "all 4 results are there" in out
-    assert len(records.read_records(records.results_dir("tiny"))) == 3
+    assert out.count("COMPLETED") == 6 and "all 6 results are there" in out
+    made = [r["attack"] for r in records.read_records(records.results_dir("tiny"))]
+    assert sorted(made) == ["clean", "embed", "task", "worst"]  # the last by the checks, which may have found worse
     assert heads.head_path("tiny", "classification", "scenes", "embedded_vit", "standard").is_file()
     code, out, _ = outcome(capfd, "local")
-    assert code == 0 and out == "grid | profile tiny: all 4 results are there\n"
+    assert code == 0 and out == "grid | profile tiny: all 6 results are there\n"

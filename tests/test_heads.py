@@ -350,6 +350,23 @@ def test_images_are_encoded_as_many_at_a_time_as_the_device_takes(toys, monkeypa
     assert heads.encoded_at_once(encoder, train, settings.depth.model_copy(update={"attack_batch": 7}), "cpu") == 7
 
 
+def test_tokens_are_encoded_in_smaller_batches_when_memory_runs_out(toys, monkeypatch):
+    encoder, tried, original = planted.encoder(), [], heads.tokens
+    train, _ = _subsets("depth", planted.settings(), encoder)
+    whole = heads.features(encoder, train, 12, "cpu", True)
+
+    def hungry(encoder, x, dense):
+        tried.append(len(x))
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(encoder, x, dense)
+
+    monkeypatch.setattr(heads, "tokens", hungry)
+    found = heads.features(encoder, train, 6, "cpu", True)
+    assert tried == [6, 3, 3, 3, 3]  # the next batch does not try again what did not fit
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, whole, strict=True))
+
+
 def test_tokens_are_kept_as_far_as_there_is_room(toys, monkeypatch):
     settings, encoder = planted.settings(), planted.encoder()
     subsets = _subsets("depth", settings, encoder)

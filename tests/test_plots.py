@@ -184,6 +184,13 @@ def test_prediction_panel_shows_image_truth_and_prediction(task):
     assert len(captions(fig)) == (4 if task == "classification" else 2)
 
 
+def test_figure1_marks_the_attacks_that_are_doubtful():
+    cases = {task: example(task) for task in ("classification", "depth")}
+    fig = plots.figure1(cases, [("depth", "task"), ("classification", "clean")])
+    labels = [ax.get_ylabel() for ax in fig.axes if ax.get_ylabel()]
+    assert [label for label in labels if "†" in label] == ["depth\nDepthPGD †"]
+
+
 def test_figure1_has_both_attacks_of_each_task_and_the_first_right_image():
     cases = {task: example(task) for task in ("classification", "segmentation", "depth")}
     cases["classification"]["pred_clean"] = torch.tensor([2, 2, 1])  # the first is wrong, the second (a cone) right

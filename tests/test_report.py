@@ -6,8 +6,9 @@ import re
 
 import pandas as pd
 import pytest
+import torch
 
-from ssl_robust import claims, evidence, layout, paired, records, report, tables, timing
+from ssl_robust import claims, evidence, layout, paired, plots, records, report, tables, timing
 from ssl_robust.settings import BadInput
 
 METRIC = {"classification": "accuracy", "segmentation": "mIoU", "depth": "RMSE"}
@@ -420,11 +421,10 @@ def test_copied_records_are_exact_and_stale_ones_go(project):
 def test_times_of_the_stages_are_copied_with_the_records(project):
     report.copy_records("test")
     assert records.read_json(project / "figures/test/times.json") == {}
-    records.write_json({"seconds": 81.4}, records.runs_dir("test") / "01_heads.time.json")
-    records.write_json({"seconds": 3.0}, records.runs_dir("test") / "00_data.time.json")
+    timed(_00_data=3.0, _01_heads=81.4)
     report.copy_records("test")
     copied = records.read_json(project / "figures/test/times.json")
-    assert list(copied.items()) == [("00_data", 3.0), ("01_heads", 81.4)]
+    assert [(name, about["seconds"]) for name, about in copied.items()] == [("00_data", 3.0), ("01_heads", 81.4)]
     for path in records.runs_dir("test").glob("*.time.json"):
         path.unlink()
     report.copy_records("test")  # records that were made by hand do not keep the times of others
@@ -456,9 +456,17 @@ def test_the_page_is_self_contained_and_escapes_names(project):
 
 
 def test_the_page_shows_tables_claims_and_how_it_was_made(project):
-    records.write_json({"seconds": 81.4}, records.runs_dir("test") / "01_heads.time.json")
+    timed(_01_heads=81.4)
     page = report.write_index("test").read_text()
-    for words in ("Table 1.", "Table 2.", "Table 3.", "0.80 ± 0.02", "cpu (x86_64), 1 threads", "01_heads 81 s"):
+    for words in (
+        "Table 1.",
+        "Table 2.",
+        "Table 3.",
+        "0.80 ± 0.02",
+        "cpu (x86_64), 1 threads",
+        "<dd>81 s</dd>",
+        "81 s, 100%",
+    ):
         assert words in page
     assert page.count("hardly helps against") == 3
     assert 'href="../../runs/test/04_attack_segmentation.ipynb"' in page
@@ -622,9 +630,10 @@ def test_flagged_values_have_numbered_daggers_and_reasons():
 
 
 def test_flags_of_records_and_of_the_sanity_checks_are_read_and_copied(project, monkeypatch):
-    places = {("classification", "scenes", "embedded_vit", "deacl"): ["five times the steps take 0.1 more"]}
+    places = {"checked": ["five times the steps take 0.1 more"]}
     path = records.record_path("test", "classification", "scenes", "embedded_vit", "deacl", "task")
-    records.write_json({**records.read_json(path), "health": {"rising": 3, "flags": ["the loss still rises"]}}, path)
+    health = {"rising": 3, "flags": ["the loss still rises"]}
+    records.write_json({**records.read_json(path), "key": "checked", "health": health}, path)
     records.write_json({}, project / "results/test/sanity/classification/scenes.json")
     monkeypatch.setattr(evidence, "sanity_flags", lambda folder: places if (folder / "sanity").is_dir() else {})
     report.write_table(1, "test")
@@ -676,6 +685,26 @@ def test_captions_say_what_is_flagged_in_the_figures(project):
     assert first.endswith("†: scenes/embedded_vit Standard, EmbedAttack: at the start.")
     assert "Hollow markers are flagged" in second
     assert second.endswith("†: scenes/embedded_vit, EmbedAttack at epoch 4: between &lt;i&gt;.")
+
+
+def test_figure_1_is_drawn_with_the_daggers_of_its_attacks(project, monkeypatch, undrawn):
+    drawn, original = [], plots.figure1
+    monkeypatch.setattr(plots, "figure1", lambda shown, flagged=(): drawn.append(flagged) or original(shown, flagged))
+    report.main("test")
+    assert drawn == []  # no images are there
+    mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    about = {"dataset": "scenes", "encoder": "embedded_vit", "classes": '["a", "b"]', "eps": "0.03"}
+    images = {name: torch.full((1, 3, 4, 4), 0.5) for name in ("images", "adv_embed", "adv_task")}
+    masks = {name: mask.clone() for name in ("target", "pred_clean", "pred_embed", "pred_task")}
+    records.write_tensors(images | masks, about, project / "runs/test/examples/segmentation.safetensors")
+    for defense, attack in (("standard", "task"), ("standard", "clean"), ("deacl", "embed")):
+        path = records.record_path("test", "segmentation", "scenes", "embedded_vit", defense, attack)
+        records.write_json({**records.read_json(path), "health": {"flags": ["weak"]}}, path)
+    report.main("test")
+    assert drawn == [[("segmentation", "task")]]  # what is not in the picture needs no dagger there
+    first = (project / "figures/test/fig1.png").read_bytes()
+    report.main("test")
+    assert (project / "figures/test/fig1.png").read_bytes() == first
 
 
 def further_seeds(project, values=(0.04, 0.08)):
@@ -803,9 +832,13 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(report, "draw_figure2", report.write_figure2)
 
 
-def timed(profile="test", **seconds):
+def timed(profile="test", started=(), **seconds):
+    """The times of notebooks that ran one after the other, or started then."""
+    begin, starts = 1000.0, iter(started)
     for name, value in seconds.items():
-        records.write_json({"seconds": value}, records.runs_dir(profile) / f"{name.strip('_')}.time.json")
+        about = {"started": next(starts, begin), "seconds": value, "notebook": "h"}
+        records.write_json(about, records.runs_dir(profile) / f"{name.strip('_')}.time.json")
+        begin += value
 
 
 def test_bars_say_where_the_time_went(project):
@@ -815,12 +848,23 @@ def test_bars_say_where_the_time_went(project):
     assert [s.name for s in stages] == ["00_data", "03_attack_classification"]
     assert [(s.seconds, s.cells, s.share) for s in stages] == [(20.0, 0.0, 0.2), (80.0, 14.0, 0.8)]
     lines = timing.text(timing.measured("test"), found).splitlines()
-    assert lines[0].startswith("Where the time went: 100 s") and "14 s" in lines[0]
+    assert lines[0].startswith("Where the time went: 100 s; #: ") and "14 s" in lines[0]
     assert lines[1].split() == ["00_data", "20", "s", "20%", "-" * 8]
     assert lines[2].split() == ["03_attack_classification", "80", "s", "80%", "#" * 6 + "-" * 26]
-    assert timing.text({}, found) == "" and timing.text({"00_data": 0.0}, found)
-    kept = timing.stages({"03_attack_classification": 5.0}, found)  # its records are older
+    assert timing.text({}, found) == "" and timing.text({"00_data": {"started": 1.0, "seconds": 0.0}}, found)
+    kept = timing.stages({"03_attack_classification": {"started": 1.0, "seconds": 5.0}}, found)  # its records are older
     assert kept[0].cells == 0
+
+
+def test_notebooks_side_by_side_take_less_time_than_their_sum():
+    def times(*spans):
+        return {f"0{i}_x": {"started": a, "seconds": b - a} for i, (a, b) in enumerate(spans)}
+
+    assert timing.elapsed(times((0, 10), (10, 25))) == 25 and timing.total_words(times((0, 10), (10, 25))) == "25 s"
+    inside, later = times((0, 30), (5, 10), (20, 40)), times((0, 10), (5, 15), (100, 110))
+    assert timing.elapsed(inside) == 40 and timing.elapsed(later) == 25 and timing.elapsed({}) == 0
+    assert timing.total_words(inside) == "40 s (55 s of notebooks, side by side)"
+    assert timing.elapsed(times((0, 10)) | {"appendix_x": {"started": 50, "seconds": 9}}) == 10
 
 
 def test_the_page_has_a_bar_for_each_stage_and_escapes_its_name(project):
@@ -840,7 +884,10 @@ def test_everything_is_made_anew_with_the_same_bytes(project, monkeypatch):
     folder = project / "figures/test"
     first = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert {"table1.csv", "table3.tex", "fig2.csv", "fig2.png", "index.html", "times.json"} <= {p.name for p in first}
-    assert records.read_json(folder / "times.json") == {"00_data": 20.0, "06_figures": 5.0}
+    times = records.read_json(folder / "times.json")
+    assert times == {
+        n: {"started": t, "seconds": s} for n, t, s in (("00_data", 1e3, 20.0), ("06_figures", 1020.0, 5.0))
+    }
     monkeypatch.setattr(report, "draw_figure2", report.write_figure2)  # test_plots.py: equal figures give equal files
     assert report.main("test") == said
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == first

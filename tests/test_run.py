@@ -333,14 +333,36 @@ def test_make_in_parallel_and_after_a_failure(tree: Path) -> None:
     assert make(tree, "-j2", "paper").returncode == 2
     assert not (tree / "results/demo/04_attack_segmentation.json").exists()
     log = (tree / "log").read_text().splitlines()
-    assert log[:6] == [f"{word} {stage}" for stage in STAGES[:3] for word in ("start", "end")]
-    assert set(log[6:8]) == {"start 03_attack_classification", "start 04_attack_segmentation"}
+    assert log[:2] == ["start 00_data", "end 00_data"] and set(log[2:4]) == {"start 01_heads", "start 02_deacl"}
+    assert set(log[6:8]) == {"start 05_attack_depth", "start 04_attack_segmentation"}
     (tree / "fail_04_attack_segmentation").unlink()
     (tree / "log").unlink()
     assert make(tree, "-j2", "paper").returncode == 0
     log = (tree / "log").read_text().splitlines()
-    assert "start 04_attack_segmentation" in log and "start 03_attack_classification" not in log
+    assert "start 04_attack_segmentation" in log and "start 05_attack_depth" not in log
     assert {line.split()[1] for line in log[-4:]} == {"06_figures", "07_sanity"}
+
+
+def side_by_side(tree: Path, *arguments: str) -> int:
+    """How many notebooks ran at the same time at most."""
+    for stage in STAGES:
+        (tree / f"results/demo/{stage}.json").unlink(missing_ok=True)
+    (tree / "log").unlink(missing_ok=True)
+    assert make(tree, *arguments).returncode == 0
+    running = [0]
+    for line in (tree / "log").read_text().splitlines():
+        running.append(running[-1] + (1 if line.startswith("start") else -1))
+    return max(running)
+
+
+def test_two_notebooks_run_side_by_side_unless_a_number_says_otherwise(tree: Path) -> None:
+    assert side_by_side(tree, "paper", "AT_ONCE=2") == 2
+    assert side_by_side(tree, "table1", "table3", "AT_ONCE=2") == 2
+    assert side_by_side(tree, "paper", "AT_ONCE=1") == 1
+    assert side_by_side(tree, "-j3", "paper", "AT_ONCE=1") == 3  # make's own option comes first
+    for wrong in ("x", "0", "-1"):
+        refused = make(tree, "paper", f"AT_ONCE={wrong}")
+        assert refused.returncode == 2 and "AT_ONCE must be a number of notebooks" in refused.stderr
 
 
 JOBS = """case "$*" in *ssl_robust.grid*) echo "$@" >> log; exit $(cat code) ;; esac
@@ -360,7 +382,7 @@ def test_make_paper_by_jobs_goes_on_to_the_notebooks_when_all_are_there(tree: Pa
     asked = "-m ssl_robust.grid --profile demo --data my images --executor slurm --cluster mine"
     assert log.read_text().splitlines()[-1] == asked
     (tree / "code").write_text("0")
-    assert make(tree, "paper", "EXECUTOR=local", "DATA=my images").returncode == 0
+    assert make(tree, "paper", "EXECUTOR=local", "DATA=my images", "AT_ONCE=1").returncode == 0
     lines = log.read_text().splitlines()
     at = lines.index(f"{asked.partition(' slurm')[0]} local --cluster local")
     assert lines[at + 1] == "start 01_heads" and lines[-1] == "end 07_sanity"

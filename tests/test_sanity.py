@@ -28,7 +28,7 @@ def bench(model=None, **attack):
 
 def test_a_converged_attack_on_a_linear_model_passes_all_checks():
     b = bench()
-    found, said = sanity.checks(b, ("another", "task", planted.brightness_model()), FEW)
+    found, said, _ = sanity.checks(b, ("another", "task", planted.brightness_model()), FEW)
     assert said == [] and found["monotone"] and found["reaches_chance"] and found["zero_is_clean"]
     assert found["clean"]["value"] == 1 and found["attack"]["value"] == 0.75 and found["chance"] == 0.5
     values = [point["value"] for point in found["sweep"]]  # what the margins say, in closed form
@@ -40,14 +40,14 @@ def test_a_converged_attack_on_a_linear_model_passes_all_checks():
 
 @pytest.mark.parametrize("attack", [{"steps": 1}, {"steps": 3, "step": 1 / 255}])
 def test_a_weak_attack_is_flagged(attack):
-    _, said = sanity.checks(bench(**attack, eps=16 / 255), None, FEW)
+    _, said, _ = sanity.checks(bench(**attack, eps=16 / 255), None, FEW)
     assert any("PGD is clearly stronger with" in flag and "has not converged" in flag for flag in said)
 
 
 def test_an_attack_that_depends_on_its_start_is_flagged(monkeypatch):
     starts = {0: 0.0, 1: -1.0}  # the table's seed starts at the image, the next one at the darkest corner
     monkeypatch.setattr(attacks, "random_start", lambda x, eps, ids, seed: x + eps * starts.get(seed, 0))
-    found, said = sanity.checks(bench(steps=1, step=0.0, eps=16 / 255), None, FEW)
+    found, said, _ = sanity.checks(bench(steps=1, step=0.0, eps=16 / 255), None, FEW)
     assert found["restarts"]["value"] < found["attack"]["value"]
     assert any("from the worst of 2 random starts" in flag for flag in said)
 
@@ -62,7 +62,7 @@ class Rounded(nn.Module):
 def test_masked_gradients_are_flagged_by_noise_and_by_the_largest_radius():
     model = planted.brightness_model()
     model.encoder.backbone.proj = nn.Sequential(model.encoder.backbone.proj, Rounded())
-    _, said = sanity.checks(bench(model), None, FEW)
+    _, said, _ = sanity.checks(bench(model), None, FEW)
     assert any("noise of the same size harms no less than PGD" in flag for flag in said)
     assert any("even a radius of 64/255 leaves more than chance" in flag for flag in said)
 
@@ -70,7 +70,7 @@ def test_masked_gradients_are_flagged_by_noise_and_by_the_largest_radius():
 def test_an_attack_in_the_wrong_direction_is_flagged_by_every_comparison(monkeypatch):
     right = attacks.cross_entropy
     monkeypatch.setattr(attacks, "cross_entropy_loss", lambda m, label: lambda adv, t: -right(m(adv), label))
-    found, said = sanity.checks(bench(), ("another", "embed", planted.brightness_model()), FEW)
+    found, said, _ = sanity.checks(bench(), ("another", "embed", planted.brightness_model()), FEW)
     text = " ".join(said)
     assert "EmbedAttack harms more than PGD" in text and "images made on another harm more" in text
     assert "random signs of the same size harm no less" in text and "leaves more than chance" in text
@@ -108,11 +108,12 @@ def test_the_tables_own_radius_is_attacked_once(monkeypatch):
     assert sum(a == b.attack for a in made) == 3  # the attack, one restart, EmbedAttack
     assert [a.steps for a in made if a.eps == 0] == [1]
     assert [a.step for a in made if a.eps == RADII[-1]] == [pytest.approx(16 / 255)]
-    assert sanity.steps(b.attack, FEW.sanity) == sum(a.steps for a in made) + 20  # and 20 for the transfer
+    # the tables' own two come from their cells, and the transfer is not made here
+    assert sanity.steps(b.attack, FEW.sanity) == sum(a.steps for a in made) - 2 * 20 + 20
 
 
 def test_eps_zero_in_the_tables_is_no_flaw_of_the_attack():
-    _, said = sanity.checks(bench(eps=0.0), None, FEW)
+    _, said, _ = sanity.checks(bench(eps=0.0), None, FEW)
     assert said == []
 
 
@@ -153,12 +154,12 @@ def test_all_rows_are_checked_written_and_kept(tuned, monkeypatch):
         (task, "toys", "planted", defense) for task in TASKS for defense in ("standard", "deacl")
     ]
     for row in found:
-        path = sanity.path_of("toy", *(row[k] for k in sanity.KEYS))
+        path = evidence.checks_path("toy", *(row[k] for k in sanity.KEYS))
         assert records.read_record(path) == row and row["n"] == 4 and row["checks"]["zero_is_clean"]
         assert row["checks"]["transfer"]["from"] == "planted at random init"
     assert records.read_records(records.results_dir("toy")) == []  # no record of a table
-    flags = {tuple(r[k] for k in sanity.KEYS): r["flags"] for r in found if r["flags"]}
-    assert evidence.sanity_flags(records.results_dir("toy")) == flags
+    flags = {r["cell"]: r["flags"] for r in found if r["flags"]}
+    assert len({r["cell"] for r in found}) == len(found) and evidence.sanity_flags(records.results_dir("toy")) == flags
 
     calls, original = [], sanity.checks
     monkeypatch.setattr(sanity, "checks", lambda *args: calls.append(1) or original(*args))
@@ -173,10 +174,65 @@ def test_all_rows_are_checked_written_and_kept(tuned, monkeypatch):
         assert len(calls) == 1 and {r["key"] for r in again} & {r["key"] for r in found} == set(), change
 
 
+def _tables(settings, monkeypatch):
+    """Records of classification's cells, and the attack settings of the images that sanity.run_all attacks after."""
+    found = evaluate.run_task("classification", settings, "03_attack_classification")
+    made, original = [], attacks.attacked
+    monkeypatch.setattr(attacks, "attacked", lambda *a, **k: made.append((a[0], a[5], a[6])) or original(*a, **k))
+    return found, made
+
+
+def test_the_tables_attacks_are_taken_from_their_cells(tuned, monkeypatch):
+    only = tuned.model_copy(update={"segmentation": None, "depth": None})
+    alone = sanity.run_all(only)
+    for path in (records.results_dir("toy") / "sanity").rglob("*.json"):
+        path.unlink()
+    _, made = _tables(only, monkeypatch)
+    assert [r["checks"] for r in sanity.run_all(only)] == [r["checks"] for r in alone]
+    assert all(attack != only.attack or seed != only.seed or kind == "embed" for kind, attack, seed in made)
+    assert [kind for kind, *_ in made].count("embed") == 4  # from random init, for both rows, in two batches each
+
+
+def test_the_worst_case_has_what_the_checks_found(tuned, monkeypatch):
+    only = tuned.model_copy(update={"segmentation": None, "depth": None, "attack": Attack(steps=1, step=1e-4)})
+    found, _ = _tables(only, monkeypatch)
+    before = {r["defense"]: r for r in found if r["attack"] == "worst"}
+    assert all(r["checked"] == 0 and "checks" not in r["chosen"] for r in before.values())
+    lost = [0.0] * 3 + [1.0] * 5  # of the four that are checked the first three, whatever they were
+    monkeypatch.setattr(sanity, "worst", lambda b, stats: torch.tensor([[0.0]] * 3 + [[1.0]]).double())
+    sanity.run_all(only)
+    again = {r["defense"]: r for r in evaluate.run_task("classification", only, "n") if r["attack"] == "worst"}
+    for defense, record in again.items():
+        assert record["per_image"] == [min(pair) for pair in zip(before[defense]["per_image"], lost, strict=True)]
+        assert record["checked"] == 4 and record["key"] != before[defense]["key"]
+        assert record["notebook"].endswith("03_attack_classification.ipynb")
+    stored = records.record_path("toy", "classification", "toys", "planted", "standard", "worst")
+    assert records.read_record(stored) == again["standard"]
+    other = only.model_copy(update={"seed": 1})  # another cell, whose images were not checked
+    assert all(r.get("checked", 0) == 0 for r in evaluate.run_task("classification", other, "n"))
+
+
+def test_statistics_of_the_checks_are_in_the_order_of_the_test_set(toys):
+    test = datasets.load("depth", "toys", "test", planted.settings(), 16)
+    parts = [(None, None, [test.ids[2], test.ids[0]]), (None, None, [test.ids[1]])]  # two shapes
+    assert sanity.places(parts, sanity.first(test, 3)).tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_checks_whose_statistics_are_gone_are_made_again(suffix, tuned):
+    only = tuned.model_copy(update={"segmentation": None, "depth": None})
+    first, _ = sanity.run_all(only)
+    path = evidence.checks_path("toy", *(first[k] for k in sanity.KEYS)).with_suffix(suffix)
+    whole = path.with_suffix(".safetensors").read_bytes()
+    path.write_bytes(path.read_bytes()[:-2])
+    assert sanity.run_all(only)[0]["checks"] == first["checks"]
+    assert path.with_suffix(".safetensors").read_bytes() == whole
+
+
 def test_a_damaged_result_is_made_again(tuned):
     only = tuned.model_copy(update={"segmentation": None, "depth": None})
     first, _ = sanity.run_all(only)
-    path = sanity.path_of("toy", *(first[k] for k in sanity.KEYS))
+    path = evidence.checks_path("toy", *(first[k] for k in sanity.KEYS))
     path.write_text(path.read_text().replace('"n": 4', '"n": 5'))
     assert sanity.run_all(only)[0]["checks"] == first["checks"] and records.read_record(path)["n"] == 4
 

@@ -10,7 +10,7 @@ import torch
 from planted import brightness_model, images, model, target
 from pyautoattack import AutoAttack
 
-from ssl_robust import attacks, strong
+from ssl_robust import attacks, health, strong
 from ssl_robust.datasets import IGNORE, image_seed
 from ssl_robust.settings import TASKS, Attack, BadInput
 
@@ -96,8 +96,8 @@ def test_starts_are_drawn_from_seed_and_image(task, name, seed, monkeypatch):
     class Started(Exception):
         pass
 
-    def stop(*given):
-        raise Started(given[-1] if name == "autoattack" else given[-2 if name == "cospgd" else -1])
+    def stop(*given, **named):
+        raise Started(given[5] if name == "autoattack" else given[3 if name == "cospgd" else 4])
 
     x = images(2)
     place = attacks if name == "cospgd" else strong
@@ -139,6 +139,59 @@ def test_quiet(capfd):
     planted, x = model("classification"), images(3)
     _run("autoattack", planted, x, planted(x).argmax(1))
     assert capfd.readouterr() == ("", "")
+
+
+# --- what they say of themselves ---
+
+
+@EACH
+def test_every_attack_says_how_its_gradients_were(task, name):
+    planted, x = model(task), images(3)
+    truth = planted(x).argmax(1) if task == "classification" else target(task, x)
+    trace, before = [], _run(name, planted, x, truth)
+    assert torch.equal(_run(name, planted, x, truth, trace=trace), before)  # looking changes nothing
+    found = health.summarise([trace], name, task)
+    assert found["zero_share"] == 0 and not any("gradient" in flag for flag in health.flags(found))
+    if name == "autoattack":
+        assert found["gradients"] > SHORT.steps and found["nan_share"] == 0
+    else:
+        last = round(0.4 * 5 * SHORT.steps) if name == "sea" else 5 * SHORT.steps
+        assert (found["images"], found["steps"], found["nan_gradient"]) == (3, last, 0)
+
+
+@pytest.mark.parametrize(("task", "name"), [("classification", "autoattack"), ("segmentation", "apgd_seg")])
+def test_gradients_that_are_zero_or_not_finite_are_flagged(task, name, monkeypatch):
+    x, truth = _around_half([0.05, -0.05])
+    planted = _saturated(task)
+    truth = truth[:, None, None].expand(-1, 16, 16) if task == "segmentation" else truth
+    trace = []
+    _run(name, planted, x, truth, Attack(steps=2), trace=trace)
+    found = health.summarise([trace], name, task)
+    assert found["zero_share"] > 0.01 and any("exactly zero in" in flag for flag in health.flags(found))
+    forward = type(planted).forward
+    monkeypatch.setattr(type(planted), "forward", lambda self, x: forward(self, x) + (0 * x.sum()).sqrt())
+    planted, trace = model(task), []
+    truth = planted(x).argmax(1).detach()  # the root's gradient at 0, times 0, is no number
+    _run(name, planted, x, truth, Attack(steps=2), trace=trace)
+    assert any("not finite" in flag for flag in health.flags(health.summarise([trace], name, task)))
+
+
+def test_of_several_losses_the_trace_is_of_the_one_that_was_taken():
+    def trace(*losses):
+        found = []
+        for t, loss in enumerate(losses, 1):
+            attacks.note(
+                found, t, torch.arange(2), torch.tensor(loss), torch.zeros(2, 3) + torch.tensor([[0.0], [1.0]])
+            )
+        attacks.note(found, None, torch.arange(2), torch.tensor(losses[-1]))
+        return found
+
+    joined = strong._of_chosen([trace([1.0, 2.0], [3.0, 4.0]), trace([5.0, 6.0])], torch.tensor([1, 0]))
+    assert [(e["step"], e["index"].tolist(), e["loss"].tolist()) for e in joined] == [
+        (1, [1], [2.0]), (2, [1], [4.0]), (1, [0], [5.0]), (None, [0, 1], [5.0, 4.0])
+    ]  # fmt: skip
+    assert [e["zero"].tolist() for e in joined[:3]] == [[False], [False], [True]]
+    assert health.summarise([joined], "sea", "segmentation")["zero_gradient"] == 1
 
 
 # --- where PGD fails ---
