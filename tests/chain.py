@@ -126,15 +126,19 @@ class Tree:
         mine = {"PYTHONPATH": str(self.root), "HOME": str(self.home), "TMPDIR": str(self.tmp), "OMP_NUM_THREADS": "1"}
         return {k: v for k, v in kept.items() if k != "MPLCONFIGDIR"} | mine
 
-    def command(self, target: str) -> list[str]:
+    def command(self, target: str, *variables: str) -> list[str]:
         # -o check: what would be done is not asked each time, which takes seconds
-        return ["make", "-o", "check", f"PY={sys.executable}", "STAMP=", f"PROFILE={PROFILE}", target]
+        return ["make", "-o", "check", f"PY={sys.executable}", "STAMP=", f"PROFILE={PROFILE}", target, *variables]
 
-    def start(self, target: str, log: str) -> subprocess.Popen:
+    def start(self, target: str, log: str, *variables: str) -> subprocess.Popen:
         """make in the background, what it says in the file `log`."""
         with open(self.root / log, "w") as out:
             return subprocess.Popen(
-                self.command(target), cwd=self.root, env=self.environment(), stdout=out, stderr=subprocess.STDOUT
+                self.command(target, *variables),
+                cwd=self.root,
+                env=self.environment(),
+                stdout=out,
+                stderr=subprocess.STDOUT,
             )
 
     def victims(self, make: subprocess.Popen) -> dict[str, psutil.Process]:

@@ -121,6 +121,20 @@ def test_make_paper_after_a_kill_in_every_stage(victim, undisturbed, tmp_path): 
     assert tables(tree.root) == tables(undisturbed) and numbers(tree.root) == numbers(undisturbed)
 
 
+@pytest.mark.skipif(not ALL, reason="takes two minutes; set SSL_ROBUST_FAULTS=all")
+def test_make_paper_after_make_was_killed_while_two_notebooks_ran(undisturbed, tmp_path):  # noqa: F811
+    tree = Tree(tmp_path)
+    make = tree.start("paper", "1.log", "AT_ONCE=2")
+    folder = tree.root / "results" / PROFILE
+    assert wait_for(lambda: list(folder.glob("segmentation/*.json")) and list(folder.glob("depth/*.json")), 240)
+    running = [p for p in psutil.Process(make.pid).children(recursive=True) if "ipykernel_launcher" in p.cmdline()]
+    make.kill()
+    assert make.wait(60) == -signal.SIGKILL and len(running) == 2  # which go on, and are not started a second time
+    again = tree.start("paper", "2.log", "AT_ONCE=2")
+    assert again.wait(600) == 0, (tree.root / "2.log").read_text()
+    assert tables(tree.root) == tables(undisturbed) and numbers(tree.root) == numbers(undisturbed)
+
+
 # ---- full and read-only disks ----
 
 

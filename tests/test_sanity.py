@@ -112,6 +112,16 @@ def test_the_tables_own_radius_is_attacked_once(monkeypatch):
     assert sanity.steps(b.attack, FEW.sanity) == sum(a.steps for a in made) - 2 * 20 + 20
 
 
+def test_embed_attack_is_judged_on_all_images_of_the_tables():
+    right, wrong = torch.ones(24, 1).double(), torch.zeros(24, 1).double()
+    task, embed = torch.cat([wrong[:4], right[:20]]), torch.cat([wrong[:4], right[:4], wrong[:16]])
+    few = bench()._replace(parts=[tuple(part[:4] for part in bench().parts[0])], order=torch.arange(4))
+    found, said = {}, sanity._embedding(few._replace(known={"task": task, "embed": embed}), task[:4], {})
+    assert len(said) == 1 and "EmbedAttack harms more than PGD (accuracy 0.17 against 0.83)" in said[0]
+    assert sanity._embedding(few._replace(known={"task": embed, "embed": task}), embed[:4], found) == []
+    assert found["embed"]["value"] == 0  # of the images that are checked, as everything else in the table
+
+
 def test_eps_zero_in_the_tables_is_no_flaw_of_the_attack():
     _, said, _ = sanity.checks(bench(eps=0.0), None, FEW)
     assert said == []
