@@ -266,8 +266,8 @@ def test_images_are_no_more_than_the_data_set_has():
 RUNS = sorted({p.parent.parent for p in (PROJECT / "figures").glob("*/records/*/*.json")})
 
 
-def ratios(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """(expected, measured) seconds of each record of a run, by task."""
+def ratios(folder: Path) -> dict[str, list[tuple[float, float, bool]]]:
+    """(expected, measured) seconds of each record of a run, and whether images left the attack early, by task."""
     base, found = profile(folder.parent.name), {task: [] for task in TASKS}
     for record in records.read_records(folder):
         if record["attack"] not in evaluate.KINDS:
@@ -277,7 +277,7 @@ def ratios(folder: Path) -> dict[str, list[tuple[float, float]]]:
         place = record["task"], record["dataset"], row, record["defense"], record["attack"], used
         device = cost.gpu(record["device"]) if "cuda" in record["device"] else CORES
         expected = plan.seconds([plan.cell(*place, n=record["n"])], device)
-        found[record["task"]].append((expected, record["seconds"]))
+        found[record["task"]].append((expected, record["seconds"], record["health"].get("left", 0) > 0))
     return found
 
 
@@ -286,11 +286,15 @@ def test_cost_model_fits_measured_runs(folder):
     """One factor a run is free, as machines differ; within a run the model must tell cheap cells from dear ones."""
     found = ratios(folder)
     # cells of a second or so are mostly overhead; they count in the sums alone
-    quotients = [expected / measured for pairs in found.values() for expected, measured in pairs if measured > 2]
-    middle = statistics.median(quotients)
-    assert len(quotients) >= 9 and all(middle / 2 < q < middle * 2 for q in quotients), sorted(quotients)
+    quotients = [(e / m, early) for pairs in found.values() for e, m, early in pairs if m > 2]
+    middle = statistics.median(q for q, _ in quotients)
+    # when images leave depends on the data: the model has the mean of many, of which a cell may take half
+    wide = {True: 3, False: 2}
+    assert len(quotients) >= 9 and all(middle / wide[early] < q < middle * wide[early] for q, early in quotients), (
+        sorted(quotients)
+    )
     for task, pairs in found.items():
-        expected, measured = map(sum, zip(*pairs, strict=True))
+        expected, measured, _ = map(sum, zip(*pairs, strict=True))
         assert 1 / 1.6 < expected / measured / middle < 1.6, task
 
 
