@@ -3,8 +3,8 @@
 submitit brings the jobs to Slurm (--executor slurm) or starts them as processes here (--executor local). A job
 fine-tunes one encoder (DeACL), trains one head, evaluates one table cell, checks the attacks on one row (07_sanity), or
 attacks the images that Figure 1 shows of one task, by the functions that the notebooks call; those then find everything
-made. Exit codes: 0 every result is there, 1 a job failed, 2 bad input, 3 jobs are waiting or
-running on the cluster, 130 interrupted.
+made. Exit codes: 0 every result is there, 1 a job failed, 2 bad input, 3 jobs are waiting or running on the cluster,
+130 interrupted.
 """
 
 import argparse
