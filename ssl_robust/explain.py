@@ -168,7 +168,9 @@ def text(cell: str, profile: str) -> str:
         return f"{title} was not run, because: {record['why'].rstrip('.')}."
     lines = [f"{title}, from {where}"]
     if folder != disk.results_dir(profile):
-        lines.append(f"There are no results in results/{profile}; this is the record that came with the project.")
+        came = disk.committed_dir(profile) / "records"
+        kind = "record that came with the project" if folder == came else "copy with the figures"
+        lines.append(f"There are no results in results/{profile}; this is the {kind}.")
     lines += [*_numbers(record), *_against_standard(record, records), *_doubts(record, folder), *_making(record)]
     if others := _committed(record, profile, folder):
         lines += _listed("committed", disk.differences(record, others[0]))
@@ -178,7 +180,7 @@ def text(cell: str, profile: str) -> str:
 
 def _committed(record: Record, profile: str, folder: Path) -> list[Record]:
     """The record of the same cell that came with the project, if it is another one."""
-    came = disk.figures_dir(profile) / "records"
+    came = disk.committed_dir(profile) / "records"
     return [] if folder == came else [r for r in disk.read_records(came) if place_of(r) == place_of(record)]
 
 

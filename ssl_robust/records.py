@@ -43,8 +43,13 @@ def runs_dir(profile: str) -> Path:
 
 
 def figures_dir(profile: str) -> Path:
-    """Folder of tables and figures of `profile`."""
+    """Folder of tables and figures that runs of `profile` write; git ignores it."""
     return ROOT / "figures" / profile
+
+
+def committed_dir(profile: str) -> Path:
+    """Folder of the tables, figures and records of `profile` that came with the project; no run writes there."""
+    return ROOT / "figures" / "committed" / profile
 
 
 def record_path(profile: str, task: str, dataset: str, encoder: str, defense: str, attack: str) -> Path:

@@ -66,14 +66,13 @@ def read(profile: str, folder: Path | None = None) -> tuple[list[Record], list[R
 
 
 def folder_of(profile: str) -> Path:
-    """Where the records of `profile` are: results/<profile>, or, if nothing is there, the copy in figures/<profile>.
+    """Where records of `profile` are: results/<profile>, else the copy with its figures, else the committed ones.
 
-    Raises BadInput if there are none.
+    results/<profile> if there are none at all.
     """
-    for folder in (disk.results_dir(profile), disk.figures_dir(profile) / "records"):
-        if disk.read_records(folder) or read_skipped(folder):
-            return folder
-    raise BadInput(f"Profile '{profile}' has no records yet; run the notebooks first, or 'make paper'.")
+    copies = (folder / "records" for folder in (disk.figures_dir(profile), disk.committed_dir(profile)))
+    places = (disk.results_dir(profile), *copies)
+    return next((p for p in places if disk.read_records(p) or read_skipped(p)), places[0])
 
 
 def write_table(number: int, profile: str, folder: Path | None = None) -> pd.DataFrame:
@@ -201,11 +200,11 @@ def copy_records(profile: str) -> int:
 
 
 def _times(profile: str, folder: Path | None) -> timing.Times:
-    """Times of the stages: those measured here, or, for the copied records, the copied ones."""
-    copied = disk.figures_dir(profile) / "times.json"
-    if folder == copied.with_name("records"):
-        return disk.read_json(copied) if copied.is_file() else {}
-    return timing.measured(profile)
+    """Times of the stages: those measured here, or, for copied records, the copied ones."""
+    if folder in (None, disk.results_dir(profile)):
+        return timing.measured(profile)
+    copied = folder.with_name("times.json")
+    return disk.read_json(copied) if copied.is_file() else {}
 
 
 def _facts(profile: str, records: list[Record], times: timing.Times) -> dict[str, str]:

@@ -5,7 +5,7 @@ from make_reference import PROJECT
 
 from ssl_robust import metrics, records, report, settings
 
-DEMO = PROJECT / "figures" / "demo"
+DEMO = PROJECT / "figures" / "committed" / "demo"
 COMMITTED, SKIPPED = report.read("demo", DEMO / "records")
 
 

@@ -122,8 +122,24 @@ def test_a_clone_reads_the_records_that_came_with_it_and_says_so(project, capsys
     report.copy_records("demo")
     (project / "results").rename(project / "gone")
     code, out, _ = told(CELL, capsys)
-    assert code == 0 and "from figures/demo/records" in out and "There are no results in results/demo" in out
+    assert code == 0 and "from figures/demo/records" in out
+    assert "There are no results in results/demo; this is the copy with the figures.\n" in out
+    (project / "figures/committed").mkdir()
+    (project / "figures/demo").rename(project / "figures/committed/demo")
+    code, out, _ = told(CELL, capsys)
+    assert code == 0 and "from figures/committed/demo/records" in out
+    assert "There are no results in results/demo; this is the record that came with the project.\n" in out
     assert "- the loss still rises" in out
+
+
+def test_a_record_is_compared_with_the_one_that_came_with_the_project(project, capsys):
+    assert "committed" not in told(CELL, capsys)[1]
+    report.copy_records("demo")
+    (project / "figures/committed").mkdir()
+    (project / "figures/demo").rename(project / "figures/committed/demo")
+    assert "committed    none" in told(CELL, capsys)[1]
+    write(record(threads=64))
+    assert "committed    - They differ in the number of threads: 64 and 1." in told(CELL, capsys)[1]
 
 
 def test_without_records_or_with_a_damaged_one_there_is_one_sentence(project, capsys):
