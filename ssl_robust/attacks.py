@@ -20,10 +20,12 @@ from .settings import Attack
 LossFn = Callable[[Tensor, int], Tensor]
 PairLoss = Callable[[Tensor, Tensor], Tensor]  # (embedding or logits, clean embedding or label) -> (B,)
 Trace = list[dict[str, Any]]  # what pgd saw, see there
+Finished = Callable[[Tensor, Tensor, Tensor], Tensor]  # (iterates (b, ..), positions (b,), losses (b,)) -> (b,) bool
 NAMES = {"classification": "PGD", "segmentation": "SegPGD", "depth": "DepthPGD"}
-# More than any image loses that is still classified rightly: of C classes the right one then has less than 1/C. The
-# margin is for bf16, whose cross-entropy may be wrong in the second digit.
+# added to what an image has lost for sure before it leaves, so that the rounding of another batch turns none back
 MARGIN = 0.1
+TINY = 1e-6  # below this mean cross-entropy images are compared by its logarithm
+FAINT = 1e-3  # share of its weight that a pixel has to lose: below it everywhere the gradient of an image is rescaled
 
 
 def random_start(x: Tensor, eps: float, ids: list[str], seed: int) -> Tensor:
@@ -34,15 +36,15 @@ def random_start(x: Tensor, eps: float, ids: list[str], seed: int) -> Tensor:
 
 def pgd(
     x: Tensor, loss_fn: LossFn, attack: Attack, start: Tensor | None = None, precision: str = "fp32",
-    enough: float = math.inf, loss_of: Callable[[Tensor], LossFn] | None = None, trace: Trace | None = None,
+    finished: Finished | None = None, loss_of: Callable[[Tensor], LossFn] | None = None, trace: Trace | None = None,
 ) -> Tensor:  # fmt: skip
     """Projected gradient ascent on `loss_fn` inside the ball of `attack.eps` around x.
 
     x, start: (B, 3, H, W) in [0,1]. loss_fn(x_adv, t) -> (B,) for t = 1..steps, computed in `precision`; or (B, 2), of
     which the first column is climbed and the second compares iterates. Returns x_adv of the shape of x with
     |x_adv - x| <= eps and values in [0,1]: the last iterate, or with `attack.best` each image's of largest loss. Images
-    whose loss exceeds `enough` are finished and leave the batch as they are; `loss_of` then gives the loss of those
-    that go on, from their positions (b,) in x.
+    that are `finished`, a function of (iterates, positions in x, losses), leave the batch as they are; `loss_of` then
+    gives the loss of those that go on, from their positions (b,) in x.
 
     A `trace` gets {"step": t, "index": positions of the images in the batch, "loss": their loss before the step,
     "zero", "nan": whether their gradient is 0 everywhere, or not finite}, (b,) each, and at the end the loss of all
@@ -61,7 +63,7 @@ def pgd(
         (gradient,) = torch.autograd.grad(loss.sum(), adv)
         note(trace, t, going, judged, gradient)
         adv = adv.detach()
-        if enough < math.inf and (done := loss.detach() > enough).any():
+        if finished and (done := finished(adv, going, judged.detach())).any():
             result[going[done]] = adv[done]
             going, adv, gradient, low, high, best, best_loss = (
                 part[~done] for part in (going, adv, gradient, low, high, best, best_loss)
@@ -111,9 +113,16 @@ def l2(embedding: Tensor, clean: Tensor) -> Tensor:
     return torch.linalg.vector_norm(embedding - clean, dim=1)
 
 
-def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy (B,) of logits (B, C) and labels (B,)."""
-    return F.cross_entropy(logits, label, reduction="none")
+def margin(logits: Tensor, label: Tensor) -> Tensor:
+    """logsumexp of the other logits minus the true one, (B, ..) from logits (B, C, ..) and labels (B, ..).
+
+    It is log((1 - p) / p) of the true class's probability p, so cross-entropy, -log p, is a rising function of it and
+    its gradient is this one's times 1 - p: a positive factor per image, which the sign of PGD does not see. But of a
+    certain classifier (heads trained with the paper's learning rate of 0.5 have margins of hundreds) 1 - p is 0 in
+    floating point, and with it the whole gradient of cross-entropy; this one never vanishes.
+    """
+    label = label.unsqueeze(1)
+    return (logits.scatter(1, label, -math.inf).logsumexp(1, keepdim=True) - logits.gather(1, label)).squeeze(1)
 
 
 def embed_loss(model: TaskModel, x: Tensor, distance: PairLoss = l2) -> LossFn:
@@ -123,41 +132,83 @@ def embed_loss(model: TaskModel, x: Tensor, distance: PairLoss = l2) -> LossFn:
     return lambda adv, t: distance(model.embed(adv), clean)
 
 
-def cross_entropy_loss(model: TaskModel, label: Tensor, loss: PairLoss = cross_entropy) -> LossFn:
-    """PGD for classification: the cross-entropy of the true label (B,)."""
+def pgd_loss(model: TaskModel, label: Tensor, loss: PairLoss = margin) -> LossFn:
+    """PGD for classification: the cross-entropy of the true label (B,), climbed by its margin."""
     return lambda adv, t: loss(model(adv), label)
 
 
-class _Parts(torch.autograd.Function):
-    """The sums of segpgd_parts, with their gradient in a third of the passes over the logits that autograd makes."""
+class _PixelCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each pixel, with its gradient in a third of the passes over the logits that autograd makes."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         seen = mask != IGNORE
         label = torch.where(seen, mask, 0)[:, None]  # (B, 1, H, W)
         top, picked = logits.amax(1, keepdim=True), logits.gather(1, label)
         e = (logits - top).exp_()
         total = e.sum(1, keepdim=True)
-        pixel = ((total.log() + top - picked)[:, 0] * seen).flatten(1)  # cross-entropy, 0 where ignored
         right = (picked >= top)[:, 0] & seen
-        ctx.save_for_backward(e, total, label, seen, right)
-        parts = (pixel * right.flatten(1)).mean(1)
-        return torch.stack([parts, pixel.mean(1) - parts], 1)
+        ctx.save_for_backward(logits, e, total, label, seen)
+        ctx.mark_non_differentiable(right)
+        return (total.log() + top - picked)[:, 0] * seen, right
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        e, total, label, seen, right = ctx.saved_tensors
-        weight = torch.where(right, gradient[:, 0, None, None], gradient[:, 1, None, None]) * seen / right[0].numel()
-        out = e * (weight[:, None] / total)  # softmax minus one-hot, weighted
-        return out.scatter_add_(1, label, -weight[:, None]), None
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        logits, e, total, label, seen = ctx.saved_tensors
+        weight = (gradient * seen)[:, None]  # (B, 1, H, W)
+        left = 1 - e.gather(1, label) / total  # 1 - p: what pixels have to lose, the size of their gradient
+        faint = (weight * left).abs().flatten(1).amax(1) < FAINT * weight.abs().flatten(1).amax(1)
+        out = e * (weight / total)  # softmax minus one-hot, weighted
+        out.scatter_add_(1, label, -weight)
+        if faint.any():
+            out[faint] = _rescaled(logits[faint], label[faint], weight[faint])
+        return out, None
+
+
+def _rescaled(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the weighted cross-entropies (B, C, H, W) of certain pixels, but for a positive factor per image.
+
+    Each pixel's is weight * (1 - p) times that of its margin, see `margin`; of the factors, which floating point takes
+    for 0, only the ratios matter within an image, so they are taken relative to the largest, in logarithms.
+    """
+    log_left = F.logsigmoid(margin(logits, label[:, 0]))[:, None]  # log(1 - p)
+    size = weight.abs().log() + log_left
+    top = size.flatten(1).amax(1).nan_to_num(neginf=0)[:, None, None, None]  # without any weight all stays 0
+    factor = weight.sign() * (size - top).exp()
+    return (factor * logits.scatter(1, label, -math.inf).softmax(1)).scatter_add_(1, label, -factor)
+
+
+def pixel_cross_entropy(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each pixel (B, H, W), 0 where ignored, and whether it is classified rightly (a tie counts so).
+
+    logits (B, C, H, W), mask (B, H, W) of class numbers and IGNORE. For attacks, which take signs: where every pixel of
+    an image is so certain that floating point leaves no gradient or a rough one (less than FAINT of the weights), it
+    comes multiplied by a positive factor per image; one such loss for each prediction.
+    """
+    return _PixelCrossEntropy.apply(logits, mask)
 
 
 def segpgd_parts(logits: Tensor, mask: Tensor) -> Tensor:
     """The two sums of eq. 1 over HW, (B, 2): cross-entropy of the right pixels, and of the wrong ones.
 
-    logits (B, C, H, W), mask (B, H, W) with IGNORE where a pixel counts in neither set. A tie counts as right.
+    logits (B, C, H, W), mask (B, H, W) with IGNORE where a pixel counts in neither set.
     """
-    return _Parts.apply(logits, mask)
+    pixel, right = pixel_cross_entropy(logits, mask)
+    parts = (pixel * right).flatten(1).mean(1)
+    return torch.stack([parts, pixel.flatten(1).mean(1) - parts], 1)
+
+
+def comparable(loss: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    """`loss` (B,), a mean cross-entropy; where it is below TINY, which floating point soon takes for 0, its tangent there
+    in the logarithm, so that images of certain pixels can be compared, too. logits and mask as in pixel_cross_entropy."""
+    small = loss < TINY
+    if small.any():
+        scores, seen = logits[small], mask[small] != IGNORE
+        apart = margin(scores, mask[small].long().where(seen, 0))
+        log_pixel = torch.where(apart < -15, apart, F.softplus(apart).log()).masked_fill(~seen, -math.inf)
+        log_loss = log_pixel.flatten(1).logsumexp(1) - math.log(seen[0].numel())
+        loss = loss.masked_scatter(small, TINY * (1 + log_loss.clamp(min=-1e5) - math.log(TINY)))
+    return loss
 
 
 def segpgd(parts: Tensor, weight: float) -> Tensor:
@@ -175,8 +226,10 @@ def segpgd_loss(
     mask = mask.long()
 
     def loss(adv: Tensor, t: int) -> Tensor:
-        parts = parts_of(model(adv), mask)
-        return torch.stack([segpgd(parts, (t - 1) / (2 * steps)), parts.detach().mean(1)], 1)
+        logits = model(adv)
+        parts = parts_of(logits, mask)
+        alike = comparable(parts.detach().mean(1), logits.detach(), mask)
+        return torch.stack([segpgd(parts, (t - 1) / (2 * steps)), alike], 1)
 
     return loss
 
@@ -192,7 +245,7 @@ def loss_for(kind: str, model: TaskModel, x: Tensor, target: Tensor, steps: int)
     if kind == "embed":
         return embed_loss(model, x, *other)
     if model.task == "classification":
-        return cross_entropy_loss(model, target, *other)
+        return pgd_loss(model, target, *other)
     if model.task == "segmentation":
         return segpgd_loss(model, target, steps, *other)
     return depth_pgd_loss(model, target, *other)
@@ -209,8 +262,27 @@ def attacked(
     with compute.steps_in(precision, x.device):  # the clean embedding, too: its distance to itself is then 0
         loss_fn = loss_for(kind, model, x, target, attack.steps)
     early = {}
-    if kind == "task" and model.task == "classification" and attack.stop_when_broken and not model.protocol:
-        classes = model.head.linear.out_features
-        early = {"enough": math.log(classes) + MARGIN}
+    if leaves(kind, model, attack):
+        early["finished"] = lambda adv, rows, loss: _misclassified(model, adv, target[rows], loss > enough(model))
         early["loss_of"] = lambda rows: loss_for(kind, model, x[rows], target[rows], attack.steps)
     return pgd(x, loss_fn, attack, start, precision, trace=trace, **early)
+
+
+def leaves(kind: str, model: TaskModel, attack: Attack) -> bool:
+    """Whether images leave this attack as soon as their class is lost: the last iterate of PGD is not better than that."""
+    return kind == "task" and model.task == "classification" and attack.stop_when_broken and not model.protocol
+
+
+def enough(model: TaskModel) -> float:
+    """The loss of PGD above which an image is misclassified: its class then has less than 1 / C of the probability."""
+    classes = model.head.linear.out_features
+    return MARGIN + math.log(classes if "pgd_scaled_logits" in model.protocol else max(1, classes - 1))
+
+
+@torch.no_grad()
+def _misclassified(model: TaskModel, adv: Tensor, label: Tensor, likely: Tensor) -> Tensor:
+    """Which images (B,) the model misclassifies in fp32, as they will be judged; only the `likely` ones are tried."""
+    lost = torch.zeros_like(likely)
+    if likely.any():
+        lost[likely] = model(adv[likely]).argmax(1) != label[likely]
+    return lost

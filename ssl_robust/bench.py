@@ -407,7 +407,7 @@ def strength(case: Case, adv: Tensor, kind: str, reference: Tensor | None = None
     x, label = case.x[: len(adv)], case.label[: len(adv)]
     logits = torch.cat([case.model(part) for part in adv.split(case.batch)])
     if kind == "task":
-        loss = attacks.cross_entropy(logits, label)
+        loss = F.cross_entropy(logits, label, reduction="none")
     else:
         loss = torch.cat([attacks.l2(case.model.embed(a), case.model.embed(b))
                           for a, b in zip(adv.split(case.batch), x.split(case.batch), strict=True)])  # fmt: skip

@@ -75,7 +75,7 @@ def _loop(case: Case, cls: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
 
     def contender(model: TaskModel, x: Tensor, label: Tensor, start: Tensor, attack: Attack) -> Tensor:
         def loss(adv: Tensor, t: int) -> Tensor:
-            return attacks.cross_entropy(model.head.linear(cls(adv)).float(), label)
+            return attacks.margin(model.head.linear(cls(adv)).float(), label)
 
         return attacks.pgd(x, loss, attack, start, case.precision)
 
@@ -188,7 +188,7 @@ def cached_tokens(case: Case, repeats: int) -> list[Row]:
     encoder = case.model.encoder
 
     def encoded() -> Iterator[tuple[Tensor, ...]]:
-        return heads.encoded(encoder, subset, case.batch, case.device, False)
+        return heads.encoded(encoder, subset, case.batch, case.device)
 
     def train(keep: bool) -> None:
         head = heads.ClassificationHead(encoder.dim, bench.CLASSES).to(case.device)

@@ -2,10 +2,12 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -25,6 +27,7 @@ CODE = ("catalogue", "datasets", "scenes", "checkpoints", "compute", "vit", "enc
 # Tokens up to this many bytes are kept for all epochs: hundreds of small images fit, while 20,000 images of 518 px
 # are 84 GB for DINOv2 ViT-B and would not fit any machine. Beyond it, images are encoded anew in every epoch.
 CACHE = 4 * 2**30
+COARSE = 128  # rows, or up to twice as many, of a target that are looked at for what a constant prediction reaches
 SIDES = 2  # an image and its mirror image: all there is where a flip is the only augmentation
 
 PixelLoss = Callable[[Tensor, Tensor], Tensor]  # (log differences, valid), (B, H, W) each -> (B,)
@@ -100,17 +103,18 @@ class TaskModel(nn.Module):
 
     Segmentation slides a window of the encoder's native px over the image with `stride` (a fraction of the window)
     and averages the logits where windows overlap. `protocol`: names of released.DIFFERENCES that attacks on the model
-    and its evaluation follow.
+    and its evaluation follow. `chances`: what a constant prediction reaches, see released.chances.
     """
 
     def __init__(
         self, task: str, encoder: Encoder, head: nn.Module, stride: float = 1.0,
-        protocol: released.Names = frozenset(),
+        protocol: released.Names = frozenset(), chances: Mapping[str, float] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         super().__init__()
         self.task, self.encoder, self.head = task, encoder, head.eval().requires_grad_(False)
-        self.protocol = protocol
+        self.protocol, self.chances = protocol, chances
         self.stride = max(1, round(stride * encoder.native))
+        self.trained = (0, 0)  # images its head was trained on, and asked for; see fitted
 
     def forward(self, x: Tensor) -> Tensor:
         if self.task == "segmentation":
@@ -120,25 +124,30 @@ class TaskModel(nn.Module):
 
     def single(self, x: Tensor) -> Tensor:
         """Prediction without a window; what the encoder padded is cut off again. The head computes in fp32."""
-        cls, patches = tokens(self.encoder, x, self.task != "classification")
+        cls, patches = tokens(self.encoder, x, self.task)
         with _fp32(x.device):
             return predict(self.head, self.encoder, cls.float(), patches.float(), x.shape[-2:])
 
     def embed(self, x: Tensor) -> Tensor:
-        """The embedding that EmbedAttack moves, fp32 (B, F): the CLS token, or all patch tokens of all windows."""
+        """The embedding that EmbedAttack moves, fp32 (B, F): what the head reads, of dense tasks the patch tokens alone.
+
+        Segmentation: the patch tokens of all windows.
+        """
         if self.task == "classification":
             return self.encoder.cls(x).float()
-        if self.task == "depth":
-            return self.encoder(x)[1].float().flatten(1)
-        crops, _ = crop_windows(x, self.encoder.native, self.stride)
-        patches = self.encoder(crops)[1].float().flatten(1)  # (K * B, F)
+        crops = crop_windows(x, self.encoder.native, self.stride)[0] if self.task == "segmentation" else x
+        patches = tokens(self.encoder, crops, self.task)[1].float().flatten(1)  # (K * B, F)
         return patches.unflatten(0, (-1, len(x))).transpose(0, 1).flatten(1)
 
 
-def tokens(encoder: Encoder, x: Tensor, dense: bool) -> tuple[Tensor, Tensor]:
-    """CLS token (B, D) and patch tokens (B, D, h, w) of images in [0,1]; none of the latter, (B, 0), unless `dense`."""
-    if dense:
-        return encoder(x)
+def tokens(encoder: Encoder, x: Tensor, task: str) -> tuple[Tensor, Tensor]:
+    """What the head of `task` reads of images in [0,1]: CLS token (B, D) and patch tokens (B, D, h, w).
+
+    Classification has no patch tokens, (B, 0). Depth reads both before the final LayerNorm, as the linear depth heads
+    of DINOv2 (Oquab et al. 2024, which the paper follows) and the released code do; the other tasks behind it.
+    """
+    if task != "classification":
+        return encoder(x, normed=task != "depth")
     cls = encoder.cls(x)
     return cls, cls[:, :0]
 
@@ -209,16 +218,17 @@ def training_loss(task: str, prediction: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(prediction, target.long(), ignore_index=IGNORE)
 
 
-def encoded(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> Batches:
-    """Frozen tokens batch by batch, in the order of the images: (CLS, patches, targets), no patches unless `dense`.
+def encoded(encoder: Encoder, subset: Subset, batch: int, device: str) -> Batches:
+    """Frozen tokens batch by batch, in the order of the images: (CLS, patches, targets), as `tokens` of the task.
 
-    Where memory lacks, fewer images than `batch` are encoded at a time. Raises BadInput if the images differ in size.
+    Where memory lacks, fewer images than `batch` are encoded at a time. Raises BadInput if the images differ in size
+    or a token is not finite.
     """
     shapes, size = set(), batch
     for _, images, targets in datasets.batches(subset, batch):
 
         def part(rows: slice, images: Tensor = images) -> tuple[Tensor, Tensor]:
-            return tokens(encoder, images[rows].to(device), dense)
+            return tokens(encoder, images[rows].to(device), subset.task)
 
         with torch.no_grad():
             made, size = compute.in_parts(part, len(images), size)
@@ -226,18 +236,23 @@ def encoded(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bo
         shapes.add(tuple(part.shape[1:] for part in row))
         if len(shapes) > 1:
             raise BadInput(f"The images of {subset.name} differ in size; set 'size' of the task to one they share.")
+        if not all(part.isfinite().all() for part in made):
+            raise BadInput(
+                f"Encoder '{encoder.name}' gives tokens that are not finite on {subset.name}; check its weights and "
+                f"its normalisation."
+            )
         yield row
 
 
-def features(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
+def features(encoder: Encoder, subset: Subset, batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Frozen tokens of all images in main memory: CLS (N, D), patches (N, D, h, w), targets (N, ...); see encoded."""
-    rows = ((part.cpu() for part in row) for row in encoded(encoder, subset, batch, device, dense))
+    rows = ((part.cpu() for part in row) for row in encoded(encoder, subset, batch, device))
     return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
 
-def token_bytes(encoder: Encoder, subset: Subset, device: str, dense: bool) -> int:
+def token_bytes(encoder: Encoder, subset: Subset, device: str) -> int:
     """Bytes that `features` of the subset takes, reckoned from its first image."""
-    (first,) = encoded(encoder, _ordered(subset, [0]), 1, device, dense)
+    (first,) = encoded(encoder, _ordered(subset, [0]), 1, device)
     return len(subset) * sum(part.nbytes for part in first)
 
 
@@ -268,12 +283,17 @@ def fit(
         torch.manual_seed(seed)
         head = HEADS[task](encoder.dim, len(train.classes)).to(device)
     optimizer = make_optimizer(task, head, section)
-    training, held_out = token_sources(task, encoder, train, val, section, device)
-    best, best_state, history = -float("inf"), head.state_dict(), []
+    training, held_out = token_sources(encoder, train, val, section, device)
+    best, best_state, history = -math.inf, head.state_dict(), []
     for epoch in track(range(section.epochs), desc=f"{task} head on {train.name}"):
         train.view = epoch % getattr(section, "views", section.epochs)
         order = _order(len(train), section.batch, seed + epoch)
         loss = _epoch(task, head.train(), encoder, optimizer, training(order, section.batch))
+        if not math.isfinite(loss):
+            raise BadInput(
+                f"The {task} head of '{encoder.name}' on {train.name} diverged in epoch {epoch + 1} (loss {loss}); lower "
+                f"{task}.lr, which is {section.lr:g}."
+            )
         score = _held_out_metric(task, head.eval(), encoder, held_out(range(len(val)), 64), len(train.classes))
         history.append({"epoch": epoch + 1, "loss": loss, "held_out": score})
         gain = metrics.BETTER[metrics.METRIC[task]] * score
@@ -299,16 +319,13 @@ def copies(section: TaskSettings) -> int:
 
 
 def token_sources(
-    task: str, encoder: Encoder, train: Subset, val: Subset, section: TaskSettings, device: str
+    encoder: Encoder, train: Subset, val: Subset, section: TaskSettings, device: str
 ) -> tuple[Source, Source]:
     """Where training and held-out tokens come from: memory if CACHE has room for them, else the encoder."""
-    dense = task != "classification"
-    bytes_val, bytes_train = (token_bytes(encoder, subset, device, dense) for subset in (val, train))
+    bytes_val, bytes_train = (token_bytes(encoder, subset, device) for subset in (val, train))
     keep_train, keep_val = kept(bytes_train, bytes_val, section)
     return tuple(
-        (_kept if keep else _streamed)(
-            encoder, subset, encoded_at_once(encoder, subset, section, device), device, dense
-        )
+        (_kept if keep else _streamed)(encoder, subset, encoded_at_once(encoder, subset, section, device), device)
         for subset, keep in ((train, keep_train), (val, keep_val))
     )
 
@@ -319,14 +336,14 @@ def encoded_at_once(encoder: Encoder, subset: Subset, section: TaskSettings, dev
     return compute.batch_for(compute.tokens_of(encoder.patch, size), device, section.attack_batch)
 
 
-def _kept(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> Source:
+def _kept(encoder: Encoder, subset: Subset, batch: int, device: str) -> Source:
     """Tokens of every view or of both sides, encoded `batch` images at a time when first asked for, in main memory."""
 
     @cache
     def made(view: int, flip: bool) -> tuple[Tensor, ...]:
         shown = copy.copy(subset)
         shown.view, shown.flip = view, flip
-        return features(encoder, shown, batch, device, dense)
+        return features(encoder, shown, batch, device)
 
     def source(order: list[int], size: int) -> Batches:
         drawn = subset.flip is None
@@ -345,9 +362,9 @@ def _rows(sides: tuple[Tensor, ...], chosen: Tensor, mirrored: Tensor) -> Tensor
     return rows
 
 
-def _streamed(encoder: Encoder, subset: Subset, batch: int, device: str, dense: bool) -> Source:
+def _streamed(encoder: Encoder, subset: Subset, batch: int, device: str) -> Source:
     """Tokens encoded `batch` images at a time whenever they are asked for."""
-    return lambda order, size: _regrouped(encoded(encoder, _ordered(subset, order), batch, device, dense), size)
+    return lambda order, size: _regrouped(encoded(encoder, _ordered(subset, order), batch, device), size)
 
 
 def _regrouped(rows: Batches, size: int) -> Batches:
@@ -405,19 +422,38 @@ def fitted(
     section, device = settings.task(task), records.pick_device(settings.device)
     train, val = (datasets.load(task, dataset, split, settings, encoder.native) for split in ("train", "val"))
     used = section.model_dump(exclude={"datasets", "n_test", "attack_batch", "stride", "crop"})
-    key = records.digest([used, settings.seed, encoder.hash, train.hash, val.hash, records.code_hash(*CODE)])
+    made_from = [encoder.hash, train.hash, val.hash, train.classes, records.code_hash(*CODE)]
+    key = records.digest([used, settings.seed, *made_from])
     path = head_path(settings.profile, task, dataset, encoder.name, defense)
     found = read_head(path, key)
     if found is None:
+        chances = released.chances(task, training_targets(train), train.classes)
         head, history = fit(task, encoder.to(device), train, val, section, settings.seed, device)
-        metadata = {"key": key, "history": json.dumps(history)}
+        metadata = {"key": key, "history": json.dumps(history), "chances": json.dumps(chances)}
         records.write_tensors(head.state_dict(), metadata, path)
     else:
-        state, history = found
+        state, history, chances = found
         head = HEADS[task](encoder.dim, len(train.classes))
         head.load_state_dict(state)
     stride = getattr(section, "stride", 1.0)
-    return TaskModel(task, encoder.to(device), head.to(device), stride, released.active(settings)), history
+    model = TaskModel(task, encoder.to(device), head.to(device), stride, released.active(settings), chances)
+    model.trained = len(train), datasets.asked(task, dataset, settings)
+    return model, history
+
+
+def training_targets(train: Subset) -> list[Tensor]:
+    """What a constant prediction can know: the labels, or every few pixels of evenly spread masks or depth maps.
+
+    They are as stored, before any resizing and augmentation. Raises BadInput if none of them counts.
+    """
+    if train.task == "classification":
+        return [torch.tensor([item.target for item in train.items])]
+    found = [train.read(i)[1] for i in datasets.spread(range(len(train)))]
+    found = [t[:: max(1, len(t) // COARSE), :: max(1, len(t) // COARSE)] for t in found]
+    what = "a depth within 10 m" if train.task == "depth" else "a labelled pixel"
+    if not any((metrics.valid_depth(t) if train.task == "depth" else t != IGNORE).any() for t in found):
+        raise BadInput(f"None of the training images of {train.name} has {what}; check its targets and their unit.")
+    return found
 
 
 def fit_all(settings: Settings) -> pd.DataFrame:
@@ -473,10 +509,12 @@ def predictions(model: TaskModel, subset: Subset, count: int) -> dict[str, objec
     return {"images": x, "target": target, "pred_clean": said.cpu(), "classes": list(subset.classes)}
 
 
-def read_head(path: Path, key: str) -> tuple[dict[str, Tensor], list[dict[str, float]]] | None:
-    """Weights and history of a stored head; None if there is none, it is damaged or was made from something else."""
+def read_head(path: Path, key: str) -> tuple[dict[str, Tensor], list[dict[str, float]], dict[str, float]] | None:
+    """Weights, history and chances of a stored head; None if it is not there, damaged or made from something else."""
     try:
         state, metadata = records.read_tensors(path)
     except BadInput:
         return None
-    return (state, json.loads(metadata["history"])) if metadata.get("key") == key else None
+    if metadata.get("key") != key:
+        return None
+    return state, *(json.loads(metadata[name]) for name in ("history", "chances"))

@@ -202,11 +202,13 @@ def shrinking(
 
 
 def parts(classes: int) -> list[str]:
-    """The attacks that AutoAttack consists of: standard's from 4 classes on.
+    """The attacks that AutoAttack consists of: standard's from 4 classes on, none of a single class.
 
     The targeted DLR loss divides by a difference of the third and fourth largest logits: with 3 classes the untargeted
     one, which needs three, takes its place, and with 2 classes none is defined.
     """
+    if classes < 2:
+        return []
     dlr = {2: [], 3: ["apgd-dlr"]}.get(classes, ["apgd-t"])
     return ["apgd-ce", *dlr, "fab-t", "square"]
 
@@ -225,6 +227,8 @@ def autoattack(
 
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
+    if not parts(classes):
+        return x
     watched = _Watched(model)
     auto = AutoAttack(watched, attacks=parts(classes), device=x.device, eps=eps, seed=seed, version="custom")
     for part in (auto.apgd, auto.apgd_targeted):  # all that the package derives from the number of steps
@@ -290,22 +294,22 @@ def _own(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.gather(1, mask.masked_fill(mask == IGNORE, 0)[:, None])[:, 0]
 
 
-def pixel_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
+def mean_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy."""
-    return _mean(-_own(logits.log_softmax(1), mask), mask)
+    return _mean(attacks.pixel_cross_entropy(logits, mask)[0], mask)
 
 
 def masked_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """SEA's masked cross-entropy: wrong pixels, which have nothing left to lose, weigh nothing."""
-    return _mean(-_own(logits.log_softmax(1), mask) * (logits.max(1).indices == mask), mask)
+    pixel, right = attacks.pixel_cross_entropy(logits, mask)
+    return _mean(pixel * right, mask)
 
 
 def balanced_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """SEA's balanced masked cross-entropy: every class of the image weighs the same, however few pixels it has."""
-    loss = -_own(logits.log_softmax(1), mask) * (logits.max(1).indices == mask)
-    return _mean(
-        loss / _own(_counts(mask, logits.shape[1])[..., None, None].expand_as(logits), mask).clamp(min=1), mask
-    )
+    pixel, right = attacks.pixel_cross_entropy(logits, mask)
+    counts = _own(_counts(mask, logits.shape[1])[..., None, None].expand_as(logits), mask)
+    return _mean(pixel * right / counts.clamp(min=1), mask)
 
 
 def _counts(mask: Tensor, classes: int) -> Tensor:
@@ -319,7 +323,7 @@ def jensen_shannon(logits: Tensor, mask: Tensor) -> Tensor:
     From a one-hot distribution it depends on the probability p of the true class alone: log 2 + (p log p - (1 + p)
     log(1 + p)) / 2.
     """
-    log_p = _own(logits.log_softmax(1), mask)
+    log_p = -attacks.pixel_cross_entropy(logits, mask)[0]
     p = log_p.exp()
     return _mean(math.log(2) + (p * log_p - (1 + p) * p.log1p()) / 2, mask)
 
@@ -338,7 +342,7 @@ def cosine_weighted(logits: Tensor, mask: Tensor) -> Tensor:
     """CosPGD: cross-entropy times the cosine of softmax and one-hot truth, which gets no gradient."""
     probability = logits.detach().softmax(1)
     cosine = _own(probability, mask) / torch.linalg.vector_norm(probability, dim=1)
-    return _mean(-_own(logits.log_softmax(1), mask) * cosine, mask)
+    return _mean(attacks.pixel_cross_entropy(logits, mask)[0] * cosine, mask)
 
 
 @torch.no_grad()
@@ -352,7 +356,7 @@ def towards_class(model: TaskModel, x: Tensor, mask: Tensor) -> Loss:
     likely = torch.where((mask != IGNORE)[:, None], logits.log_softmax(1), 0).flatten(2).sum(2)  # (B, C)
     absent = likely.masked_fill(counts > 0, -torch.inf)
     aim = torch.where((counts > 0).all(1, keepdim=True), -counts.to(likely), absent).argmax(1)  # (B,)
-    return lambda logits, mask: -pixel_cross_entropy(logits, torch.where(mask == IGNORE, mask, aim[:, None, None]))
+    return lambda logits, mask: -mean_cross_entropy(logits, torch.where(mask == IGNORE, mask, aim[:, None, None]))
 
 
 def wrongness(logits: Tensor, mask: Tensor) -> Tensor:
@@ -362,7 +366,8 @@ def wrongness(logits: Tensor, mask: Tensor) -> Tensor:
     """
     pixels = (mask != IGNORE).flatten(1).sum(1).clamp(min=1).double()
     wrong = ((logits.max(1).indices != mask) & (mask != IGNORE)).flatten(1).sum(1)
-    within = 1 - 1 / (1 + pixel_cross_entropy(logits, mask).double())
+    loss = attacks.comparable(mean_cross_entropy(logits, mask), logits, mask).double()
+    within = 1 - 1 / (1 + (loss + 0.2).clamp(min=0))  # the loss of certain pixels lies a little below 0
     return (wrong + within) / (pixels + 1)
 
 
@@ -390,7 +395,7 @@ def nearer(prediction: Tensor, depth: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, tuple[Loss, ...]] = {
-    "apgd_seg": (pixel_cross_entropy,),
+    "apgd_seg": (mean_cross_entropy,),
     "sea": (jensen_shannon, masked_cross_entropy, balanced_cross_entropy, masked_margin),
     "apgd_depth": (depth_loss,),
     "apgd_rmse": (squared_error,),

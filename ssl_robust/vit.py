@@ -47,9 +47,10 @@ def plain(backbone: nn.Module) -> bool:
     )
 
 
-def features(backbone: VisionTransformer, x: Tensor) -> Tensor:
-    """All tokens (B, prefix + h * w, D) of normalised images, the same as backbone.forward_features."""
-    return backbone.norm(backbone.blocks(_embedded(backbone, x)))
+def features(backbone: VisionTransformer, x: Tensor, normed: bool = True) -> Tensor:
+    """All tokens (B, prefix + h * w, D) of normalised images: backbone.forward_features, or that before its LayerNorm."""
+    out = backbone.blocks(_embedded(backbone, x))
+    return backbone.norm(out) if normed else out
 
 
 def cls_token(backbone: VisionTransformer, x: Tensor) -> Tensor:

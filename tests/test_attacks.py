@@ -225,7 +225,7 @@ def test_images_whose_class_is_surely_lost_leave_the_batch():
     assert (whole(adv).argmax(1) != label).tolist() == [True, False, True, False]
     assert (adv - x).abs().max() <= attack.eps + 1e-7
     left = trace[-1]["loss"][[0, 2]]
-    assert (left > math.log(2) + attacks.MARGIN).all()  # they were finished where they are
+    assert (left > math.log(1) + attacks.MARGIN).all()  # they were finished where they are
     kept = attacks.attacked(
         "task", planted, x, label, _ids(4), attack.model_copy(update={"stop_when_broken": False}), 0
     )
@@ -239,7 +239,90 @@ def test_the_margin_is_never_reached_by_an_image_that_is_classified_rightly():
         logits = 3 * torch.randn(5000, classes, generator=generator)
         logits[::2] = 0.01 * logits[::2]  # nearly undecided ones come nearest
         label = logits.argmax(1)
-        assert (attacks.cross_entropy(logits, label) <= math.log(classes) + 1e-6).all()
+        assert (attacks.margin(logits, label) <= math.log(classes - 1) + 1e-6).all()
+
+
+def test_images_that_only_seem_lost_in_bf16_stay():
+    x, label = _around_half([0.2, -0.2, 0.01])  # the first two are beyond any reach
+    planted, trace = brightness_model(), []
+    whole = planted.forward
+
+    def rounded(images):  # what bf16 would say if its error were as large as the logits of a certain classifier
+        logits = whole(images)
+        return -logits if torch.is_autocast_enabled("cpu") else logits
+
+    planted.forward = rounded
+    adv = attacks.attacked("task", planted, x, label, _ids(3), Attack(steps=4), 0, "bf16", trace)
+    assert all({0, 1} <= set(entry["index"].tolist()) for entry in trace)
+    assert (whole(adv).argmax(1)[:2] == label[:2]).all()
+    assert trace[0]["loss"][:2].min() > attacks.enough(planted)
+
+
+# --- certain classifiers ---
+
+
+def _certain(task, factor):
+    planted = brightness_model(task)
+    layer = planted.head.linear if task == "classification" else planted.head.conv
+    layer.weight *= factor
+    layer.bias *= factor
+    return planted
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_a_head_scaled_by_ten_thousand_falls_as_the_unscaled_one(task, precision):
+    x, truth = _around_half([0.01, -0.01, 0.02, 0.06, -0.06])
+    truth = truth if task == "classification" else truth[:, None, None].expand(-1, 16, 16).contiguous()
+    found, traces = [], [[], []]
+    for factor, trace in zip((1, 1e4), traces, strict=True):
+        planted = _certain(task, factor)
+        adv = attacks.attacked("task", planted, x, truth, _ids(5), Attack(), 0, precision, trace)
+        found.append((planted(adv).argmax(1) != truth).flatten(1 if task != "classification" else 0))
+        assert not any(entry["zero"].any() for entry in trace[:-1])
+    assert torch.equal(*found)
+    assert found[0].reshape(5, -1).all(1).tolist() == [True, True, True, False, False]
+
+
+def test_at_ordinary_logits_one_step_is_that_of_cross_entropy():
+    planted, x = model("classification"), images(8, 16)
+    label, start = torch.arange(8) % 3, attacks.random_start(images(8, 16), PAPER.eps, _ids(8), 0)
+    one = Attack(steps=1)
+    other = attacks.pgd_loss(planted, label, lambda z, y: torch.nn.functional.cross_entropy(z, y, reduction="none"))
+    adv, expected = (attacks.pgd(x, loss, one, start) for loss in (attacks.pgd_loss(planted, label), other))
+    assert torch.isclose(adv, expected, atol=1e-6).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_gradient_of_certain_pixels_is_that_of_exact_arithmetic_but_for_a_factor_per_image(scale, weight):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 5, 4, 4, generator=generator).double()
+    mask = logits.argmax(1)  # all right, in fp32 with a gradient of exactly 0 for the larger scales
+    mask[2, 0, 0], mask[0, 0] = (mask[2, 0, 0] + 1) % 5, datasets.IGNORE
+    logits *= scale
+    exact, ours = logits.clone().requires_grad_(True), logits.float().requires_grad_(True)
+    pixel = torch.nn.functional.cross_entropy(exact, mask, ignore_index=datasets.IGNORE, reduction="none")
+    factor = torch.where(exact.argmax(1) == mask, 1 - weight, weight)
+    (expected,) = torch.autograd.grad((pixel * factor).sum(), exact)
+    (found,) = torch.autograd.grad(attacks.segpgd(attacks.segpgd_parts(ours, mask), weight).sum(), ours)
+    for a, b in zip(found.double(), expected, strict=True):
+        assert a.abs().max() > 0 and b.abs().max() > 0
+        assert torch.allclose(a / a.abs().max(), b / b.abs().max(), rtol=1e-3, atol=1e-4)
+
+
+def test_iterates_of_certain_pixels_can_be_compared():
+    mask = torch.zeros(4, 2, 2, dtype=torch.long)
+    logits = torch.zeros(4, 3, 2, 2)
+    logits[:, 0] = torch.tensor([2000.0, 1000.0, 100.0, 1.0])[:, None, None]
+    loss = torch.nn.functional.cross_entropy(logits, mask, reduction="none").flatten(1).mean(1)
+    assert loss[0] == loss[1] == loss[2] == 0
+    found = attacks.comparable(loss, logits, mask)
+    assert (found.diff() > 0).all() and found[3] == loss[3]
+    at = attacks.TINY * torch.tensor([1 - 1e-3, 1.0])  # the two parts meet, with the same slope
+    z = -torch.expm1(at.double()).log().float().view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    both = attacks.comparable(at, torch.cat([z, torch.zeros_like(z)], 1), mask[:2])
+    assert both.diff().item() == pytest.approx(1e-3 * attacks.TINY, rel=0.05)
 
 
 @pytest.mark.parametrize("best", [False, True])

@@ -220,7 +220,7 @@ def test_strength_counts_images_values_and_differences() -> None:
     assert row["near"] == pytest.approx(1 - 1 / adv.numel())
     assert bench.strength(case, case.x, "embed")["loss"] == 0
     with torch.no_grad():
-        loss = attacks.cross_entropy(case.model(case.x), case.label)
+        loss = torch.nn.functional.cross_entropy(case.model(case.x), case.label, reduction="none")
     assert bench.strength(case, case.x, "task")["loss_se"] == pytest.approx(float(loss.std() / 2))
 
 

@@ -25,7 +25,7 @@ def test_steps_in_bf16_stay_in_the_ball_and_predictions_stay_fp32():
     def loss(adv, t):
         token = planted.encoder(adv)[0]
         seen.append(token.dtype)
-        return attacks.cross_entropy(planted(adv), label)
+        return attacks.margin(planted(adv), label)
 
     adv = attacks.pgd(x, loss, Attack(steps=2), precision="bf16")
     assert seen == [torch.bfloat16] * 2 and adv.dtype == torch.float32

@@ -130,7 +130,7 @@ def test_heads_and_embeddings_are_fp32_inside_autocast(task):
         said, moved = model(x), model.embed(x)
     assert said.dtype == moved.dtype == torch.float32 and (torch.float32, torch.float32) in seen
     assert torch.allclose(said, exact, atol=0.05) and not torch.equal(said, exact)  # the encoder itself is in bf16
-    cls, patches = heads.tokens(model.encoder, x, task != "classification")
+    cls, patches = heads.tokens(model.encoder, x, task)
     with torch.autocast("cpu", torch.bfloat16):
         cls, patches = (part.bfloat16() for part in (cls, patches))
         alone = heads.predict(model.head, model.encoder, cls.float(), patches.float(), (16, 16))
@@ -223,7 +223,7 @@ def test_training_learns_and_leaves_the_encoder_alone(task, toys):
     assert all(not p.requires_grad and p.grad is None for p in encoder.parameters())
     scores = [h["held_out"] for h in history]
     best = min(scores) if task == "depth" else max(scores)
-    held_out = heads.encoded(encoder, val, 4, "cpu", dense=True)
+    held_out = heads.encoded(encoder, val, 4, "cpu")
     assert heads._held_out_metric(task, head, encoder, held_out, 3) == pytest.approx(best)
     assert [h["epoch"] for h in history] == list(range(1, 26))
     assert history[-1]["loss"] < 0.9 * history[0]["loss"] and best != scores[0]
@@ -269,7 +269,7 @@ def test_any_batch_size_trains(batch, toys):
 def test_features_are_in_the_order_of_the_images(toys):
     encoder = planted.encoder()
     subset = datasets.load("segmentation", "toys", "test", planted.settings(), 16)
-    cls, patches, target = heads.features(encoder, subset, 3, "cpu", dense=True)
+    cls, patches, target = heads.features(encoder, subset, 3, "cpu")
     image, mask = subset[5]
     alone = encoder(image.float()[None] / 255)
     assert torch.allclose(cls[5], alone[0][0], atol=1e-5) and torch.allclose(patches[5], alone[1][0], atol=1e-5)
@@ -281,7 +281,7 @@ def test_training_on_images_of_different_sizes_is_refused(toys):
     items[1] = items[1]._replace(image=items[1].image[:, 1:], target=items[1].target[1:])  # same grid of patches, 23 px
     subset = datasets.Subset("toys", "depth", items, datasets.transform("depth", "test", "original", 16))
     with pytest.raises(BadInput, match="images of toys differ in size; set 'size'"):
-        heads.features(planted.encoder(), subset, 2, "cpu", dense=True)
+        heads.features(planted.encoder(), subset, 2, "cpu")
 
 
 def _with_room_for(room, task, encoder, settings, monkeypatch):
@@ -314,8 +314,8 @@ def test_the_embedded_encoder_trains_the_same_head_from_streamed_tokens(toys, mo
 def test_kept_sides_are_those_that_each_epoch_draws(task, toys):
     settings, encoder = planted.settings(), planted.encoder()
     train = datasets.load(task, "toys", "train", settings, 16)
-    dense, order, drawn = task == "depth", [4, 0, 7, 9, 2, 11], []
-    kept, streamed = (make(encoder, train, 4, "cpu", dense) for make in (heads._kept, heads._streamed))
+    order, drawn = [4, 0, 7, 9, 2, 11], []
+    kept, streamed = (make(encoder, train, 4, "cpu") for make in (heads._kept, heads._streamed))
     for train.view in range(12):
         mine, other = ([torch.cat(c) for c in zip(*source(order, 4), strict=True)] for source in (kept, streamed))
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, other, strict=True))
@@ -326,12 +326,12 @@ def test_kept_sides_are_those_that_each_epoch_draws(task, toys):
 def test_a_mirrored_image_has_the_mirrored_depth(toys):
     train = datasets.load("depth", "toys", "train", planted.settings(), 24)
     (_, patches, depth), (_, other, mirrored) = (
-        heads.features(planted.encoder(), _turned(train, flip), 4, "cpu", True) for flip in (False, True)
+        heads.features(planted.encoder(), _turned(train, flip), 4, "cpu") for flip in (False, True)
     )
     assert torch.equal(mirrored, depth.flip(2)) and not torch.equal(mirrored, depth)
     assert not torch.allclose(other, patches, atol=1e-3)
     train.flip = None
-    rows = next(heads._kept(planted.encoder(), train, 4, "cpu", True)(range(12), 12))
+    rows = next(heads._kept(planted.encoder(), train, 4, "cpu")(range(12), 12))
     for i in range(12):
         assert torch.equal(rows[2][i], (mirrored if train.flipped(i) else depth)[i])
         assert torch.equal(rows[1][i], (other if train.flipped(i) else patches)[i])
@@ -353,16 +353,16 @@ def test_images_are_encoded_as_many_at_a_time_as_the_device_takes(toys, monkeypa
 def test_tokens_are_encoded_in_smaller_batches_when_memory_runs_out(toys, monkeypatch):
     encoder, tried, original = planted.encoder(), [], heads.tokens
     train, _ = _subsets("depth", planted.settings(), encoder)
-    whole = heads.features(encoder, train, 12, "cpu", True)
+    whole = heads.features(encoder, train, 12, "cpu")
 
-    def hungry(encoder, x, dense):
+    def hungry(encoder, x, task):
         tried.append(len(x))
         if len(x) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(encoder, x, dense)
+        return original(encoder, x, task)
 
     monkeypatch.setattr(heads, "tokens", hungry)
-    found = heads.features(encoder, train, 6, "cpu", True)
+    found = heads.features(encoder, train, 6, "cpu")
     assert tried == [6, 3, 3, 3, 3]  # the next batch does not try again what did not fit
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, whole, strict=True))
 
@@ -370,13 +370,13 @@ def test_tokens_are_encoded_in_smaller_batches_when_memory_runs_out(toys, monkey
 def test_tokens_are_kept_as_far_as_there_is_room(toys, monkeypatch):
     settings, encoder = planted.settings(), planted.encoder()
     subsets = _subsets("depth", settings, encoder)
-    of_train, of_val = (heads.token_bytes(encoder, subset, "cpu", True) for subset in subsets)
-    assert of_train == sum(part.nbytes for part in heads.features(encoder, subsets[0], 4, "cpu", True))
+    of_train, of_val = (heads.token_bytes(encoder, subset, "cpu") for subset in subsets)
+    assert of_train == sum(part.nbytes for part in heads.features(encoder, subsets[0], 4, "cpu"))
 
     def sources(room, **section):
         monkeypatch.setattr(heads, "CACHE", room)
         section = settings.depth.model_copy(update=section)
-        found = heads.token_sources("depth", encoder, *subsets, section, "cpu")
+        found = heads.token_sources(encoder, *subsets, section, "cpu")
         return ["kept" if "_kept" in source.__qualname__ else "streamed" for source in found]
 
     assert sources(2 * of_train + of_val) == ["kept", "kept"]
@@ -399,7 +399,7 @@ def test_streamed_images_of_different_sizes_are_refused_too(task, toys):
     items = datasets.list_items("toys", task, "train", 0, "")[:3]
     items[1] = items[1]._replace(image=items[1].image[:, 1:], target=items[1].target[1:])
     subset = datasets.Subset("toys", task, items, datasets.transform(task, "test", "original", 16))
-    source = heads._streamed(planted.encoder(), subset, 2, "cpu", True)
+    source = heads._streamed(planted.encoder(), subset, 2, "cpu")
     with pytest.raises(BadInput, match="images of toys differ in size; set 'size'"):
         list(source([0, 1, 2], 2))
 

@@ -54,7 +54,7 @@ def exact(transformer):
 
 
 def _ours(planted, x, start, label, attack):
-    return attacks.pgd(x, attacks.cross_entropy_loss(planted, label), attack, start)
+    return attacks.pgd(x, attacks.pgd_loss(planted, label), attack, start)
 
 
 def _torchattacks(planted, x, noise, label, attack, monkeypatch):
