@@ -1,8 +1,10 @@
 """Two rows compared on the same test images: a difference, or a share, with a 95 % bootstrap interval over images.
 
 What makes an image easy or hard is the same for both rows, so the interval of their difference is narrower than the
-standard errors of the two values would say. It is computed from the per-image values of the records; over several
-images accuracy and mIoU are their mean and RMSE is the root of their mean square (every image counts the same).
+standard errors of the two values would say. All is of the tables' own statistic: records keep what has to be added up
+over images ("statistics", an entry for each image), so that any set of them gives its accuracy, its mIoU, or its RMSE:
+a number, of which the mean is taken (accuracy; RMSE where a protocol takes the mean of images; None: no pixel counts);
+sum of squares and pixels (RMSE); or number, hits and union of each class, one after the other (mIoU).
 """
 
 from collections.abc import Iterable
@@ -16,6 +18,7 @@ Record = dict[str, Any]
 
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # per cent
+SURE = 1.96  # standard errors on either side of a value that make the same interval
 COLUMNS = ["task", "dataset", "encoder", "attack", "metric", "standard", "deacl", "difference", "low", "high", "n"]
 
 
@@ -27,6 +30,20 @@ class Estimate(NamedTuple):
     high: float
 
 
+def wilson(share: float, n: float, z: float = SURE) -> Estimate:
+    """A share of n with Wilson's interval: ((p + z^2 / 2n) -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)."""
+    middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return Estimate(share, (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n))
+
+
+def interval(record: Record) -> Estimate:
+    """A record's own value with its 95 % interval: Wilson's for accuracy, else SURE standard errors."""
+    value, reach = record["value"], SURE * record["se"]
+    if record["metric"] == "accuracy":
+        return wilson(value, record["n"])
+    return Estimate(value, value - reach, value + reach)
+
+
 @lru_cache(maxsize=2)
 def _draws(n: int) -> np.ndarray:
     """How often each of n images is in each resample, (RESAMPLES, n), the same for all rows; the first row: once."""
@@ -35,30 +52,51 @@ def _draws(n: int) -> np.ndarray:
 
 
 def _same_images(records: tuple[Record, ...]) -> bool:
-    counts = {len(r.get("per_image", ())) for r in records}
+    counts = {len(r.get("statistics", ())) for r in records}
     return len(counts) == 1 and counts.pop() > 1 and len({r["hashes"].get("data") for r in records}) == 1
 
 
-def _root(record: Record) -> bool:
-    """Whether the record's value is a root of a mean square: of RMSE unless its protocol takes the mean of images."""
-    values = np.asarray(record["per_image"])
-    closer = abs(np.sqrt((values**2).mean()) - record["value"]) <= abs(values.mean() - record["value"])
-    return record["metric"] == "RMSE" and bool(closer)
+def _ratios(record: Record) -> tuple[np.ndarray, bool]:
+    """What is summed over images and then divided, (n, C, 2), and whether the metric is the root of that."""
+    entries = record["statistics"]
+    if record["metric"] == "mIoU":
+        parts = [np.reshape(entry, (-1, 3)) for entry in entries]
+        found = np.unique(np.concatenate(parts)[:, 0])
+        sums = np.zeros((len(parts), len(found), 2))
+        for image, part in zip(sums, parts, strict=True):
+            image[np.searchsorted(found, part[:, 0])] = part[:, 1:]
+        return sums, False
+    pairs = [e if isinstance(e, list) else (e or 0, e is not None) for e in entries]
+    return np.array(pairs, float)[:, None], isinstance(entries[0], list)
+
+
+def _values(record: Record) -> np.ndarray:
+    """A record's metric on all its images (first) and on RESAMPLES resamples of them, (1 + RESAMPLES,)."""
+    sums, root = _ratios(record)
+    over, under = np.moveaxis((_draws(len(sums)) @ sums.reshape(len(sums), -1)).reshape(-1, *sums.shape[1:]), 2, 0)
+    mean = (over / np.maximum(under, 1)).sum(1) / np.maximum((under > 0).sum(1), 1)
+    return np.sqrt(mean) if root else mean
 
 
 def resampled(*records: Record) -> np.ndarray | None:
     """Each record's metric on all its images (first row) and on the same RESAMPLES resamples, (1 + RESAMPLES, k).
 
-    None if the records have no per-image values of the same images.
+    None if the records have no statistics of the same images, or of a single one.
     """
-    if not _same_images(records):
-        return None
-    draws, columns = _draws(len(records[0]["per_image"])), []
-    for record in records:
-        values, root = np.asarray(record["per_image"], float), _root(record)
-        mean = draws @ (values**2 if root else values) / len(values)
-        columns.append(np.sqrt(mean) if root else mean)
-    return np.stack(columns, 1)
+    return np.stack([_values(record) for record in records], 1) if _same_images(records) else None
+
+
+def _change(before: np.ndarray, after: np.ndarray, record: Record) -> np.ndarray:
+    """after - before; where all resamples agree, as no image changes, with what so few images may not have shown.
+
+    The true shares of images that get better and that get worse are then drawn from Beta(1/2, n + 1/2) (Jeffreys), so
+    that 0 of 48 against 0 of 48 is 0.00 [-0.05, 0.05] and not [0.00, 0.00].
+    """
+    change, n, draw = after - before, len(record["statistics"]), np.random.default_rng(1)
+    if record["metric"] != "RMSE" and np.ptp(change) < 1e-12:
+        better, worse = draw.beta(0.5, n + 0.5, (2, RESAMPLES))
+        change[1:] = np.clip(change[1:] + better - worse, -1, 1)
+    return change
 
 
 def _estimate(quantity: np.ndarray) -> Estimate:
@@ -70,7 +108,7 @@ def _estimate(quantity: np.ndarray) -> Estimate:
 def difference(before: Record, after: Record) -> Estimate | None:
     """after - before in the units of the metric, with its 95 % interval; None without the same images."""
     found = resampled(before, after)
-    return None if found is None else _estimate(found[:, 1] - found[:, 0])
+    return None if found is None else _estimate(_change(*found.T, before))
 
 
 def share(start: Record, part: Record, whole: Record) -> Estimate | None:
@@ -78,27 +116,25 @@ def share(start: Record, part: Record, whole: Record) -> Estimate | None:
     found = resampled(start, part, whole)
     if found is None:
         return None
-    total = found[:, 2] - found[:, 0]
+    gained, total = (_change(found[:, 0], column, start) for column in found.T[1:])
     if not total[0]:
         return Estimate(np.nan, np.nan, np.nan)
-    return _estimate((found[:, 1] - found[:, 0]) / np.where(total == 0, np.nan, total))
+    return _estimate(gained / np.where(total == 0, np.nan, total))
 
 
 def differences(records: Iterable[Record]) -> pd.DataFrame:
     """DeACL against Standard: a row of COLUMNS for each (task, dataset, encoder, attack) that both have.
 
-    `standard` and `deacl` are the values that are compared (per-image values put together as the module says; of mIoU
-    this is not the value of the table), `difference` is deacl - standard, `low` and `high` its 95 % interval. RMSE: a
-    negative difference is better.
+    `standard` and `deacl` are the tables' values, `difference` is deacl - standard, `low` and `high` its 95 % interval.
+    RMSE: a negative difference is better.
     """
     names = ("task", "dataset", "encoder", "attack")
     cells = {(*(r[name] for name in names), r["defense"]): r for r in records}
     rows = []
     for (*place, defense), robust in cells.items():
         standard = cells.get((*place, "standard"))
-        found = resampled(standard, robust) if defense == "deacl" and standard else None
+        found = difference(standard, robust) if defense == "deacl" and standard else None
         if found is not None:
-            about = dict(zip(names, place, strict=True)) | {"metric": robust["metric"], "n": len(robust["per_image"])}
-            values = dict(zip(("standard", "deacl"), found[0].tolist(), strict=True))
-            rows.append(about | values | _estimate(found[:, 1] - found[:, 0])._asdict())
+            about = dict(zip(names, place, strict=True)) | {"metric": robust["metric"], "n": robust["n"]}
+            rows.append(about | {"standard": standard["value"], "deacl": robust["value"]} | found._asdict())
     return pd.DataFrame(rows).rename(columns={"value": "difference"}).reindex(columns=COLUMNS)

@@ -46,6 +46,7 @@ class Bench(NamedTuple):
     parts: list[tuple[Tensor, Tensor, list[str]]]  # images (b, 3, H, W), targets, identifiers; those of one shape each
     classes: int
     reduce: metrics.Reduction
+    chance: float  # the metric of a constant prediction, as in the tables
     batch: int  # images attacked at a time
     attack: Attack
     seed: int
@@ -70,12 +71,13 @@ def bench(model: TaskModel, test: Subset, defense: str, settings: Settings) -> B
     few = first(test, settings.sanity.n)
     parts = [(x.to(device), y.to(device), [few.ids[i] for i in rows]) for rows, x, y in datasets.batches(few, len(few))]
     reduce = released.reduction(model.task, test.classes, model.protocol)
+    chance = model.chances[released.way(model.task, "task", test.classes, model.protocol)]
     batch = evaluate.at_once(model, few, section.attack_batch, device)
     precision = compute.precision(settings.precision, device)
     cells = {kind: evaluate.stored(model, test, (defense, 0), kind, settings) for kind in ("task", "embed")}
     known, order = {kind: found[1] for kind, found in cells.items() if found}, places(parts, few)
     return Bench(
-        model, parts, len(test.classes), reduce, batch, settings.attack, settings.seed, precision, known, order
+        model, parts, len(test.classes), reduce, chance, batch, settings.attack, settings.seed, precision, known, order
     )
 
 
@@ -162,12 +164,6 @@ def worst(b: Bench, found: list[Tensor]) -> Tensor:
     return torch.stack(found)[values.argmin(0), torch.arange(len(found[0]))]
 
 
-def chance(b: Bench) -> float:
-    """The metric of the best constant prediction on these images."""
-    names, targets = b.model.protocol, [target.cpu() for _, targets, _ in b.parts for target in targets]
-    return released.constant_value(b.model.task, targets, b.classes, released.unmasked("task", names), names)
-
-
 def at_chance(b: Bench, stats: Tensor, level: float) -> bool:
     """Whether these statistics are no better than `level`, give or take their standard error."""
     sign, found = metrics.BETTER[metrics.METRIC[b.model.task]], numbers(b, stats)
@@ -183,7 +179,7 @@ def checks(b: Bench, source: Source | None, settings: Settings) -> tuple[Result,
     source: where transferred images come from (name, attack, model); None: nowhere. The third are the statistics
     (n, ..) of each image under that of the checks' attacks inside the table's ball that hurts it most.
     """
-    untouched, attacked, level = statistics(b, clean), table_attack(b, "task"), chance(b)
+    untouched, attacked, level = statistics(b, clean), table_attack(b, "task"), b.chance
     found: Result = {"clean": numbers(b, untouched), "attack": numbers(b, attacked), "chance": level}
     inside: list[Tensor] = []
     said = [*_noise(b, attacked, level, found, inside), *_longer(b, untouched, attacked, settings, found, inside)]
@@ -256,7 +252,7 @@ def _sweep(b: Bench, untouched: Tensor, attacked: Tensor, level: float, settings
         places = ", ".join(f"{_radius(radii[i])} to {_radius(radii[i + 1])}" for i in back)
         said.append(f"a larger radius weakens the attack ({places})")
     if not found["reaches_chance"]:
-        what = f"{metrics.METRIC[b.model.task]} {value(b, curve[radii[-1]]):.2f}, best constant {level:.2f}"
+        what = f"{metrics.METRIC[b.model.task]} {value(b, curve[radii[-1]]):.2f}, a constant prediction {level:.2f}"
         said.append(f"even a radius of {_radius(radii[-1])} leaves more than chance ({what})")
     return said
 

@@ -41,7 +41,7 @@ def model(task: str, seed: int = 0, stride: float = 0.5, **kwargs: int) -> TaskM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         planted = encoder(seed=seed, **kwargs)
-        return TaskModel(task, planted, HEADS[task](planted.dim, 3), stride)
+        return TaskModel(task, planted, HEADS[task](planted.dim, 3), stride, chances={"": 0.35})
 
 
 def brightness_model(task: str = "classification") -> TaskModel:
@@ -54,7 +54,7 @@ def brightness_model(task: str = "classification") -> TaskModel:
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([-20.0, 20.0]).reshape_as(layer.weight))
         layer.bias.copy_(torch.tensor([10.0, -10.0]))
-    return TaskModel(task, planted, head)
+    return TaskModel(task, planted, head, chances={"": 0.5})
 
 
 def images(count: int, side: int = 16, seed: int = 0, low: float = 0.0, high: float = 1.0) -> Tensor:

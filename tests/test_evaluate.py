@@ -1,6 +1,8 @@
 """Clean and attacked evaluation take one path; records say what they were made from and are reused only for that."""
 
 import json
+import shutil
+from dataclasses import replace
 from functools import partial
 
 import planted
@@ -9,12 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, plots, records
+from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, paired, plots, records, released
 from ssl_robust.settings import TASKS, Attack, BadInput
 
 FIELDS = {
     "schema", "key", "task", "dataset", "encoder", "defense", "epoch", "attack", "attack_name", "metric", "value", "se",
-    "n", "chance", "protocol", "counts", "settings", "seed", "hashes", "max_perturbation", "nonfinite", "per_image",
+    "n", "chance", "protocol", "counts", "settings", "seed", "hashes", "max_perturbation", "nonfinite", "statistics",
     "seconds", "notebook", "git", "versions", "device", "threads", "made",
     "precision", "batch", "health", "damaged", "numerics",
 }  # fmt: skip
@@ -68,10 +70,15 @@ def test_statistics_are_in_the_order_of_the_images_whatever_their_sizes(toys):
         assert torch.equal(stats[i], metrics.statistics("segmentation", logits, mask[None], 3)[0])
 
 
-def test_images_without_a_finite_prediction_are_counted(toys):
-    model = planted.model("classification")
-    model.head.linear.bias[0] = torch.nan
-    assert evaluate.evaluate(model, _test_set("classification"), "clean", None, 3, 0, "cpu").nonfinite == 8
+@pytest.mark.parametrize("task", TASKS)
+def test_images_without_a_finite_prediction_are_counted_and_wrong(task, toys):
+    model = planted.model(task)
+    (model.head.linear if task == "classification" else model.head.conv).bias[0] = torch.nan
+    found = evaluate.evaluate(model, _test_set(task), "clean", None, 3, 0, "cpu")
+    assert found.nonfinite == 8
+    if task == "classification":
+        assert found.wrong.all() and len(found.wrong) == 8
+    assert metrics.value(task, found.stats) == (10 if task == "depth" else 0)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -87,9 +94,9 @@ def test_a_record_says_all(task, kind, toys):
     assert record["settings"]["attack"] == (None if kind == "clean" else Attack(steps=3).model_dump())
     assert record["settings"]["task"] == planted.settings().task(task).model_dump()
     assert set(record["hashes"]) == {"weights", "head", "data", "code"} and len(record["key"]) == 16
-    assert len(record["per_image"]) == 8 and record["notebook"] == "runs/toy/03_notebook.ipynb"
+    assert len(record["statistics"]) == 8 and record["notebook"] == "runs/toy/03_notebook.ipynb"
     assert record["max_perturbation"] == 0 if kind == "clean" else 0 < record["max_perturbation"] <= 8 / 255 + 1e-6
-    assert record["se"] >= 0 and record["chance"] > 0
+    assert record["se"] > 0 and record["chance"] == 0.35
 
 
 def test_a_record_holds_the_metric_of_its_images(toys):
@@ -99,9 +106,7 @@ def test_a_record_holds_the_metric_of_its_images(toys):
         right = [
             float(model(image.float()[None] / 255).argmax() == label) for image, label in (test[i] for i in range(8))
         ]
-    assert record["per_image"] == right and record["value"] == pytest.approx(sum(right) / 8)
-    labels = [int(test[i][1]) for i in range(8)]
-    assert record["chance"] == pytest.approx(max(labels.count(c) for c in range(3)) / 8)
+    assert record["statistics"] == right and record["value"] == pytest.approx(sum(right) / 8)
 
 
 @pytest.fixture
@@ -140,13 +145,57 @@ def test_an_attack_without_settings_is_refused(toys):
     assert run("clean", settings)["settings"]["attack"] is None
 
 
-def test_targets_are_read_once_for_the_best_constant(toys, monkeypatch):
-    test, model, reads = _test_set("depth"), planted.model("depth"), []
-    original = datasets.Subset.__getitem__
-    monkeypatch.setattr(datasets.Subset, "__getitem__", lambda subset, i: reads.append(i) or original(subset, i))
-    found = [evaluate.cell(model, test, ("standard", 0), kind, planted.settings(), "n") for kind in evaluate.KINDS]
-    assert len(reads) == 4 * len(test) + 3  # three evaluations, whose batch depends on the first, one look at targets
-    assert len({record["chance"] for record in found}) == 1
+@pytest.mark.parametrize("task", TASKS)
+def test_what_a_constant_reaches_is_of_the_training_labels(task, tuned, monkeypatch):
+    train = datasets.load(task, "toys", "train", tuned, 16)
+    targets = [train.read(i)[1] for i in range(len(train))]
+    targets = [torch.tensor(targets)] if task == "classification" else targets
+    expected, reads, original = metrics.constant_value(task, targets, 3), [], datasets.Subset.read
+    of_test = [torch.as_tensor(target) for _, target in (_test_set(task)[i] for i in range(8))]
+    assert metrics.constant_value(task, of_test, 3) != pytest.approx(expected, abs=1e-3)
+    found = evaluate.run_task(task, tuned, "n")
+    assert {record["chance"] for record in found} == {expected}
+    shutil.rmtree(records.results_dir("toy"))
+    monkeypatch.setattr(datasets.Subset, "read", lambda s, i: reads.append(s.ids[i]) or original(s, i))
+    again = evaluate.run_task(task, tuned, "n")  # with heads from disk: what they carry
+    assert {record["chance"] for record in again} == {expected} and not any("train" in name for name in reads)
+
+
+@pytest.mark.parametrize("protocol", ["paper", "released"])
+@pytest.mark.parametrize("task", TASKS)
+def test_differences_are_those_of_the_tables_values(task, protocol, tuned):
+    found = evaluate.run_task(task, tuned.model_copy(update={"protocol": protocol}), "n")
+    cells = {(r["defense"], r["attack"]): _reread(r) for r in found}
+    clean = cells["standard", "clean"]
+    for kind in ALL:
+        before, after = cells["standard", kind], cells["deacl", kind]
+        found = paired.resampled(before, after)
+        assert found[0] == pytest.approx([before["value"], after["value"]], rel=1e-7)
+        change = paired.difference(before, after)
+        assert change.value == pytest.approx(after["value"] - before["value"], abs=1e-7)
+        assert change.low <= change.value <= change.high and change.low < change.high
+        assert task == "classification" or found[1:, 0].std() == pytest.approx(before["se"], rel=0.15)
+        if whole := clean["value"] - before["value"]:
+            part = (after["value"] - before["value"]) / whole
+            assert paired.share(before, after, clean).value == pytest.approx(part, rel=1e-5)
+
+
+def _reread(record):
+    """A record as the committed copy has it."""
+    place = [record[name] for name in ("task", "dataset", "encoder", "defense", "attack")]
+    return records.read_record(records.record_path("toy", *place))
+
+
+def test_a_background_that_does_not_count_is_not_in_the_statistics(toys, monkeypatch):
+    named = replace(planted.TOYS, classes={"segmentation": ("background", "b", "c")})
+    monkeypatch.setitem(datasets.DATASETS, "toys", named)
+    settings = planted.settings(protocol=["class0_ignored"])
+    test = released.test_images(_test_set("segmentation", settings), released.active(settings))
+    model = planted.model("segmentation")
+    model.protocol, model.chances = released.active(settings), {"class0_ignored": 0.1}
+    record = evaluate.cell(model, test, ("standard", 0), "clean", settings, "n")
+    assert record["chance"] == 0.1 and all(0 not in image[::3] for image in record["statistics"])
+    assert paired.resampled(record)[0].tolist() == pytest.approx([record["value"]])
 
 
 def test_the_attack_setting_is_no_part_of_a_clean_record(evaluations):
@@ -179,7 +228,16 @@ def test_lost_statistics_are_made_again(evaluations):
     for content in (b"", path.read_bytes()[:-9], path.read_bytes().replace(first["key"].encode(), b"0" * 16)):
         before = len(evaluations)
         path.write_bytes(content)
-        assert _cell("depth", "embed")["per_image"] == first["per_image"] and len(evaluations) == before + 1
+        assert _cell("depth", "embed")["statistics"] == first["statistics"] and len(evaluations) == before + 1
+
+
+def _paths(task):
+    names = (*evaluate.KINDS, "worst")
+    return {kind: records.record_path("toy", task, "toys", "planted", "standard", kind) for kind in names}
+
+
+def _stats(path):
+    return evaluate.unpacked(load_file(path.with_suffix(".safetensors")))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -190,11 +248,12 @@ def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
     found = {kind: evaluate.cell(model, test, ("standard", 0), kind, settings, "n") for kind in evaluate.KINDS}
     worst = evaluate.worst(model, test, ("standard", 0), settings, "n")
     hurt = min if metrics.BETTER[metrics.METRIC[task]] > 0 else max
-    expected = [hurt(values) for values in zip(*(r["per_image"] for r in found.values()), strict=True)]
+    singly = {kind: metrics.per_image(task, _stats(path)) for kind, path in _paths(task).items()}
+    expected = [hurt(values) for values in zip(*(singly[kind] for kind in found), strict=True)]
     assert sum(worst["chosen"].values()) == worst["n"] == 8
     sign = metrics.BETTER[metrics.METRIC[task]]
     assert sign * worst["value"] <= min(sign * record["value"] for record in found.values())
-    assert task == "segmentation" or worst["per_image"] == expected
+    assert task == "segmentation" or singly["worst"] == expected
     assert worst["attack"] == "worst" and worst["max_perturbation"] == max(
         record["max_perturbation"] for record in found.values()
     )

@@ -38,22 +38,73 @@ def test_miou_by_hand():
     predicted = torch.tensor([[[0, 1], [1, 2]], [[1, 1], [0, 0]]])
     stats = metrics.statistics("segmentation", _logits(predicted, 3), target, 3)
     # class 0: 2 hits, union 2 + 1 + 1; class 1: 3 hits, union 3 + 1 + 1; class 2 only where ignored
-    assert stats[0].tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert stats.tolist() == [[[1, 2], [1, 2], [0, 0]], [[1, 2], [2, 3], [0, 0]]]
+    assert metrics.listed("segmentation", stats) == [[0, 1, 2, 1, 1, 2], [0, 1, 2, 1, 2, 3]]
     assert metrics.value("segmentation", stats) == pytest.approx((2 / 4 + 3 / 5) / 2)
 
 
-def test_accuracy_and_its_binomial_error():
+@pytest.mark.parametrize(
+    "row", [[math.nan] * 3, [5.0, math.nan, 1.0], [math.inf] * 3, [-math.inf] * 3, [5.0, -math.inf, 1.0]]
+)
+def test_a_prediction_that_is_no_number_is_wrong_in_every_task(row):
+    bad = torch.tensor([row])
+    for truth in range(3):
+        assert metrics.statistics("classification", bad, torch.tensor([truth]), 3).tolist() == [[0]]
+    logits = torch.stack([_logits([[0, 1, 1]], 3)[0].unsqueeze(1)] * 2)  # two images of 1 x 3 pixels, both right
+    target = torch.tensor([[[0, 1, 1]], [[0, 1, IGNORE]]])
+    right = metrics.value("segmentation", metrics.statistics("segmentation", logits, target, 3))
+    assert right == 1
+    logits[0, :, 0, 1] = bad  # one pixel of class 1
+    stats = metrics.statistics("segmentation", logits, target, 3)
+    # it is in the union of its own class, and raises or lowers no other
+    assert stats.tolist() == [[[1, 1], [1, 2], [0, 0]], [[1, 1], [1, 1], [0, 0]]]
+    logits[1] = bad.view(3, 1, 1)  # and a whole image, whose ignored pixel counts nowhere
+    stats = metrics.statistics("segmentation", logits, target, 3)
+    assert stats[1].tolist() == [[0, 1], [0, 1], [0, 0]]
+    assert metrics.value("segmentation", stats) == pytest.approx((1 / 2 + 1 / 3) / 2)
+
+
+def test_accuracy_and_its_error_by_wilson():
     stats = metrics.statistics("classification", _logits([0, 1, 2, 2], 3), torch.tensor([0, 1, 1, 2]), 3)
     assert metrics.value("classification", stats) == 0.75
-    assert metrics.standard_error("classification", stats) == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    # sqrt(0.1875 / 4 + 1 / 64) / (5 / 4) = 0.25 / 1.25
+    assert metrics.standard_error("classification", stats) == pytest.approx(0.2)
+    assert metrics.listed("classification", stats) == [1, 1, 0, 1]
     assert metrics.per_image("classification", stats) == [1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_no_value_is_certain(right):
+    for n in (1, 4, 48):  # 1 / (2 n + 2) by hand
+        error = metrics.standard_error("classification", torch.full((n, 1), right).double())
+        assert error == pytest.approx({1: 0.25, 4: 0.1, 48: 0.010204}[n], rel=1e-4)
+        masks = torch.tensor([[30.0 * right, 30.0], [50.0 * right, 50.0]]).double().expand(n, 2, 2)
+        assert metrics.standard_error("segmentation", masks) == pytest.approx(error)
+
+
+def test_a_single_image_says_little():
+    mask = torch.tensor([[[60.0, 100.0]]]).double()  # sqrt(0.6 * 0.4 + 1 / 4) / 2
+    assert metrics.standard_error("segmentation", mask) == pytest.approx(0.35)
+    depth = torch.tensor([[50.0, 200.0]]).double()  # RMSE 0.5
+    assert metrics.standard_error("depth", depth) == pytest.approx(0.25)
+    assert metrics.standard_error("depth", depth.expand(16, -1)) == pytest.approx(0.0625)
+
+
+def test_wilsons_error_covers_a_truth_near_the_end():
+    n, truth, covered, binomial = 48, 0.02, 0.0, 0.0
+    for right in range(n + 1):
+        chance = math.comb(n, right) * truth**right * (1 - truth) ** (n - right)
+        stats, share = (torch.arange(n) < right).double()[:, None], right / n
+        covered += chance * (abs(share - truth) <= 2 * metrics.standard_error("classification", stats))
+        binomial += chance * (abs(share - truth) <= 2 * math.sqrt(share * (1 - share) / n))
+    assert covered > 0.9 and binomial < 0.65  # 0 of 48, with an error of 0, comes up in 38 % of all tries
 
 
 def test_rmse_by_hand_ignores_invalid_pixels():
     target = torch.tensor([[[1.0, 0.0], [3.0, 10.5]], [[2.0, 2.0], [2.0, 2.0]]])  # 0: unseen, 10.5: out of range
     predicted = torch.tensor([[[2.0, 9.0], [5.0, 1.0]], [[2.0, 2.0], [2.0, 5.0]]])
     stats = metrics.statistics("depth", predicted, target, 0)
-    assert stats.tolist() == [[5, 2], [9, 4]]
+    assert stats.tolist() == metrics.listed("depth", stats) == [[5, 2], [9, 4]]
     assert metrics.value("depth", stats) == pytest.approx(math.sqrt(14 / 6))
     assert metrics.per_image("depth", stats) == pytest.approx([math.sqrt(2.5), 1.5], abs=1e-6)
 
@@ -67,10 +118,8 @@ def test_bootstrap_error_of_rmse_is_near_the_analytic_one():
     assert metrics.standard_error("depth", stats, 1) != metrics.standard_error("depth", stats, 2)
 
 
-def test_bootstrap_of_equal_images_has_no_error(masks):
+def test_bootstrap_error_of_miou(masks):
     stats = metrics.statistics("segmentation", _logits(masks[0], 6), masks[1], 6)
-    assert metrics.standard_error("segmentation", stats[:1].expand(9, -1, -1)) == pytest.approx(0, abs=1e-12)
-    assert metrics.standard_error("segmentation", stats[:1]) == 0
     assert 0.005 < metrics.standard_error("segmentation", stats) < 0.1
 
 

@@ -23,7 +23,7 @@ def bench(model=None, **attack):
     x = 0.5 + 0.1 * (x - x.mean((1, 2, 3), keepdim=True)) + margin
     parts = [(x, (margin.flatten() > 0).long(), [f"image-{i}" for i in range(24)])]
     model = model or planted.brightness_model()
-    return sanity.Bench(model, parts, 2, metrics.value_of_sums, 24, Attack(**attack), 0, "fp32")
+    return sanity.Bench(model, parts, 2, metrics.value_of_sums, 0.5, 24, Attack(**attack), 0, "fp32")
 
 
 def test_a_converged_attack_on_a_linear_model_passes_all_checks():
@@ -68,8 +68,8 @@ def test_masked_gradients_are_flagged_by_noise_and_by_the_largest_radius():
 
 
 def test_an_attack_in_the_wrong_direction_is_flagged_by_every_comparison(monkeypatch):
-    right = attacks.cross_entropy
-    monkeypatch.setattr(attacks, "cross_entropy_loss", lambda m, label: lambda adv, t: -right(m(adv), label))
+    right = attacks.margin
+    monkeypatch.setattr(attacks, "pgd_loss", lambda m, label: lambda adv, t: -right(m(adv), label))
     found, said, _ = sanity.checks(bench(), ("another", "embed", planted.brightness_model()), FEW)
     text = " ".join(said)
     assert "EmbedAttack harms more than PGD" in text and "images made on another harm more" in text
@@ -213,7 +213,7 @@ def test_the_worst_case_has_what_the_checks_found(tuned, monkeypatch):
     sanity.run_all(only)
     again = {r["defense"]: r for r in evaluate.run_task("classification", only, "n") if r["attack"] == "worst"}
     for defense, record in again.items():
-        assert record["per_image"] == [min(pair) for pair in zip(before[defense]["per_image"], lost, strict=True)]
+        assert record["statistics"] == [min(pair) for pair in zip(before[defense]["statistics"], lost, strict=True)]
         assert record["checked"] == 4 and record["key"] != before[defense]["key"]
         assert record["notebook"].endswith("03_attack_classification.ipynb")
     stored = records.record_path("toy", "classification", "toys", "planted", "standard", "worst")
