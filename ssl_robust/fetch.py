@@ -1,7 +1,8 @@
 """Gets the data sets of a profile: python -m ssl_robust.fetch --profile quick --data FOLDER.
 
 What can be downloaded is, going on where an interrupted download stopped; of the rest it is said what to get and where
-it goes. Exit codes: 0 everything is complete, 2 something is missing, 130 interrupted.
+it goes. Of a training set that comes in two sizes the larger is got only if the profile asks for more images than the
+smaller has, and never with --small. Exit codes: 0 everything is complete, 2 something is missing, 130 interrupted.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
@@ -138,24 +140,28 @@ def _file(archive: Archive, root: Path) -> Path:
     return root / (archive.place if archive.as_it_is else f"downloads/{archive.name}")
 
 
-def needed_bytes(name: str, root: Path) -> int:
+def _absent(files: Sequence[Archive], root: Path) -> list[Archive]:
+    return [a for a in files if not (root / a.place).exists()]
+
+
+def needed_bytes(name: str, root: Path, files: Sequence[Archive]) -> int:
     """Bytes that getting a data set still takes on the disk of `root`: what is not downloaded yet, and unpacked."""
-    missing = [a for a in DATASETS[name].archives if not (root / a.place).exists()]
-    files = [_file(a, root) for a in missing]
-    have = sum(_size(f) + _size(f.with_name(f"{f.name}.part")) for f in files)
+    missing = _absent(files, root)
+    parts = [_file(a, root) for a in missing]
+    have = sum(_size(f) + _size(f.with_name(f"{f.name}.part")) for f in parts)
     unpacked = 0 if all(a.as_it_is for a in missing) else int(DATASETS[name].gigabytes * 1e9)
     return max(0, sum(a.size for a in missing) - have) + unpacked
 
 
-def get(name: str, root: Path) -> None:
-    """Downloads and unpacks what is not there of one data set; raises BadInput if the disk is too small."""
-    need, free = needed_bytes(name, root), shutil.disk_usage(root).free
+def get(name: str, root: Path, files: Sequence[Archive]) -> None:
+    """Downloads and unpacks those of `files` that are not there; raises BadInput if the disk is too small."""
+    need, free, missing = needed_bytes(name, root, files), shutil.disk_usage(root).free, _absent(files, root)
     if need > free:
         sizes = f"{need / 1e9:.1f} GB, but the disk of {root} has {free / 1e9:.1f} GB free"
         raise BadInput(f"Fetching {name} takes {sizes}; free some space or name another folder.")
-    for archive in DATASETS[name].archives:
-        if (root / archive.place).exists():
-            continue
+    if len(missing) > 1:
+        print(f"{name}: {len(missing)} files, {need / 1e9:.1f} GB. {_instead(name, files)}".strip(), flush=True)
+    for archive in missing:
         file = _file(archive, root)
         print(f"{name}: fetching {archive.url} ({archive.size / 1e6:.1f} MB)", flush=True)
         download(archive.url, file, archive.checksum)
@@ -192,37 +198,60 @@ def _summary(name: str, settings: Settings) -> str:
     return f"{name}: complete, {images} images"
 
 
-def _missing(name: str, settings: Settings) -> list[str]:
+def _instead(name: str, files: Sequence[Archive]) -> str:
+    """How to do with the smaller training set, if `files` are the larger one."""
+    known = DATASETS[name]
+    images, size = min(known.counts["train"]), sum(a.size for a in known.archives) / 1e9
+    words = f"With SMALL=1 make data gets {images:,} training images of {name} instead ({size:.1f} GB)."
+    return words if files is known.larger else ""
+
+
+def _short(name: str, settings: Settings) -> bool:
+    """Whether fewer training images are there than some task asks for."""
+    return any(datasets.shortage(task, name, settings) for task in _tasks(name, settings))
+
+
+def _missing(name: str, settings: Settings, small: bool) -> list[str]:
     """Gets one data set if it must and can; returns what is wrong afterwards, with the remedy."""
     wrong, root = _problems(name, settings), Path(settings.data_root)
     known = DATASETS.get(name)
+    files = known.archives if known and small else datasets.archives(name, settings)
+    larger = bool(files) and files is known.larger
     if wrong and known and known.by_hand:
         remedy = f"{name} cannot be fetched: {known.by_hand.format(root=root)}; then repeat make data."
         return [remedy, *wrong] if (root / name).is_dir() else [remedy]
-    if not wrong or not known or not known.archives:
+    if not files or not (wrong or (larger and _short(name, settings))):
         return wrong
-    there = [archive.place for archive in known.archives if (root / archive.place).exists()]
+    there = [archive.place for archive in files if (root / archive.place).exists()]
     try:
-        get(name, root)
+        get(name, root, files)
     except (BadInput, OSError) as problem:
-        return [str(problem)]
+        return [f"{problem} {_instead(name, files)}".strip()]
     wrong = _problems(name, settings)
+    if not wrong and larger and _short(name, settings):
+        wrong = [f"The archives of {name} hold fewer images than the {max(known.counts['train']):,} that they should."]
     if wrong and there:
-        wrong.append(f"{name} was there in part; move {root / there[0]} away and repeat make data to get it anew.")
+        what = root / there[0] if len(there) == 1 else f"what is damaged of it, or all of {(root / there[0]).parent},"
+        wrong.append(f"{name} was there in part; move {what} away and repeat make data to get it anew.")
     return wrong
 
 
-def fetch(settings: Settings) -> list[str]:
-    """Gets the data sets of `settings` that are not complete, with a line for each that is; returns what is missing."""
+def fetch(settings: Settings, small: bool = False) -> list[str]:
+    """Gets the data sets of `settings` that are not complete, with a line for each that is; returns what is missing.
+
+    small: without the larger one of two training sets.
+    """
     names = list(dict.fromkeys(name for _, name in datasets.wanted(settings)))
     if not settings.data_root and any(n not in DATASETS or not DATASETS[n].own_val for n in names):
         return ["There is no folder to put data sets into; name one: make data DATA=FOLDER."]
     left = []
     for name in names:
-        wrong = _missing(name, settings)
+        wrong = _missing(name, settings, small)
         left += wrong
         if not wrong:
             print(_summary(name, settings), flush=True)
+    for sentence in datasets.shortages(settings):
+        print(sentence, flush=True)
     return left
 
 
@@ -243,9 +272,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ssl_robust.fetch", description="Get a profile's data sets.")
     parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
     parser.add_argument("--data", default="", help="folder of the data sets, made if it is not there")
+    parser.add_argument("--small", action="store_true", help="the smaller one of a training set of two sizes")
     arguments = parser.parse_args(argv)
     try:
-        left = fetch(_settings(arguments.profile, arguments.data))
+        left = fetch(_settings(arguments.profile, arguments.data), arguments.small)
     except BadInput as error:
         left = [str(error)]
     except KeyboardInterrupt:

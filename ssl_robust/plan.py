@@ -90,7 +90,9 @@ def _there(name: str, task: str, split: str, settings: Settings) -> int:
     """Images of a split: the official number, or where parts are accepted and for folders of one's own, the listed."""
     official = catalogue.DATASETS[name].counts.get(split) if name in catalogue.DATASETS else None
     if official and settings.counts == "official":
-        return official[0]
+        listed = _listed(name, task, split, settings.data_root) if len(official) > 1 else UNKNOWN
+        enough = [n for n in official if n >= datasets.asked(task, name, settings)]
+        return listed if listed in official else min(enough, default=max(official))  # which make data brings
     if task == "deacl" and split == "test":
         return 0
     return min(_listed(name, task, split, settings.data_root), max(official or (UNKNOWN,)))
@@ -449,10 +451,17 @@ def _head_peak(task: str, name: str, row: EncoderRow, settings: Settings) -> tup
 
 def disk(settings: Settings) -> tuple[float, float]:
     """Bytes of the data sets with the archives they come in, and of public weights, heads and DeACL checkpoints."""
-    used = {name: catalogue.DATASETS.get(name) for _, name in datasets.wanted(settings)}
-    data = sum(d.gigabytes * 1e9 + sum(a.size for a in d.archives if not a.as_it_is) for d in used.values() if d)
+    data = sum(_data_bytes(name, settings) for name in {name for _, name in datasets.wanted(settings)})
     weights = sum(cost.weight_bytes(encoder_of(row)) for row in fetched(settings))
     return data, weights + sum(_run_bytes(row, settings) for row in settings.encoders)
+
+
+def _data_bytes(name: str, settings: Settings) -> float:
+    """Bytes of one data set, unpacked or as its archives are; nothing of a folder of the user's own."""
+    files = datasets.archives(name, settings)
+    as_it_is = bool(files) and all(a.as_it_is for a in files)
+    unpacked = catalogue.DATASETS[name].gigabytes * 1e9 if name in catalogue.DATASETS and not as_it_is else 0.0
+    return unpacked + sum(a.size for a in files)
 
 
 def _run_bytes(row: EncoderRow, settings: Settings) -> float:
@@ -590,11 +599,13 @@ def header(settings: Settings) -> list[str]:
 def problems(settings: Settings) -> tuple[list[str], list[str]]:
     """Everything that is missing, a sentence each: what stops a run, and what is only said before it.
 
-    Missing data sets and weights stop it unless the profile says missing: skip; too little GPU memory never does, as
-    its need is only an estimate.
+    Missing data sets and weights stop it unless the profile says missing: skip; fewer training images than asked for
+    never do, nor too little GPU memory, as its need is only an estimate.
     """
     absent = [*datasets.check(settings), *encoders.check(settings), *missing_weights(settings)]
     stop, warn = ([], absent) if settings.missing == "skip" else (absent, [])
+    wrong, remarks = datasets.look(settings)
+    stop, warn = stop + [w for w in wrong if w not in absent], warn + remarks + datasets.shortages(settings)
     return stop + _device_problems(settings) + _disk_problems(settings), warn + _memory_warnings(settings)
 
 

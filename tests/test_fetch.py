@@ -272,11 +272,11 @@ def test_a_full_disk_is_said_before(small, tmp_path, monkeypatch):
     found = fetch.fetch(_settings(tmp_path, deacl="scenes", depth="scenes"))
     assert len(found) == 2 and not small.asked
     assert f"Fetching cifar10 takes 0.0 GB, but the disk of {tmp_path} has 0.0 GB free; free some space" in found[0]
-    have = fetch.needed_bytes("nyuv2", tmp_path)
+    have = fetch.needed_bytes("nyuv2", tmp_path, datasets.DATASETS["nyuv2"].archives)
     assert have == len(small.files["nyu_depth_v2_labeled.mat"]) + len(small.files["splits.mat"])
     (tmp_path / "nyuv2").mkdir()
     (tmp_path / "nyuv2" / "splits.mat.part").write_bytes(b"12345")
-    assert fetch.needed_bytes("nyuv2", tmp_path) == have - 5
+    assert fetch.needed_bytes("nyuv2", tmp_path, datasets.DATASETS["nyuv2"].archives) == have - 5
 
 
 def test_what_must_be_got_by_hand_is_said_exactly(small, tmp_path):
@@ -290,6 +290,90 @@ def test_what_must_be_got_by_hand_is_said_exactly(small, tmp_path):
     found = fetch.fetch(_settings(tmp_path, segmentation="cityscapes"))
     assert any("has 4 images" in sentence for sentence in found)
     assert fetch.fetch(_settings(tmp_path, segmentation="cityscapes", counts="any")) == []
+
+
+# --- a training set of two sizes ---
+
+
+@pytest.fixture
+def two_sizes(small, tmp_path, monkeypatch):
+    """NYU-Depth-v2 with 4 labelled training images, and 5 in archives on the same server."""
+    trees.nyu_archives(tmp_path / "hub")
+    files = sorted((tmp_path / "hub" / "nyuv2" / "data").iterdir())
+    small.files |= {f.name: f.read_bytes() for f in files}
+    larger = tuple(Archive(f"{small.url}/{f.name}", f"nyuv2/data/{f.name}", f.stat().st_size) for f in files)
+    counts = {"train": (4, 5), "test": (2,)}
+    monkeypatch.setitem(
+        datasets.DATASETS, "nyuv2", dataclasses.replace(datasets.DATASETS["nyuv2"], larger=larger, counts=counts)
+    )
+    return small
+
+
+def _nyu(root, n_train, counts="official"):
+    depth = {"datasets": ["nyuv2"], "n_train": n_train, "n_val": 1}
+    return planted.settings(
+        data_root=str(root), counts=counts, depth=depth, classification=None, segmentation=None, deacl=None
+    )
+
+
+LABELLED, HUB = ["nyu_depth_v2_labeled.mat", "splits.mat"], ["train-000000.tar", "train-000001.tar", "val-000000.tar"]
+SHORT = "The depth head on nyuv2 is trained on 3 of 5 images, as no more are there; make data fetches them"
+
+
+def _asked(server):
+    return [name for name, _ in server.asked]
+
+
+def test_the_larger_training_set_is_got_only_by_those_who_ask_for_it(two_sizes, tmp_path, capsys):
+    assert fetch.fetch(_nyu(tmp_path, 4)) == [] and _asked(two_sizes) == LABELLED
+    told = capsys.readouterr().out
+    assert "nyuv2: complete, 4 train and 2 test images" in told and "SMALL" not in told and "head" not in told
+    assert fetch.fetch(_nyu(tmp_path, 47_584)) == [] and _asked(two_sizes)[2:] == HUB
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "nyuv2: 3 files, 0.0 GB. With SMALL=1 make data gets 4 training images of nyuv2 instead (0.0 GB)."
+    assert "nyuv2: complete, 5 train and 2 test images" in told and not any("head" in line for line in told)
+    two_sizes.asked.clear()
+    for n_train in (4, 47_584):
+        assert fetch.fetch(_nyu(tmp_path, n_train)) == [] == two_sizes.asked
+
+
+def test_small_does_with_the_smaller_training_set_and_says_so(two_sizes, tmp_path, monkeypatch, capsys):
+    depth = "depth: {datasets: [nyuv2], n_train: 47584, epochs: 1, batch: 1, lr: 1.0, n_val: 1}\n"
+    _profile(monkeypatch, tmp_path, depth)
+    folder = tmp_path / "data"
+    for _ in range(2):
+        assert fetch.main(["--profile", "small", "--data", str(folder), "--small"]) == 0
+        told = capsys.readouterr().out
+        assert "nyuv2: complete, 4 train" in told and SHORT in told and _asked(two_sizes) == LABELLED
+    assert fetch.main(["--profile", "small", "--data", str(folder)]) == 0
+    assert "nyuv2: complete, 5 train" in capsys.readouterr().out and _asked(two_sizes) == LABELLED + HUB
+
+
+def test_where_the_larger_training_set_cannot_be_had_the_smaller_is_offered(two_sizes, tmp_path):
+    del two_sizes.files["train-000001.tar"]
+    (said,) = fetch.fetch(_nyu(tmp_path, 5))
+    assert "404" in said and said.endswith("With SMALL=1 make data gets 4 training images of nyuv2 instead (0.0 GB).")
+    assert "\n" not in said and (tmp_path / "nyuv2" / "data" / "train-000000.tar").is_file()
+    assert fetch.fetch(_nyu(tmp_path, 5), small=True) == []  # the archive that has come is not in its way
+
+
+def test_the_larger_training_set_is_completed_where_it_is_there_in_part(two_sizes, tmp_path):
+    trees.nyuv2(tmp_path)  # labelled images alone would do
+    trees.nyu_archives(tmp_path)
+    part = tmp_path / "nyuv2" / "data" / "train-000001.tar"
+    whole = part.read_bytes()
+    part.rename(f"{part}.part")
+    (part.parent / f"{part.name}.part").write_bytes(whole[:2000])
+    assert fetch.fetch(_nyu(tmp_path, 5)) == []
+    assert two_sizes.asked == [("train-000001.tar", "bytes=2000-")] and part.read_bytes() == whole
+
+
+def test_archives_that_hold_too_few_images_are_said(two_sizes, tmp_path):
+    trees.nyuv2(tmp_path)
+    trees.nyu_archives(tmp_path, train=(3, 1))
+    found = fetch.fetch(_nyu(tmp_path, 5))
+    assert found[0] == "The archives of nyuv2 hold fewer images than the 5 that they should."
+    assert f"move what is damaged of it, or all of {tmp_path}/nyuv2/data, away and repeat make data" in found[1]
 
 
 # --- command line ---

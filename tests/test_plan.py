@@ -1,5 +1,6 @@
 """The plan of a profile: what it counts, that it fits measured runs, and that everything missing is listed at once."""
 
+import dataclasses
 import math
 import re
 import statistics
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trees
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_robust import cost, datasets, encoders, evaluate, heads, plan, records, run
@@ -259,6 +261,49 @@ def test_images_are_no_more_than_the_data_set_has():
     quick = profile("quick").model_copy(update={"classification": profile("paper").classification})
     assert plan.counts("classification", "stl10", quick) == (4500, 500, 1000)
     assert plan.counts("segmentation", "voc2012", profile("paper")) == (1364, 100, 1449)
+
+
+def _nyu(name, root="", **depth):
+    """The depth part of a profile, on the data in `root`."""
+    used = profile(name)
+    depth = used.depth.model_copy(update=depth)
+    none = dict.fromkeys(("classification", "segmentation", "deacl"))
+    return used.model_copy(update={**none, "depth": depth, "data_root": str(root)})
+
+
+def test_the_training_set_of_two_sizes_is_planned_as_it_is_or_will_be_fetched(tmp_path, monkeypatch):
+    nyu = datasets.DATASETS["nyuv2"]
+    assert plan.counts("depth", "nyuv2", _nyu("paper")) == (47_584 - 60, 60, 654)
+    assert plan.counts("depth", "nyuv2", _nyu("quick")) == (600, 60, 200)
+    assert plan.counts("depth", "nyuv2", _nyu("quick", n_train=795)) == (735, 60, 200)
+    assert plan.disk(_nyu("paper"))[0] == sum(a.size for a in nyu.larger) > 35e9
+    assert plan.disk(_nyu("quick"))[0] == sum(a.size for a in nyu.archives) < 3e9
+    trees.nyuv2(tmp_path)  # of small official numbers, one of them there
+    monkeypatch.setitem(datasets.DATASETS, "nyuv2", dataclasses.replace(nyu, counts={"train": (4, 50), "test": (2,)}))
+    plan._listed.cache_clear()
+    assert plan.counts("depth", "nyuv2", _nyu("paper", tmp_path, n_val=1)) == (3, 1, 2)
+    assert plan.counts("depth", "nyuv2", _nyu("paper", n_val=1)) == (49, 1, 2)
+    plan._listed.cache_clear()
+
+
+def test_fewer_training_images_than_asked_for_are_said_but_stop_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "missing_weights", lambda settings: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    small = dataclasses.replace(datasets.DATASETS["nyuv2"], counts={"train": (4, 50), "test": (2,)})
+    monkeypatch.setitem(datasets.DATASETS, "nyuv2", small)
+    trees.nyuv2(tmp_path)
+    stop, warn = plan.problems(_nyu("paper", tmp_path, n_val=1))
+    said = "The depth head on nyuv2 is trained on 3 of 50 images, as no more are there; make data fetches them"
+    assert stop == [] and warn == [f"{said} (35.2 GB), or lower depth.n_train."]
+    assert plan.problems(_nyu("paper", tmp_path, n_val=1, n_train=4)) == ([], [])
+    assert all("trained on" not in sentence for sentence in sum(plan.problems(_nyu("paper")), []))  # nothing is there
+
+
+def test_deacl_on_fewer_images_is_said_too(tmp_path):
+    trees.flat_folder(tmp_path, "photos")  # 16 images
+    asked = settings(data_root=str(tmp_path), deacl=TINY["deacl"] | {"dataset": "photos", "n_train": 900})
+    said = "DeACL on photos is trained on 8 of 900 images, as no more are there; add images, or lower deacl.n_train."
+    assert plan.problems(asked) == ([], [said])
 
 
 # --- measured runs ---
