@@ -28,7 +28,6 @@ from typing import Any
 import psutil
 import submitit
 import torch
-import yaml
 from pydantic import ValidationError
 from submitit.core.utils import FailedJobError
 from submitit.helpers import DelayedSubmission
@@ -524,13 +523,13 @@ def read_cluster(name: str) -> Cluster:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise BadInput(f"There is no cluster file '{name}' in params/cluster/; choose one of: {known}.")
+    parameters = schema.read_yaml(path, f"params/cluster/{path.name}") or {}
+    if not isinstance(parameters, dict):
+        raise BadInput(f"params/cluster/{path.name} is no list of 'name: value' lines; correct it.")
     try:
-        parameters = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         return Cluster(**parameters)
     except ValidationError as error:
         raise BadInput(f"params/cluster/{path.name}: {schema.sentence(error.errors()[0])}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError):
-        raise BadInput(f"params/cluster/{path.name} is not valid YAML of 'name: value' lines; correct it.") from None
 
 
 def _one_executor(book: Book, executor: str) -> None:

@@ -62,8 +62,8 @@ def read_profile(profile: str, data: str = "") -> Settings:
 def data_folder(settings: Settings, data: str) -> Path | None:
     """The data folder: `data`, relative to where one is, else data_root, relative to the project; None: not given."""
     if data:
-        return Path(data).expanduser()
-    return PARAMS.parent / Path(settings.data_root).expanduser() if settings.data_root else None
+        return Path(os.path.expanduser(data))  # unlike Path's own, it leaves the name of nobody's home as it is
+    return PARAMS.parent / os.path.expanduser(settings.data_root) if settings.data_root else None
 
 
 def _parameters(profile: str) -> dict[str, object]:
@@ -80,12 +80,12 @@ def _settings(profile: str, data: str) -> Settings:
     if folder is None:
         return settings
     # absolute, because notebooks run in a folder of their own
-    root = str(folder.resolve()) if folder.is_dir() else data or settings.data_root
+    root = str(folder.resolve()) if os.path.isdir(folder) else data or settings.data_root
     return settings.model_copy(update={"data_root": root})
 
 
 def _data_problem(settings: Settings) -> str:
-    if not settings.data_root or Path(settings.data_root).is_absolute() and Path(settings.data_root).is_dir():
+    if not settings.data_root or os.path.isabs(settings.data_root) and os.path.isdir(settings.data_root):
         return ""
     remedy = "name an existing one (make: DATA=FOLDER; python -m ssl_robust.run: --data FOLDER)"
     return f"The data folder '{settings.data_root}' does not exist; {remedy}."
@@ -96,7 +96,7 @@ def wrong_parameters(profile: str) -> list[str]:
     parameters, found = _parameters(profile), []
     for name, value in parameters.items():
         try:
-            check(**{"profile": profile, "encoders": [{"name": "embedded_vit"}], name: value})
+            check(**{"profile": "any", "encoders": [{"name": "embedded_vit"}], name: value})
         except BadInput as problem:
             found.append(str(problem))
     if not found:

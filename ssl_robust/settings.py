@@ -1,5 +1,8 @@
 """The schema of params/*.yaml and of every notebook's parameters cell; each refusal of a bad parameter is made here."""
 
+import math
+import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,9 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 TASKS = ("classification", "segmentation", "depth")
 # where the authors' released code departs from the paper's text; ssl_robust/released.py says how, one entry each
 DIFFERENCES = (
-    "embed_mse", "pgd_scaled_logits", "segpgd_two_means", "window_probabilities", "class0_ignored", "depth_warmup",
-    "depth_unmasked", "depth_flipped", "depth_mean_of_images", "head_recipe", "native_input", "dense_stride",
+    "embed_mse", "pgd_scaled_logits", "segpgd_two_means", "window_probabilities", "class0_ignored", "depth_attack_loss",
+    "unnormalised_evaluation", "depth_unmasked", "depth_flipped", "depth_mean_of_images", "head_recipe",
+    "native_input", "depth_480x640", "dense_stride",
 )  # fmt: skip
+# Bounds that no sensible value meets: what lies beyond them is a slip of the pen, found out after hours or not at all.
+MANY, LONG, RATE, SIDE, SEED = 100_000_000, 1_000_000, 1000.0, 8192, 2**32 - 1
 
 
 class BadInput(ValueError):
@@ -29,16 +35,32 @@ class Normalise(_Strict):
     mean: list[float] = Field(min_length=3, max_length=3)
     std: list[float] = Field(min_length=3, max_length=3)
 
+    @field_validator("mean")
+    @classmethod
+    def _mean_of_pixels(cls, mean: list[float]) -> list[float]:
+        if not all(0 <= value <= 1 for value in mean):
+            raise ValueError(f"{mean} lies outside 0..1; pixels do not, so divide a mean of 0..255 by 255")
+        return mean
+
+    @field_validator("std")
+    @classmethod
+    def _std_of_pixels(cls, std: list[float]) -> list[float]:
+        if not all(0 < value <= 1 for value in std):
+            raise ValueError(f"{std} is not above 0 and up to 1, as of pixels in 0..1; divide a std of 0..255 by 255")
+        return std
+
 
 class EncoderRow(_Strict):
     """One frozen encoder, a row in each of the three tables: a timm model or a Python callable."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="the row's name in tables and file names")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100, description="the row's name in tables and file names"
+    )
     timm: str = Field("", description="timm model; default: the model that the name stands for (encoders.KNOWN)")
     call: str = Field("", description="'module:function' of an encoder of your own: images -> (cls, patches)")
-    checkpoint: str = Field("", description="local weight file; a relative path is looked up in the data folder")
+    checkpoint: str = Field("", description="local weight file; relative: in the data folder, else the project")
     normalise: Literal["model", "imagenet", "inception", "clip", "cifar", "none"] | Normalise = "model"
-    native: int | None = Field(None, ge=8, description="native input side in px; default: model")
+    native: int | None = Field(None, ge=8, le=SIDE, description="native input side in px; default: model")
     defenses: list[Literal["standard", "deacl"]] = Field(["standard"], min_length=1)
     deacl_checkpoint: str = Field("", description="a robust encoder made elsewhere, in place of fine-tuning here")
 
@@ -75,23 +97,23 @@ class TaskSettings(_Strict):
     """Data subset, head training (appendix C) and evaluation of one task."""
 
     datasets: list[str] = Field(["scenes"], min_length=1)
-    n_train: int = Field(1200, ge=1, description="training images of the head; fewer if the data set has fewer")
-    n_val: int = Field(200, ge=1, description="images held out of train to select the head's epoch")
-    n_test: int = Field(128, ge=1, description="test images, the same for clean and attacked evaluation")
+    n_train: int = Field(1200, ge=1, le=MANY, description="training images of the head; fewer if there are fewer")
+    n_val: int = Field(200, ge=1, le=MANY, description="images held out of train to select the head's epoch")
+    n_test: int = Field(128, ge=1, le=MANY, description="test images, the same for clean and attacked evaluation")
     size: int | str = Field("native", description="short side of the images in px, 'native' or 'original'")
-    epochs: int = Field(..., ge=1)
-    batch: int = Field(..., ge=1)
-    lr: float = Field(..., gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    attack_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    epochs: int = Field(..., ge=1, le=LONG)
+    batch: int = Field(..., ge=1, le=LONG)
+    lr: float = Field(..., gt=0, le=RATE)
+    weight_decay: float = Field(0.0, ge=0, le=RATE)
+    attack_batch: Literal["auto"] | Annotated[int, Field(ge=1, le=LONG)] = Field(
         "auto", description="images attacked at a time: as many as suit the device, or a number; halved if memory lacks"
     )
 
     @field_validator("size")
     @classmethod
     def _size_usable(cls, size: int | str) -> int | str:
-        if size not in ("native", "original") and (isinstance(size, str) or size < 8):
-            raise ValueError(f"{size!r} is no size; write 'native', 'original' or a number of pixels from 8 on")
+        if size not in ("native", "original") and (isinstance(size, str) or not 8 <= size <= SIDE):
+            raise ValueError(f"{size!r} is no size; write 'native', 'original' or a number of pixels from 8 to {SIDE}")
         return size
 
 
@@ -101,7 +123,7 @@ class Segmentation(TaskSettings):
     The other tasks need no views: their only augmentation is a flip, and the tokens of both sides are kept.
     """
 
-    views: int = Field(2, ge=1, description="augmented copies of each training image; epoch e uses copy e mod views")
+    views: int = Field(2, ge=1, le=LONG, description="augmented copies of each image; epoch e uses copy e mod views")
     stride: float = Field(341 / 518, gt=0, le=1, description="stride as a fraction of the window")
 
 
@@ -115,21 +137,21 @@ class DeACL(_Strict):
     """Eq. 2 and appendix C.2; the defaults are the paper's."""
 
     dataset: str = "scenes"
-    n_train: int = Field(1024, ge=1)
-    n_val: int = Field(64, ge=1, description="held-out images on which robustness is watched")
-    epochs: int = Field(100, ge=1)
-    warmup_epochs: float = Field(10, ge=0)
-    batch: int = Field(128, ge=1)
-    lr: float = Field(0.05, gt=0)
+    n_train: int = Field(1024, ge=1, le=MANY)
+    n_val: int = Field(64, ge=1, le=MANY, description="held-out images on which robustness is watched")
+    epochs: int = Field(100, ge=1, le=LONG)
+    warmup_epochs: float = Field(10, ge=0, le=LONG)
+    batch: int = Field(128, ge=1, le=LONG)
+    lr: float = Field(0.05, gt=0, le=RATE)
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    gamma: float = Field(2.0, ge=0, description="weight of the robustness term of eq. 2")
+    weight_decay: float = Field(0.0, ge=0, le=RATE)
+    gamma: float = Field(2.0, ge=0, le=LONG, description="weight of the robustness term of eq. 2")
     eps: float = Field(4 / 255, ge=0, le=1)
     step: float = Field(2 / 255, ge=0, le=1)
-    steps: int = Field(5, ge=1)
+    steps: int = Field(5, ge=1, le=10_000)
     attack_on: Literal["trained", "original"] = Field("trained", description="the encoder on which x' is made")
     checkpoints: list[int] = Field([], description="epochs kept for Figure 2, besides the last")
-    processes: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    processes: Literal["auto"] | Annotated[int, Field(ge=1, le=LONG)] = Field(
         "auto", description="processes that share each batch; auto: one for each GPU of this machine"
     )
 
@@ -144,9 +166,9 @@ class DeACL(_Strict):
 class Sanity(_Strict):
     """How hard the attacks are checked (notebook 07_sanity), on the first `n` test images of each data set."""
 
-    n: int = Field(16, ge=2, description="test images of each check")
-    more_steps: int = Field(5, ge=1, description="the task attack with so many times its steps")
-    restarts: int = Field(2, ge=1, description="the task attack from so many further random starts")
+    n: int = Field(16, ge=2, le=MANY, description="test images of each check")
+    more_steps: int = Field(5, ge=1, le=1000, description="the task attack with so many times its steps")
+    restarts: int = Field(2, ge=1, le=1000, description="the task attack from so many further random starts")
     eps: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         [0, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 32 / 255, 64 / 255],
         min_length=2, description="radii of the sweep, in [0,1] pixel units",
@@ -162,19 +184,19 @@ class Bench(_Strict):
 
     encoders: list[str] = Field(["embedded_vit", "dinov2_vits14"], min_length=1, description="names or timm models")
     gpu_encoders: list[str] = Field(["dino_vitb16"], description="further ones, where there is a GPU")
-    size: int = Field(224, ge=8, description="side of the images in px, but not above the encoder's native px")
-    images: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    size: int = Field(224, ge=8, le=SIDE, description="side of the images in px, but not above the encoder's native px")
+    images: Literal["auto"] | Annotated[int, Field(ge=1, le=LONG)] = Field(
         "auto", description="attacked at a time: as many as the package would, or a smaller number"
     )
-    steps: int = Field(2, ge=1)
-    repeats: int = Field(3, ge=2, description="rounds, each of which times everything once")
+    steps: int = Field(2, ge=1, le=10_000)
+    repeats: int = Field(3, ge=2, le=1000, description="rounds, each of which times everything once")
 
 
 class Settings(_Strict):
     """Everything a profile can set; sections that a notebook does not use stay None."""
 
-    profile: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    seed: int = Field(0, ge=0)
+    profile: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=100)
+    seed: int = Field(0, ge=0, le=SEED)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data_root: str = Field("", description="folder that holds the real data sets; not needed for the scenes")
     protocol: Literal["paper", "released"] | list[Literal[DIFFERENCES]] = Field(
@@ -189,8 +211,8 @@ class Settings(_Strict):
         "auto", description="of attack steps: auto is bf16 where the device computes it fast; predictions are fp32"
     )
     strong: bool = Field(False, description="also AutoAttack, APGD, CosPGD and losses of SEA, see ssl_robust/strong.py")
-    data_seed: int | None = Field(None, ge=0, description="draws the images of data sets; default: seed")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+    data_seed: int | None = Field(None, ge=0, le=SEED, description="draws the images of data sets; default: seed")
+    seeds: list[Annotated[int, Field(ge=0, le=SEED)]] = Field(
         [], description="further seeds: heads and attacks are repeated with each, tables give mean and spread"
     )
     encoders: list[EncoderRow] = Field(min_length=1)
@@ -202,11 +224,18 @@ class Settings(_Strict):
     sanity: Sanity | None = None
     bench: Bench | None = None
 
+    @field_validator("profile")
+    @classmethod
+    def _folder_free(cls, profile: str) -> str:
+        if profile.lower() == "committed":  # on some systems names differ by more than capitals
+            raise ValueError(f"'{profile}' is the folder of the committed examples in figures/; choose another name")
+        return profile
+
     @model_validator(mode="after")
     def _names_unique(self) -> "Settings":
         names = [row.name for row in self.encoders]
-        if len(set(names)) < len(names):
-            raise ValueError(f"encoder names {names} are not unique; give each row its own name")
+        if len({name.lower() for name in names}) < len(names):  # where capitals do not count, they name the same files
+            raise ValueError(f"encoder names {names} are not unique (capitals do not count); give each row its own")
         return self
 
     @property
@@ -232,19 +261,28 @@ class Cluster(_Strict):
 
     partition: str = Field("", description="Slurm partition; empty: the cluster's default")
     account: str = ""
-    gpus: int = Field(1, ge=0, description="GPUs of a job")
-    deacl_gpus: int = Field(1, ge=0, description="GPUs of a DeACL job, which shares its batches among them")
-    cpus: int = Field(8, ge=1, description="CPU cores of a job")
-    memory: int = Field(64, ge=1, description="main memory of a job in GB")
-    hours: float = Field(24, gt=0, description="time limit of a job; one that meets it is taken up again")
+    gpus: int = Field(1, ge=0, le=1000, description="GPUs of a job")
+    deacl_gpus: int = Field(1, ge=0, le=1000, description="GPUs of a DeACL job, which shares its batches among them")
+    cpus: int = Field(8, ge=1, le=LONG, description="CPU cores of a job")
+    memory: int = Field(64, ge=1, le=LONG, description="main memory of a job in GB")
+    hours: float = Field(24, gt=0, le=10_000, description="time limit of a job; one that meets it is taken up again")
     setup: list[str] = Field([], description="shell lines before each job, e.g. 'module load cuda'")
-    at_once: int = Field(2, ge=1, description="EXECUTOR=local: jobs that run at the same time")
+    at_once: int = Field(2, ge=1, le=1000, description="EXECUTOR=local: jobs that run at the same time")
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, in one line of bearable length, whatever it holds."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 1, 80, 80
+    return short.repr(value)
 
 
 def sentence(error: dict[str, Any]) -> str:
     """One pydantic error as one sentence: the parameter, what is wrong, the remedy."""
-    name = ".".join(str(part) for part in error["loc"] if not _is_union_tag(part))
-    given, kind = error.get("input"), error["type"]
+    given, kind, loc = error.get("input"), error["type"], error["loc"]
+    last = loc[-1:] if kind == "extra_forbidden" else ()  # the user's own word, which may look like a tag
+    above = [str(part) for part in loc[: len(loc) - len(last)] if not _is_union_tag(part)]
+    name = ".".join([*above, *(_shown(part)[1:-1] for part in last)])
     if kind == "extra_forbidden":
         return f"Unknown parameter '{name}'; remove it or correct its spelling (ssl_robust/settings.py lists all)."
     if kind == "missing":
@@ -252,8 +290,9 @@ def sentence(error: dict[str, Any]) -> str:
     if kind == "value_error":
         return f"Parameter '{name or 'encoders'}': {error['ctx']['error']}."
     if isinstance(given, str) and kind in ("float_type", "int_type"):
-        return f"Parameter '{name}' must be a number but is the text '{given}'; {_number_hint(given)}."
-    return f"Parameter '{name}' is {given!r}: {error['msg'][0].lower() + error['msg'][1:]}; correct it."
+        return f"Parameter '{name}' must be a number but is the text {_shown(given)}; {_number_hint(given)}."
+    remedy = "write true or false" if kind == "bool_type" else "correct it"
+    return f"Parameter '{name}' is {_shown(given)}: {error['msg'][0].lower() + error['msg'][1:]}; {remedy}."
 
 
 def _is_union_tag(part: int | str) -> bool:
@@ -265,8 +304,9 @@ def _number_hint(text: str) -> str:
     """How to write the number that `text` seems to mean: '8/255' -> 'write 0.031372549'."""
     try:
         top, _, bottom = text.partition("/")
-        return f"write {float(top) / float(bottom or 1):.9g} instead"
-    except (ValueError, ZeroDivisionError):
+        number = float(top) / float(bottom or 1)
+        return f"write {number:.9g} instead" if math.isfinite(number) else "write a number that is finite"
+    except (ValueError, ZeroDivisionError, OverflowError):
         return "write it as a plain decimal"
 
 
@@ -282,16 +322,73 @@ def check(**parameters: Any) -> Settings:
         raise BadInput(sentence(meant)) from None
 
 
+class _Refused(yaml.MarkedYAMLError):
+    """Valid YAML that nobody can mean."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it, much as YAML 1.2: decimal numbers, true and false, names that are text, none twice.
+
+    What YAML 1.1 takes for other numbers, truths and dates (010 for 8, 1:30 for 90, no for false) stays text here,
+    which is right for a name and is refused where a number or a truth is wanted.
+    """
+
+    yaml_implicit_resolvers: dict[str, list] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class; raises _Refused for a name that is no text, or there twice."""
+        names = set()
+        for key in (key for key, _ in node.value if key.tag != _YAML + "merge"):
+            if key.tag != _YAML + "str":
+                raise _Refused(problem="sets what is no name; write 'name: value'", problem_mark=key.start_mark)
+            if key.value in names:
+                twice = f"sets {_shown(key.value)} a second time; remove one of the two"
+                raise _Refused(problem=twice, problem_mark=key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_YAML = "tag:yaml.org,2002:"
+for _tag, _form, _first in (
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]{0,99})", "-+0123456789"),
+    ("float", r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", "<<", "<"),
+):
+    _Loader.add_implicit_resolver(_YAML + _tag, re.compile(f"^({_form})$"), [*_first, ""] if _tag == "null" else _first)
+
+
+def read_yaml(path: Path, shown: str) -> Any:
+    """What a YAML file holds, which sentences call `shown`; BadInput if it cannot be read or cannot be meant so."""
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+        return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
+    except OSError as error:
+        raise BadInput(f"{shown} cannot be read ({error.strerror}); make it readable.") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BadInput(f"{shown} is not UTF-8 text in line {line}; save it as UTF-8.") from None
+    except RecursionError:
+        raise BadInput(f"{shown} is nested too deeply; write it as params/demo.yaml.") from None
+    except _Refused as error:
+        raise BadInput(f"{shown}, line {error.problem_mark.line + 1}, {error.problem}.") from None
+    except yaml.reader.ReaderError as error:  # a character that no text has
+        line = text.count("\n", 0, error.position) + 1
+        raise BadInput(f"{shown} is not valid YAML near line {line}; correct that line.") from None
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise BadInput(f"{shown} is not valid YAML near line {line}; correct that line.") from None
+
+
 def read_params(path: Path) -> dict[str, Any]:
     """The raw parameters of one YAML file; raises BadInput if it is missing or not a mapping of parameters."""
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise BadInput(f"There is no profile '{path.stem}': {path.name} is not in params/; choose one of: {known}.")
-    try:
-        parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise BadInput(f"params/{path.name} is not valid YAML near line {line}; correct that line.") from None
+    parameters = read_yaml(path, f"params/{path.name}")
     if not isinstance(parameters, dict):
         raise BadInput(f"params/{path.name} holds no parameters; write 'name: value' lines as in params/demo.yaml.")
     if parameters.get("profile") != path.stem:

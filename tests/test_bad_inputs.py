@@ -58,6 +58,11 @@ def half_a_data_set(root):
     write(root, {"classification": {"datasets": ["cifar10"]}, "data_root": str(root / "data")})
 
 
+def committed(root):
+    """A profile with the name of the folder of the committed examples."""
+    (root / "params" / "committed.yaml").write_text("profile: committed\nencoders: [{name: embedded_vit}]\n")
+
+
 def notebook(edit):
     """The notebook that is run with other cells or bytes."""
     return lambda root: edit(root / "notebooks" / f"{RUN[0]}.ipynb")
@@ -143,7 +148,16 @@ CASES = {
         notebook(lambda path: nbformat.write(nbformat.v4.new_notebook(), path)), RUN, "0 cells tagged",
     ),
     "no YAML": (text(b"attack: {eps: 0.1"), CHECK, "not valid YAML near line"),
-    "no text": (text(b"\xff\xfe\x00"), CHECK, "not valid YAML"),
+    "no text": (text(b"\xff\xfe\x00"), CHECK, "is not UTF-8 text in line 1"),
+    "a name twice": (text(b"profile: tiny\nseed: 1\nseed: 2\n"), CHECK, "line 3, sets 'seed' a second time"),
+    "a name that is a number": (text(b"profile: tiny\n1: 2\n"), CHECK, "sets what is no name"),
+    "2000 brackets": (text(b"profile: tiny\nseed: " + b"[" * 2000), CHECK, "nested too deeply"),
+    "seed beyond its bound": ({"seed": 2**64 - 1}, CHECK, "'seed' is 18446744073709551615"),
+    "learning rate beyond sense": ({"deacl": {"lr": 1e300}}, CHECK, "'deacl.lr' is 1e+300"),
+    "more images than there can be": ({"depth": {"n_test": 10**12}}, CHECK, "'depth.n_test' is 1000000000000"),
+    "profile with the name of a folder": (committed, (*CHECK, "--profile", "committed"), "committed examples"),
+    "data folder of 5000 letters": ({"data_root": "x" * 5000}, CHECK, "does not exist"),
+    "data folder of nobody": ({"data_root": "~nobody-at-all/data"}, CHECK, "'~nobody-at-all/data' does not exist"),
     "empty file": (text(b""), CHECK, "holds no parameters"),
     "a list": (text(b"- 1\n"), CHECK, "holds no parameters"),
     "results that are a file": (lambda root: (root / "runs").write_text(""), RUN, "cannot be written"),

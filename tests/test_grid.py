@@ -326,7 +326,11 @@ def test_refusals_of_slurm_are_one_sentence_and_lose_no_job(
         ("gpus: 1.5\n", ["'gpus'"]),
         ("setup: module load\n", ["'setup'"]),
         ("a: [\n", ["not valid YAML"]),
-        ("- gpus\n", ["not valid YAML"]),
+        ("- gpus\n", ["is no list of 'name: value' lines"]),
+        ("1: gpus\n", ["params/cluster/slurm.yaml, line 1, sets what is no name"]),
+        ("gpus: 1\ngpus: 2\n", ["slurm.yaml, line 2, sets 'gpus' a second time"]),
+        ("hours: 1:30\n", ["'hours' must be a number but is the text '1:30'"]),
+        ("at_once: 1000000000000\n", ["'at_once' is 1000000000000"]),
         (None, ["no cluster file 'slurm'", "choose one of: local"]),
     ],
 )

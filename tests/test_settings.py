@@ -47,6 +47,24 @@ REFUSED = [
     ({"segmentation": {**TASK, "stride": 1.5}}, "'segmentation.stride' is 1.5"),
     ({"device": "gpu"}, "'device' is 'gpu'"),
     ({"profile": "my profile"}, "'profile' is 'my profile'"),
+    ({"profile": "-n"}, "'profile' is '-n'"),
+    ({"profile": "Committed"}, "'Committed' is the folder of the committed examples"),
+    ({"epochs-1": 1}, "Unknown parameter 'epochs-1'"),
+    ({"a\nb": 1}, r"Unknown parameter 'a\nb'"),
+    ({"x" * 9999: 1}, "Unknown parameter 'xxx"),
+    ({"strong": "yes"}, "'strong' is 'yes': input should be a valid boolean; write true or false"),
+    ({"seed": "9" * 9999}, "'seed' must be a number but is the text '999"),
+    ({"seed": 2**64 - 1}, "'seed' is 18446744073709551615"),
+    ({"seeds": [2**63]}, "'seeds.0' is 9223372036854775808"),
+    ({"data_seed": 2**63}, "'data_seed' is 9223372036854775808"),
+    ({"depth": {**TASK, "lr": 1e300}}, "'depth.lr' is 1e+300"),
+    ({"depth": {**TASK, "weight_decay": 1e12}}, "'depth.weight_decay' is 1"),
+    ({"depth": {**TASK, "n_test": 10**12}}, "'depth.n_test' is 1000000000000"),
+    ({"depth": {**TASK, "epochs": 10**15}}, "'depth.epochs' is 1000000000000000"),
+    ({"depth": {**TASK, "size": 10**6}}, "'depth.size': 1000000 is no size"),
+    ({"sanity": {"n": 10**9}}, "'sanity.n' is 1000000000"),
+    ({"deacl": {"gamma": 1e308}}, "'deacl.gamma' is 1e+308"),
+    ({"deacl": {"lr": 1e12}}, "'deacl.lr' is 1"),
 ]
 
 
@@ -91,21 +109,79 @@ def test_parameter_files_are_valid(path):
     assert check(**read_params(path)).profile == path.stem
 
 
+BOMB = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]
+HEAD = "profile: mine\nencoders: [{name: a}]\n"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"profile: other\n", "must say 'profile: mine'"),
-        (b"profile: mine\nseed: [1,\n", "not valid YAML near line 3"),
-        (b"profile: m\xe9ne\n", "not valid YAML"),
-        (b"", "holds no parameters"),
-        (b"- profile\n", "holds no parameters"),
+        ("profile: other\n", "must say 'profile: mine'"),
+        ("profile: mine\nseed: [1,\n", "not valid YAML near line 3"),
+        ("profile: mine\n\nseed: \a\n", "not valid YAML near line 3"),
+        (b"profile: mine\nname: m\xe9ne\n", "is not UTF-8 text in line 2; save it as UTF-8"),
+        ("profile: mine\n".encode("utf-16"), "is not UTF-8 text in line 1"),
+        ("", "holds no parameters"),
+        ("- profile\n", "holds no parameters"),
+        ("profile: mine\nseed: 1\nseed: 2\n", "line 3, sets 'seed' a second time; remove one of the two"),
+        ("profile: mine\nattack:\n  eps: 0.1\n  eps: 0.2\n", "line 4, sets 'eps' a second time"),
+        ("profile: mine\nencoders: [{name: a, name: b}]\n", "line 2, sets 'name' a second time"),
+        ("profile: mine\n1: 2\n", "line 2, sets what is no name"),
+        ("profile: mine\n~: 2\n", "line 2, sets what is no name"),
+        ("profile: mine\n? [a]\n: 2\n", "line 2, sets what is no name"),
+        ("profile: mine\nseed: " + "[" * 2000, "is nested too deeply"),
+        ("profile: mine\nseed: !!python/object/apply:os.getpid []\n", "not valid YAML near line 2"),
     ],
 )
 def test_bad_parameter_files(tmp_path, content, words):
-    (tmp_path / "mine.yaml").write_bytes(content)
-    with pytest.raises(BadInput, match="mine.yaml") as refusal:
+    (tmp_path / "mine.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadInput, match="^params/mine.yaml") as refusal:
         read_params(tmp_path / "mine.yaml")
-    assert words in str(refusal.value)
+    assert words in str(refusal.value) and str(refusal.value).endswith(".") and len(str(refusal.value)) < 120
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("10", 10), ("-1", -1), ("+7", 7), ("0", 0), ("1.5", 1.5), (".5", 0.5), ("1.", 1.0), ("1e-3", 0.001),
+        ("1E+2", 100.0), ("true", True), ("False", False), ("~", None), ("", None), ("null", None),
+        ("[1, 2e-1]", [1, 0.2]),
+        # texts, though YAML 1.1 takes them for 8, 90, 16, 1000, truths and a date
+        ("010", "010"), ("1:30", "1:30"), ("0x10", "0x10"), ("1_000", "1_000"), ("yes", "yes"), ("no", "no"),
+        ("on", "on"), ("Off", "Off"), ("2024-01-01", "2024-01-01"), ("8/255", "8/255"), ("'1'", "1"), ("0o17", "0o17"),
+        ("{<<: {eps: 1, steps: 2}, eps: 3}", {"eps": 3, "steps": 2}),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_people_mean_them(written, read, tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"\ufeffprofile: mine\non: 1\nvalue: {written}\n", encoding="utf-8")
+    found = read_params(tmp_path / "mine.yaml")
+    assert found == {"profile": "mine", "on": 1, "value": read} and type(found["value"]) is type(read)
+
+
+def test_what_is_read_as_text_is_refused_where_a_number_is_wanted(tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"{HEAD}seed: 010\n")
+    with pytest.raises(BadInput, match="'seed' must be a number but is the text '010'; write 10 instead"):
+        check(**read_params(tmp_path / "mine.yaml"))
+
+
+def test_a_file_that_grows_when_it_is_written_out_is_refused_in_one_short_sentence(tmp_path):
+    (tmp_path / "mine.yaml").write_text("\n".join([HEAD, *BOMB, "seeds: *a11", "device: *a11", "attack: {eps: *a11}"]))
+    parameters = read_params(tmp_path / "mine.yaml")
+    for name in ("a11", "seeds", "device", "attack"):
+        with pytest.raises(BadInput) as refusal:
+            check(profile="mine", encoders=[{"name": "a"}], **{name: parameters[name]})
+        assert len(str(refusal.value)) < 200
+
+
+def test_a_parameter_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(HEAD)
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(BadInput, match=r"^params/mine.yaml cannot be read \(Permission denied\); make it readable.$"):
+        read_params(tmp_path / "mine.yaml")
 
 
 def test_a_missing_profile_file_lists_the_others(tmp_path):
