@@ -5,11 +5,14 @@ Nothing here executes what a data file holds, and nothing is read before it is a
 """
 
 import codecs
+import json
 import math
 import os
 import pickle
 import re
+import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from . import records, scenes
@@ -26,6 +29,7 @@ from .progress import track
 from .settings import TASKS, BadInput
 
 IGNORE = 255
+NYU_DEPTH = 10.0  # metres, where the depth maps of NYU-Depth-v2 end
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
@@ -95,8 +99,13 @@ class Dataset:
     counts: dict[str, tuple[int, ...]] = field(default_factory=dict)  # split -> official numbers of images
     gigabytes: float = 0  # on disk, unpacked
     archives: tuple[Archive, ...] = ()  # what is fetched; none if it must be obtained by hand
+    larger: tuple[Archive, ...] = ()  # in their place where more training images are asked for than they hold
     by_hand: str = ""  # what to get where, and where to put it
     md5: dict[str, str] = field(default_factory=dict)  # of official files, by path in the data folder
+
+    def fetched(self, n_train: int) -> tuple[Archive, ...]:
+        """What is fetched for so many training images."""
+        return self.larger if self.larger and n_train > min(self.counts["train"]) else self.archives
 
 
 def once(open_file: Callable[[Path], Any]) -> Callable[[Path], Any]:
@@ -118,15 +127,85 @@ def damaged(path: Path) -> BadInput:
     return BadInput(f"The file {path} cannot be read (damaged or half a download); fetch it again.")
 
 
+def text_of(content: bytes, place: object) -> str:
+    """The text of a file at `place`: UTF-8 or, where it begins with their mark, UTF-16; else BadInput."""
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise BadInput(f"{place} is not text in UTF-8; save it in that encoding.")
+    return text
+
+
+def rgb(picture: Image.Image, place: object, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """A picture as uint8 (H, W, 3), turned upright by its orientation tag unless its map of `shape` is not.
+
+    16 bits become the upper 8 of them, transparency is left out. Raises BadInput naming `place` where that would lose
+    the picture, where the value of white is unknown, and where too many pixels are claimed.
+    """
+    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+        raise BadInput(f"{place} has {picture.width} x {picture.height} pixels, too many to read; make it smaller.")
+    if picture.mode in ("I", "F", "LAB"):
+        what = "colours as LAB" if picture.mode == "LAB" else "32-bit numbers, of which white is unknown"
+        raise BadInput(f"{place} stores {what}; save it as 8-bit gray or RGB.")
+    deep = ";16" in f"{picture.mode} {picture.tile}"
+    pixels = _eight_bits(picture, place)
+    if deep and 0 < pixels.max(initial=0) < 64:  # 12 bits of a camera, say, would be nearly black
+        raise BadInput(f"{place} has 16 bits a value of which it uses the lower ones only; save it with 8.")
+    tag = _orientation(picture)  # now, as damaged pixels that it comes across would be no error a second time
+    return pixels if tag == 1 else _upright(pixels, tag, place, shape)
+
+
+def _eight_bits(picture: Image.Image, place: object) -> np.ndarray:
+    if picture.mode.startswith("I;16"):
+        inverted = getattr(picture, "tag_v2", {}).get(262) == 0  # TIFF whose 0 is white
+        gray = (np.array(picture) >> 8).astype(np.uint8)
+        return np.repeat(255 - gray[..., None] if inverted else gray[..., None], 3, 2)
+    if "transparency" not in picture.info and picture.mode[-1] not in "Aa":
+        return np.array(picture.convert("RGB"))
+    whole = picture.convert(picture.mode.upper()) if picture.mode[-1] == "a" else picture
+    pixels = np.array(whole.convert("RGBA"))
+    flat = (pixels == pixels[:1, :1]).all((0, 1))  # of each channel, whether it has one value everywhere
+    if flat[:3].all() and not flat[3]:
+        raise BadInput(f"{place} has one colour and its picture in the transparency; save it without transparency.")
+    return pixels[..., :3].copy()
+
+
+def _orientation(picture: Image.Image) -> int:
+    """How a picture is to be turned, 1 to 8 (1: it is upright)."""
+    try:
+        tag = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # what is damaged here says nothing of the pixels
+        return 1
+    return tag if tag in range(2, 9) else 1
+
+
+def _upright(pixels: np.ndarray, tag: int, place: object, shape: tuple[int, ...]) -> np.ndarray:
+    """Pixels turned as `tag` says; where they have a map, as its shape says, or BadInput if it fits either way."""
+    picture = Image.fromarray(pixels)
+    picture.getexif()[ExifTags.Base.Orientation] = tag
+    turned = np.array(ImageOps.exif_transpose(picture))
+    fits = [way.shape[:2] == tuple(shape) for way in (pixels, turned)]
+    if all(fits):
+        raise BadInput(f"{place} is to be turned (EXIF orientation {tag}), its map or not; save both upright.")
+    return pixels if fits[0] else turned
+
+
 def pictures(folder: Path) -> list[Path]:
-    """Image files below `folder`, sorted, without hidden ones; raises FileNotFoundError if there is no such folder."""
+    """Image files below `folder`, sorted, without hidden ones; raises OSError if a folder cannot be read."""
     if not folder.is_dir():
         raise FileNotFoundError(folder)
     found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = sorted(f for f in folders if f[0] != ".")
         found += [Path(place, f) for f in sorted(files) if f[0] != "." and f.lower().endswith(IMAGES)]
     return found
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def _demand(files: Iterable[Path], remedy: str) -> None:
@@ -137,9 +216,13 @@ def _demand(files: Iterable[Path], remedy: str) -> None:
 
 
 def _pairs(images: Path, targets: Path) -> list[tuple[Path, Path]]:
-    """Images and the PNG files of the same name; raises BadInput if either has no partner."""
+    """Images and the PNG files of the same name; raises BadInput unless each has one partner."""
     pairs = [(i, targets / i.relative_to(images).with_suffix(".png")) for i in pictures(images)]
     _demand((t for _, t in pairs), "restore it or remove its image")
+    images_of: dict[Path, Path] = {}
+    for image, target in pairs:
+        if image is not images_of.setdefault(target, image):
+            raise BadInput(f"{images_of[target]} and {image.name} share {target}; give each image one of its own.")
     alone = sorted(set(pictures(targets)) - {t for _, t in pairs})
     if alone:
         raise BadInput(f"{images} has no image for {alone[0]} ({len(alone)} missing); restore it or remove the target.")
@@ -193,8 +276,14 @@ def _image_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
 def _own_pairs(home: Path, targets: str, split: str) -> list[tuple[str, Path, Path]]:
     """Identifier, image and target of each pair in home/images/PART and home/TARGETS/PART."""
     part = "train" if split == "train" else _held_out(home / "images")
-    pairs = _pairs(home / "images" / part, home / targets / part)
-    return [(f"{home.name}/{part}/{image.stem}", image, target) for image, target in pairs]
+    place = home / "images" / part
+    pairs = _pairs(place, home / targets / part)
+    return [(f"{home.name}/{part}/{_within(place, image)}", image, target) for image, target in pairs]
+
+
+def _within(folder: Path, file: Path) -> str:
+    """Where a file lies in a folder, without its suffix."""
+    return file.relative_to(folder).with_suffix("").as_posix()
 
 
 def _mask_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
@@ -205,14 +294,26 @@ def _mask_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
 
 
 def _depth_png(path: Path, scale: float) -> np.ndarray:
-    return np.array(Image.open(path)) / scale
+    return one_channel(path, palette=False) / scale
+
+
+def one_channel(path: Path, palette: bool = True) -> np.ndarray:
+    """The pixels (H, W) of a mask or depth map; raises BadInput if a pixel has several numbers, or is a colour."""
+    with Image.open(path) as picture:
+        if picture.mode[:2] not in ("1", "L", "I", "I;", "F", *("P" * palette)):
+            raise BadInput(f"{path} is a colour picture (mode {picture.mode}); store one number a pixel.")
+        return np.array(picture)
 
 
 def _depth_scale(home: Path) -> float:
     """Stored units per metre, from meta.json."""
     meta = home / "meta.json"
-    scale = records.read_json(meta).get("depth_scale") if meta.is_file() else None
-    if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+    try:
+        content = json.loads(text_of(meta.read_bytes(), meta)) if meta.is_file() else None
+    except (ValueError, RecursionError):
+        raise BadInput(f'{meta} is not valid JSON; correct it, for mm it is {{"depth_scale": 1000}}.') from None
+    scale = content.get("depth_scale") if isinstance(content, dict) else None
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         lack = "has no positive 'depth_scale'" if meta.is_file() else "is missing"
         raise BadInput(f"{home.name}/meta.json {lack}; write one: depth_scale is stored units per metre.")
     return float(scale)
@@ -244,7 +345,10 @@ def _own_classes(name: str) -> Callable[[Path, str], tuple[str, ...]]:
         listed = root / name / "classes.txt"
         if not listed.is_file():
             raise BadInput(f"{name}/classes.txt is missing; write one class a line, the first is mask value 0.")
-        return tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip())
+        found = tuple(line.strip() for line in text_of(listed.read_bytes(), listed).splitlines() if line.strip())
+        if not 0 < len(found) <= IGNORE:
+            raise BadInput(f"{name}/classes.txt lists {len(found)} classes; list 1 to {IGNORE}, one a line.")
+        return found
 
     return classes
 
@@ -290,7 +394,7 @@ def _cifar_file(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = _ArraysOnly(file, encoding="latin1").load()
         if "data" in dict(content):
-            content["data"] = np.asarray(content["data"], np.uint8).reshape(-1, 3, 32, 32)
+            content["data"] = np.asarray(content["data"]).reshape(-1, 3, 32, 32)
         return content
     except Exception:  # a damaged pickle raises nearly anything
         raise damaged(path) from None
@@ -314,15 +418,24 @@ def _cifar(name: str) -> Callable[[Path, str, str, int], list[Item]]:
                 raise BadInput(f"{name} has class folders missing or too many: {', '.join(wrong[:5])}; correct them.")
             return _image_folder(name)(root, task, split, n)
         found = []
-        for file in (root / folder / part for part in parts[split]):
+        for part in parts[split]:
+            file = root / folder / part
             content = _cifar_file(file)
-            labels = content.get(key, [])
+            labels = np.asarray(content.get(key, [])).ravel().tolist()
             if not labels or len(labels) != len(content.get("data", [])):
                 raise damaged(file)
-            found += [Item(f"{folder}/{file.name}/{i}", Part(_cifar_image, file, i), y) for i, y in enumerate(labels)]
+            _demand_labels(labels, int(name.removeprefix("cifar")), file)
+            found += [Item(f"{folder}/{part}/{i}", Part(_cifar_image, file, i), int(y)) for i, y in enumerate(labels)]
         return found
 
     return items
+
+
+def _demand_labels(labels: list[Any], count: int, file: Path) -> None:
+    """Refuses labels that are not 0 .. count - 1."""
+    wrong = set(labels) - set(range(count))
+    if wrong:
+        raise BadInput(f"{file} has the label {min(wrong)} but labels are 0 to {count - 1}; get the official file.")
 
 
 def _cifar_classes(name: str) -> Callable[[Path, str], tuple[str, ...]]:
@@ -357,9 +470,11 @@ def _stl_image(path: Path, i: int) -> np.ndarray:
 def _stl10(root: Path, task: str, split: str, n: int) -> list[Item]:
     file = root / "stl10_binary" / f"{split}_X.bin"
     pixels, labels = _bytes_of(file), _bytes_of(file.with_name(f"{split}_y.bin"))
-    if len(pixels) != len(labels) * 3 * 96 * 96 or (len(labels) and not 1 <= labels.min() <= labels.max() <= 10):
+    if len(pixels) != len(labels) * 3 * 96 * 96:
         raise damaged(file)
-    return [Item(f"stl10/{split}/{i}", Part(_stl_image, file, i), int(y) - 1) for i, y in enumerate(labels)]
+    labels = (labels.astype(int) - 1).tolist()  # in the file from 1
+    _demand_labels(labels, len(STL10_CLASSES), file.with_name(f"{split}_y.bin"))
+    return [Item(f"stl10/{split}/{i}", Part(_stl_image, file, i), y) for i, y in enumerate(labels)]
 
 
 # --- segmentation ---
@@ -368,28 +483,32 @@ def _stl10(root: Path, task: str, split: str, n: int) -> list[Item]:
 def _voc(root: Path, task: str, split: str, n: int) -> list[Item]:
     home = root / "VOCdevkit" / "VOC2012"
     listed = home / "ImageSets" / "Segmentation" / {"train": "train.txt", "test": "val.txt"}[split]
-    names = listed.read_text().split()
+    names = text_of(listed.read_bytes(), listed).split()
     items = [Item(i, home / "JPEGImages" / f"{i}.jpg", home / "SegmentationClass" / f"{i}.png") for i in names]
     _demand((p for item in items for p in item[1:]), f"restore what {listed.name} names")
     return items
 
 
 def _recoded(path: Path, table: tuple[int, ...]) -> np.ndarray:
-    """A mask whose every value v is replaced by table[v]."""
-    mask = np.array(Image.open(path))
-    if mask.ndim != 2 or mask.max(initial=0) >= len(table):
-        raise ValueError(path)
-    return np.array(table, np.uint8)[mask]
+    """A mask whose every value v is replaced by table[v]; raises BadInput for one that no official mask holds."""
+    mask = one_channel(path)
+    wrong = mask[~np.isin(mask, range(len(table)))]
+    if len(wrong):
+        raise BadInput(
+            f"{path} has the value {wrong[0]} but official masks end at {len(table) - 1}, so it was converted; restore "
+            f"the official file, or give the masks in a folder of your own with classes.txt."
+        )
+    return np.array(table, np.uint8)[mask.astype(int)]
 
 
-ADE_TABLE = (IGNORE, *range(150), *[IGNORE] * 105)  # label 0 is 'other', so the 150 classes shift by one
-CITYSCAPES_TABLE = tuple([*CITYSCAPES].index(i) if i in CITYSCAPES else IGNORE for i in range(256))
+ADE_TABLE = (IGNORE, *range(150))  # label 0 is 'other', so the 150 classes shift by one
+CITYSCAPES_TABLE = tuple([*CITYSCAPES].index(i) if i in CITYSCAPES else IGNORE for i in range(34))
 
 
 def _ade20k(root: Path, task: str, split: str, n: int) -> list[Item]:
     home, part = root / "ADEChallengeData2016", {"train": "training", "test": "validation"}[split]
     pairs = _pairs(home / "images" / part, home / "annotations" / part)
-    return [Item(i.stem, i, Part(_recoded, m, ADE_TABLE)) for i, m in pairs]
+    return [Item(_within(home / "images" / part, i), i, Part(_recoded, m, ADE_TABLE)) for i, m in pairs]
 
 
 def _ade20k_classes(root: Path, task: str) -> tuple[str, ...]:
@@ -399,7 +518,7 @@ def _ade20k_classes(root: Path, task: str) -> tuple[str, ...]:
         return ()
     _demand([listed], "restore it, it names the 150 classes")
     # a row: numbers, then the names of one class
-    rows = re.findall(r"^\s*\d+\s+(?:[\d.]+\s+)+([^,\n]+)", listed.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\s*\d+\s+(?:[\d.]+\s+)+([^,\n]+)", text_of(listed.read_bytes(), listed), re.MULTILINE)
     if len(rows) != 150:
         raise damaged(listed)
     return tuple(name.strip() for name in rows)
@@ -416,12 +535,57 @@ def _cityscapes(root: Path, task: str, split: str, n: int) -> list[Item]:
     return found
 
 
-# --- NYU-Depth-v2: the labelled .mat file with its splits, or parquet files ---
+# --- NYU-Depth-v2: tar archives of its 47,584 training images, parquet files, or the labelled .mat with its splits ---
+
+
+def _nyuv2(root: Path, task: str, split: str, n: int) -> list[Item]:
+    """The split in the first form that holds the whole of it; where none does, in the one that holds most."""
+    found = []
+    for form in (_nyu_archives, _parquet_items, _nyu_labelled):
+        found.append(form(root / "nyuv2", split))
+        if len(found[-1]) in DATASETS["nyuv2"].counts[split]:
+            return found[-1]
+    return max(found, key=len)
+
+
+def _nyu_archives(home: Path, split: str) -> list[Item]:
+    """The pairs in train-000000.tar .. or val-000000.tar .., not unpacked; of archives of one name, one."""
+    files = {f.name: f for f in home.rglob("train-*.tar" if split == "train" else "val-*.tar")}
+    found = []
+    for file in (files[name] for name in sorted(files)):
+        for member, place in _tar_index(file).items():
+            pair = [Part(_nyu_pair, file, (array, *place)) for array in ("rgb", "depth")]
+            found.append(Item(f"nyuv2/{file.stem}/{member}", *pair))
+    return found
+
+
+@once
+def _tar_index(path: Path) -> dict[str, tuple[int, int]]:
+    """Offset and size of each HDF5 file in an archive that is not compressed."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            files = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in archive if m.isfile()}
+    except (tarfile.TarError, OSError):
+        raise damaged(path) from None
+    return {name: place for name, place in files.items() if re.search(r"(^|/)[^./][^/]*\.h5$", name)}
+
+
+def _nyu_pair(path: Path, key: tuple[str, int, int]) -> np.ndarray:
+    """One array of the HDF5 file that lies at (array, offset, size): the picture, or depth (H, W) in metres."""
+    import h5py  # here, because only this data set needs it
+
+    array, offset, size = key
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = BytesIO(file.read(size))
+    with h5py.File(content, "r") as pair:
+        pixels = pair[array][()]
+    return pixels.transpose(1, 2, 0) if array == "rgb" else pixels  # (3, H, W) -> (H, W, 3)
 
 
 @once
 def _hdf5(path: Path) -> Any:
-    import h5py  # here, because only this data set needs it
+    import h5py
 
     try:
         file = h5py.File(path, "r")
@@ -437,7 +601,15 @@ def _nyu_image(path: Path, i: int) -> np.ndarray:
 
 
 def _nyu_depth(path: Path, i: int) -> np.ndarray:
-    return _hdf5(path)["depths"][i].T  # the filled-in depth maps: metres, (W, H) -> (H, W)
+    return _nyu_metres(_hdf5(path)["depths"][i].T, path)  # the filled-in depth maps, (W, H) -> (H, W)
+
+
+def _nyu_metres(depth: np.ndarray, path: Path) -> np.ndarray:
+    """`depth` itself; raises BadInput if it cannot be in metres, as it goes beyond NYU_DEPTH."""
+    far = depth[np.isfinite(depth)].max(initial=0)
+    if far > 1.001 * NYU_DEPTH:  # float16 and float32 round
+        raise BadInput(f"{path} holds depths of {far:.4g} but official ones end at {NYU_DEPTH:g} m; store metres.")
+    return depth
 
 
 def _nyu_split(path: Path, split: str) -> list[int]:
@@ -450,11 +622,10 @@ def _nyu_split(path: Path, split: str) -> list[int]:
         raise damaged(path) from None
 
 
-def _nyuv2(root: Path, task: str, split: str, n: int) -> list[Item]:
-    home = root / "nyuv2"
+def _nyu_labelled(home: Path, split: str) -> list[Item]:
     mat, splits = home / "nyu_depth_v2_labeled.mat", home / "splits.mat"
     if not mat.is_file():
-        return _parquet_items(home, split)
+        return []
     _demand([splits], "get the official one (make data)")
     rows, count = _nyu_split(splits, split), len(_hdf5(mat)["images"])
     if not rows or max(rows) >= count:
@@ -507,9 +678,11 @@ def _parquet_cell(path: Path, key: tuple[int, int, str]) -> np.ndarray:
     cell = kept[group][column][row].as_py()
     picture = Image.open(BytesIO(cell["bytes"] if isinstance(cell, dict) else cell))
     if column == "image":
-        return np.array(picture.convert("RGB"))
+        return rgb(picture, f"Image {row} of {path}")
     pixels = np.array(picture)
-    return pixels if pixels.dtype.kind == "f" else pixels / 1000
+    if picture.mode[0] not in "FI":
+        raise BadInput(f"Depth {row} of {path} is of mode {picture.mode}; store metres or 16-bit millimetres.")
+    return _nyu_metres(pixels if picture.mode == "F" else pixels / 1000, path)
 
 
 # --- ImageNet and its smaller kin ---
@@ -538,8 +711,18 @@ def _zip(path: Path) -> zipfile.ZipFile:
         raise damaged(path) from None
 
 
+def _member(path: Path, name: str) -> bytes:
+    """Content of a file in a zip archive; raises BadInput if it is locked, or packed in a way Python cannot read."""
+    try:
+        return _zip(path).read(name)
+    except NotImplementedError:
+        raise BadInput(f"{path} is packed in a way that is not read here; unpack it.") from None
+    except RuntimeError:
+        raise BadInput(f"{path} is locked by a password; unpack it.") from None
+
+
 def _zipped(path: Path, member: str) -> np.ndarray:
-    return np.array(Image.open(BytesIO(_zip(path).read(member))).convert("RGB"))
+    return rgb(Image.open(BytesIO(_member(path, member))), f"{member} of {path}")
 
 
 def _tiny_files(home: Path) -> dict[str, Path | Part]:
@@ -556,10 +739,14 @@ def _tiny_files(home: Path) -> dict[str, Path | Part]:
 def _tiny_text(home: Path, name: str) -> str:
     """A text file of Tiny-ImageNet, plain or inside one of its archives."""
     if (home / name).is_file():
-        return (home / name).read_text()
+        return text_of((home / name).read_bytes(), home / name)
     for archive in sorted(home.glob("*.zip")):
         if f"tiny-imagenet-200/{name}" in _zip(archive).namelist():
-            return _zip(archive).read(f"tiny-imagenet-200/{name}").decode()
+            try:
+                content = _member(archive, f"tiny-imagenet-200/{name}")
+            except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
+                raise damaged(archive) from None
+            return text_of(content, f"{name} of {archive}")
     raise BadInput(f"tiny-imagenet-200 lacks {name}; restore it.")
 
 
@@ -601,6 +788,25 @@ def _scenes(root: Path, task: str, split: str, n: int) -> list[Item]:
         targets = [int(t) for t in targets]
     return [Item(ids[i], rendered.images[i], None if targets is None else targets[i]) for i in range(n)]
 
+
+# The archives of the hub, read as they are: about how many bytes, and what the hub says of their content
+NYU_HUB = "https://huggingface.co/datasets/sayakpaul/nyu_depth_v2/resolve/main/data"
+NYU = {
+    "train-000000": (3_003_300_000, "sha256:9a6a59407fa909a8ae70ffa8495893ef818bf6f349d0d2e486dd10333ddf256a"),
+    "train-000001": (3_003_300_000, "sha256:717ea0c58afdd747dfaf73e592f87fcf0261c62c39a5c2b39dd10f67952ca1e3"),
+    "train-000002": (3_003_300_000, "sha256:2530c35ecb55e64bb7fdfae9e1ddddfaa339555e37dc19d74d98048c896ec409"),
+    "train-000003": (3_003_300_000, ""),  # not known: what is missing in it is seen in the number of images
+    "train-000004": (3_003_300_000, "sha256:942896ecb705f3f791d1d313121f8700a192e54dfbf091312cacbd6adbeb5563"),
+    "train-000005": (3_003_300_000, "sha256:c6363a837492be5325a1d8e2989fa2947f588949b0f5a9818bb65504907cad64"),
+    "train-000006": (3_003_300_000, "sha256:77500df4b84d8af2aa87ba503a767ce0a8a693bfd32486d9b688b66cdfb172b4"),
+    "train-000007": (3_003_300_000, "sha256:b1aa7e0787d6fe9b160de213815566a40288da40106be8d5099e301936e347d1"),
+    "train-000008": (3_003_300_000, "sha256:ef9fa6bfeee9a8b150cd28837261e879ed1075c4b11d06c31792af0079861610"),
+    "train-000009": (3_003_300_000, "sha256:8cd051a16f763a0c40f3a5c7e5d720d6eb6566fb9553bd58ddeb9ae7923cad39"),
+    "train-000010": (3_003_300_000, "sha256:602109f56d08318ec20e496fc161c5ba1b5a25a506b048a54f5778e19194e0a6"),
+    "train-000011": (1_100_000_000, "sha256:4ef8723b66e1c09010f8c5305b5c7b9c526d455cd943aeac0280556fc3c5ede3"),
+    "val-000000": (1_000_000_000, "sha256:a75d57458afe063e6d9158a6cb3f41eabd859699f46043b0b8def2e2995049bb"),
+    "val-000001": (14_800_000, "sha256:92dc10ad1b799fb810011fcf5e85b017f949baae919903d66612e32d37e40bf2"),
+}
 
 DATASETS = {
     "scenes": Dataset(
@@ -676,7 +882,8 @@ DATASETS = {
     ),
     "nyuv2": Dataset(
         ("depth", "deacl"),
-        "nyuv2/nyu_depth_v2_labeled.mat and nyuv2/splits.mat (or nyuv2/{train,val}*.parquet with image and depth_map)",
+        "nyuv2/nyu_depth_v2_labeled.mat and nyuv2/splits.mat (or nyuv2/data/{train,val}-*.tar with the hub's 47,584 "
+        "training images, or nyuv2/{train,val}*.parquet with image and depth_map)",
         _nyuv2, {}, counts={"train": (795, 47_584), "test": (654,)}, gigabytes=3,
         archives=(
             Archive(
@@ -689,6 +896,7 @@ DATASETS = {
                 "sha256:6e081404491a8bfba2f066beaa9713ef6046f9007aa5f799f2a350506a580cee",
             ),
         ),
+        larger=tuple(Archive(f"{NYU_HUB}/{name}.tar", f"nyuv2/data/{name}.tar", *about) for name, about in NYU.items()),
     ),
     "imagenet": Dataset(
         ("deacl",), "imagenet/train/WNID/*.JPEG", _wnid_folders("imagenet"), {}, counts={"train": (1_281_167,)},

@@ -6,20 +6,21 @@ value 255 (IGNORE) counts nowhere, or a depth map float32 (H, W) in metres whose
 
 import hashlib
 import json
+import math
 import os
 import re
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -31,16 +32,18 @@ from .settings import TASKS, BadInput, Settings
 
 __all__ = ["DATASETS", "IGNORE", "Dataset", "Item", "Part"]  # offered here too
 MAX_DEPTH = 10.0  # metres; the depth heads predict 0.001 .. 10 m (section 4.1)
+NEAR = 0.15  # metres; depths of half the pixels are larger in any scene, and smaller if they are in other units
 SPLITS = ("train", "val", "test")
 SAMPLE = 2000  # images of a large subset whose content is hashed, and which are read through before long work
 SAMPLE_INSIDE = 200  # the same for the hash of images inside large files, which change as a whole
-BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # pictures' errors
+LOOK, FEW = 40, 8  # images of a split that are read before anything long: at most, and where nothing is doubtful
+T = TypeVar("T")
 FLIPPED = ("classification", "depth")  # tasks whose only augmentation is a flip, left to right
 EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)  # rows and columns of the crop by Eigen et al., as fractions
 
 
 class Unreadable(BadInput):
-    """`file` of a data set cannot be read: it is damaged, empty, or no picture."""
+    """`file` of a data set cannot be read: it is damaged, empty, no picture, or not ours to read."""
 
     file: Path | None = None
 
@@ -66,10 +69,21 @@ def entry(name: str, task: str) -> Dataset:
 def class_names(name: str, task: str, root: str = "") -> tuple[str, ...]:
     """Class names of a task, index = label; empty for depth. root: data folder, where some data sets list them."""
     classes = entry(name, task).classes
-    try:
+    with _looking_for(name, task, "class names", root):
         return classes(Path(root), task) if callable(classes) else classes.get(task, ())
+
+
+@contextmanager
+def _looking_for(name: str, task: str, what: str, root: str) -> Iterator[None]:
+    """Says in one sentence that files of a data set are not there or cannot be read."""
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError):
-        raise _not_found(name, task, "class names", root) from None
+        raise _not_found(name, task, what, root) from None
+    except OSError as error:
+        place = str(error.filename or root)
+        place = place if len(place) < 200 else f"{place[:200]}.."
+        raise BadInput(f"{place} cannot be read ({error.strerror}); make it readable for '{name}' ({what}).") from None
 
 
 def _not_found(name: str, task: str, what: str, root: str) -> BadInput:
@@ -87,16 +101,17 @@ def _not_found(name: str, task: str, what: str, root: str) -> BadInput:
 def list_items(name: str, task: str, split: str, n: int, root: str, counts: str = "any") -> list[Item]:
     """All items of a split (the scenes: the first n), found without reading a picture.
 
-    Raises BadInput if the data set is not in the data folder, if files that belong to it are missing, or, for counts =
-    'official', if it has fewer or more images than the official one.
+    Raises BadInput if the data set is not in the data folder, if files that belong to it are missing, if two images
+    have one identifier, or, for counts = 'official', if it has fewer or more images than the official one.
     """
     data = entry(name, task)
-    try:
+    with _looking_for(name, task, split, root):
         items = data.items(Path(root), task, split, n)
-    except (FileNotFoundError, NotADirectoryError):
-        items = []
     if not items:
         raise _not_found(name, task, split, root)
+    if len({item.id for item in items}) < len(items):
+        ((twice, times),) = Counter(item.id for item in items).most_common(1)
+        raise BadInput(f"Data set '{name}' ({split}) has {times} images '{twice}'; list or name each of them once.")
     official = data.counts.get(split, ())
     if counts == "official" and official and len(items) not in official:
         expected = " or ".join(f"{count:,}" for count in official)
@@ -170,8 +185,9 @@ class Subset(torch.utils.data.Dataset):
 
     @property
     def hash(self) -> str:
-        """Short hash of all identifiers and of the content of the images; of large subsets, of evenly spread ones."""
-        hasher = hashlib.sha256(json.dumps(self.ids).encode())
+        """Short hash of identifiers, labels and the content of the images; of large subsets, of evenly spread ones."""
+        labels = [item.target for item in self.items if isinstance(item.target, int)]
+        hasher = hashlib.sha256(json.dumps([self.ids, labels]).encode())
         inside = bool(self.items) and isinstance(self.items[0].image, Part)
         for item in spread(self.items, SAMPLE_INSIDE if inside else SAMPLE):
             for part in (item.image, item.target):
@@ -196,62 +212,73 @@ def _content(part: object) -> bytes:
     file = part if isinstance(part, Path) else part.file
     try:
         state = file.stat()
-    except FileNotFoundError:
-        raise _unreadable(file) from None
+    except OSError as error:
+        raise _unreadable(part, error) from None
     return _digest(part, state.st_size, state.st_mtime_ns)
 
 
 @cache
 def _digest(part: Path | Part, size: int, changed: int) -> bytes:
-    content = part.read_bytes() if isinstance(part, Path) else np.ascontiguousarray(_pixels(part)).tobytes()
+    whole = isinstance(part, Path)
+    content = _of(part, part.read_bytes) if whole else np.ascontiguousarray(_pixels(part)).tobytes()
     return hashlib.sha256(content).digest()
 
 
 def image_seed(seed: int, image_id: str) -> int:
     """A seed of its own for each image, so that results do not depend on batches or on the other images."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{image_id}".encode()).digest()[:7], "big")
+    name = f"{seed}/{image_id}".encode(errors="surrogateescape")  # names of files need not be UTF-8
+    return int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
 
 
-def _unreadable(file: Path) -> Unreadable:
-    remedy = "replace or remove it, or set damaged: skip"
-    problem = Unreadable(f"The image file {file} cannot be read (damaged or empty); {remedy}.")
+def _unreadable(part: Path | Part, error: Exception) -> Unreadable:
+    file, within = _file(part), getattr(part, "key", None)
+    what = f"{within} in {file}" if isinstance(within, str) else file
+    why = error.strerror if isinstance(error, OSError) and error.strerror else "damaged or empty"
+    problem = Unreadable(f"The image file {what} cannot be read ({why}); replace or remove it, or set damaged: skip.")
     problem.file = file
     return problem
 
 
-def _pixels(part: Path | Part) -> np.ndarray:
-    """Pixels as stored; raises BadInput naming a damaged file."""
+def _of(part: Path | Part, read: Callable[[], T]) -> T:
+    """`read()`; raises BadInput naming a file that it cannot read."""
     try:
-        if isinstance(part, Part):
-            return part.read(part.file, part.key)
-        with Image.open(part) as picture:
-            return np.array(picture)
+        return read()
     except BadInput:
         raise
-    except (*BROKEN, zipfile.BadZipFile, zlib.error, KeyError):
-        raise _unreadable(part if isinstance(part, Path) else part.file) from None
+    except Image.DecompressionBombError:
+        raise BadInput(f"{_file(part)} has too many pixels to read; make it smaller.") from None
+    except Exception as error:  # a damaged picture makes the libraries raise nearly anything
+        raise _unreadable(part, error) from None
 
 
-def _colours(path: Path) -> Tensor:
-    """A picture file as uint8 (3, H, W)."""
-    try:
-        with Image.open(path) as picture:
-            return v2.functional.pil_to_tensor(picture.convert("RGB"))
-    except BROKEN:
-        raise _unreadable(path) from None
+def _pixels(part: Path | Part) -> np.ndarray:
+    """Pixels as stored."""
+    return _of(part, lambda: part.read(part.file, part.key) if isinstance(part, Part) else catalogue.one_channel(part))
+
+
+def _colours(part: Path | Part, shape: tuple[int, ...]) -> Tensor:
+    """A picture as uint8 (3, H, W); `shape` of its map, if it has one."""
+    if isinstance(part, Part):
+        pixels = _pixels(part)
+        if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
+            stored = f"{pixels.dtype} {pixels.shape}"
+            raise BadInput(f"An image in {part.file} is {stored}; get the file whose images are uint8 (H, W, 3).")
+    else:
+        with _of(part, lambda: Image.open(part)) as picture:
+            pixels = _of(part, lambda: catalogue.rgb(picture, part, shape))
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))  # a copy: files stay open
 
 
 def read(item: Item, task: str) -> tuple[tv_tensors.Image, int | tv_tensors.Mask]:
     """Image uint8 (3, H, W) and target of one item; raises BadInput naming a damaged file or a target of other size."""
     image, target = item.image, item.target if item.target is not None else 0
-    if isinstance(image, Path):
-        image = _colours(image)
-    elif isinstance(image, Part):
-        image = torch.from_numpy(np.array(_pixels(image).transpose(2, 0, 1), order="C"))  # a copy: files stay open
-    if task in ("classification", "deacl"):
-        return tv_tensors.Image(image), target if isinstance(target, int) else 0
-    if isinstance(target, Path | Part):
+    plain = task in ("classification", "deacl")
+    if not plain and isinstance(target, Path | Part):
         target = _target(target, task)
+    if isinstance(image, Path | Part):
+        image = _colours(image, () if plain else tuple(target.shape[-2:]))
+    if plain:
+        return tv_tensors.Image(image), target if isinstance(target, int) else 0
     if target.shape[-2:] != image.shape[-2:]:
         sizes = f"{tuple(target.shape[-2:])} but its image {tuple(image.shape[-2:])}"
         raise BadInput(f"The {task} target of {item.id} has size {sizes}; replace the file {_file(item.target)}.")
@@ -265,19 +292,21 @@ def _file(part: object) -> object:
 def _target(part: Path | Part, task: str) -> Tensor:
     """A stored mask uint8 (H, W) or depth map float32 (H, W); palettes and gray values stand for class numbers."""
     pixels = _pixels(part)
-    if pixels.ndim != 2:
-        raise BadInput(f"The {task} target {_file(part)} is a colour picture; store one number a pixel.")
     if task == "depth":
         return torch.from_numpy(np.nan_to_num(pixels.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0))
-    if pixels.max(initial=0) > IGNORE:
-        raise BadInput(f"The mask {_file(part)} has the value {pixels.max()}; store class numbers from 0 to 255.")
+    wrong = pixels[~np.isin(pixels, range(IGNORE + 1))] if pixels.dtype.itemsize > 1 else ()
+    if len(wrong):
+        said = f"has the value {wrong[0]:g}; store class numbers from 0 to 255 (255: none)"
+        raise BadInput(f"The mask {_file(part)} {said}.")
     return torch.from_numpy(pixels.astype(np.uint8))
 
 
-def transform(task: str, split: str, size: int | str, native: int, crop: str = "none") -> v2.Compose:
+def transform(
+    task: str, split: str, size: int | str | tuple[int, int], native: int, crop: str = "none"
+) -> v2.Compose:  # fmt: skip
     """Resizing by the short side to `size` (px, 'native' or 'original'), and for train the paper's augmentation.
 
-    The flip of the tasks that are FLIPPED and no more is not part of it: see Subset.
+    A `size` (H, W) is the very size of images that are not smaller; those that are stay as they are. The flip of the tasks that are FLIPPED and no more is not part of it: see Subset.
 
     Classification ends in a square of the short side. Segmentation trains on crops of `native` px, the window of the
     sliding-window evaluation; its held-out images are cropped alike. Masks and depth maps are resized by nearest value.
@@ -286,7 +315,9 @@ def transform(task: str, split: str, size: int | str, native: int, crop: str = "
     side = {"native": native, "original": None}.get(size, size)
     if task == "segmentation" and split == "train" and (side or native) < native:
         raise BadInput(f"segmentation.size is {side} px, less than the encoder's window of {native} px; raise it.")
-    steps: list[v2.Transform] = [_AtLeast(native)] if side is None else [v2.Resize(side, antialias=True)]
+    steps: list[v2.Transform] = [v2.Resize(side, antialias=True)]
+    if side is None or isinstance(side, tuple):
+        steps = [_AtLeast(native), *([_AtMost(side)] if side else [])]
     if crop == "eigen" and split == "test":
         steps.insert(0, _EigenCrop())
     if task in ("classification", "deacl"):
@@ -310,6 +341,18 @@ class _AtLeast(v2.Transform):
     def forward(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         small = min(image.shape[-2:]) < self.side
         return v2.Resize(self.side, antialias=True)(image, target) if small else (image, target)
+
+
+class _AtMost(v2.Transform):
+    """Brings an image to `size` (H, W) unless one of its sides is smaller."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        fits = all(own >= wanted for own, wanted in zip(image.shape[-2:], self.size, strict=True))
+        return v2.Resize(self.size, antialias=True)(image, target) if fits else (image, target)
 
 
 class _EigenCrop(v2.Transform):
@@ -453,6 +496,45 @@ def wanted(settings: Settings) -> list[tuple[str, str]]:
     return used + ([("deacl", settings.deacl.dataset)] if tuned else [])
 
 
+def asked(task: str, name: str, settings: Settings) -> int:
+    """Training images that `settings` asks for: n_train, or all that the official data set has."""
+    section = settings.deacl if task == "deacl" else settings.task(task)
+    official = DATASETS[name].counts.get("train") if name in DATASETS else None
+    return min(section.n_train, max(official or (section.n_train,)))
+
+
+def archives(name: str, settings: Settings) -> tuple[catalogue.Archive, ...]:
+    """What is fetched of one data set for all that `settings` uses it for; nothing of a folder of the user's own."""
+    most = max(asked(task, used, settings) for task, used in wanted(settings) if used == name)
+    return DATASETS[name].fetched(most) if name in DATASETS else ()
+
+
+def shortage(task: str, name: str, settings: Settings) -> tuple[int, int] | None:
+    """(training images that are used, those asked for) where fewer are there than asked for; None where none are."""
+    section, most = settings.deacl if task == "deacl" else settings.task(task), asked(task, name, settings)
+    try:
+        data = entry(name, task)
+        if data.own_val or (settings.counts == "official" and len(data.counts.get("train", ())) == 1):
+            return None  # rendered, or of another number refused
+        has = len(list_items(name, task, "train", 1, settings.data_root, settings.counts))
+    except BadInput:  # which `problems` says
+        return None
+    return (max(0, has - section.n_val), most) if has < most else None
+
+
+def shortages(settings: Settings) -> list[str]:
+    """A sentence for each head, and for DeACL, that is trained on fewer images than `settings` asks for."""
+    found = []
+    for task, name in wanted(settings):
+        if short := shortage(task, name, settings):
+            what = "DeACL" if task == "deacl" else f"The {task} head"
+            larger = sum(a.size for a in DATASETS[name].larger) if name in DATASETS else 0
+            remedy = f"make data fetches them ({larger / 1e9:.1f} GB)" if larger else "add images"
+            images = f"{short[0]:,} of {short[1]:,} images, as no more are there"
+            found.append(f"{what} on {name} is trained on {images}; {remedy}, or lower {task}.n_train.")
+    return found
+
+
 def usable(task: str, settings: Settings) -> list[str]:
     """The data sets of a task or of 'deacl'; with missing: skip, those of them that are there and complete."""
     names = [name for used, name in wanted(settings) if used == task]
@@ -463,8 +545,9 @@ def overview(settings: Settings) -> pd.DataFrame:
     """What each task uses: images, classes and hash of every data set and split.
 
     Every image and target is read once (of large subsets, evenly spread ones), and official files are compared with
-    their checksums, so a missing data set, a damaged file or a mask of another size than its image is found (BadInput
-    names it) before any long work. With missing: skip, a data set that is not there is a row of 0 images with the
+    their checksums, so a missing data set, a damaged file, a mask of another size than its image, or targets that
+    cannot be meant are found (BadInput names them) before any long work; remarks on them are printed, see `judged`.
+    With missing: skip, a data set that is not there is a row of 0 images with the
     reason in place of the hash. With damaged: skip, a column 'damaged' counts the images left out.
     """
     rows = []
@@ -476,14 +559,115 @@ def overview(settings: Settings) -> pd.DataFrame:
             continue
         if settings.counts == "official":
             verify(name, settings.data_root)
+        held = {}
         for split in SPLITS[:2] if task == "deacl" else SPLITS:
             subset = load(task, name, split, settings, native=8)  # files are read as they are, so any size will do
-            for i in track(spread(range(len(subset))), desc=f"reading {name} ({split})"):
-                subset.read(i)
+            indices = track(spread(range(len(subset))), desc=f"reading {name} ({split})")
+            held[split] = [_held(subset.read(i)[1], task) for i in indices]
             sizes = {"images": len(subset), "classes": len(subset.classes), "hash": subset.hash}
             rows.append({"task": task, "dataset": name, "split": split, **sizes, "damaged": len(subset.damaged)})
+        for remark in judged(task, name, subset.classes, held):
+            print(remark)
     found = pd.DataFrame(rows)
     return found if settings.damaged == "skip" else found.drop(columns="damaged", errors="ignore")
+
+
+def _held(target: int | Tensor, task: str) -> Tensor:
+    """What is kept of a target to judge it: pixels of each value (256,), or median in m and share of valid pixels."""
+    if task == "segmentation":
+        return torch.bincount(target.flatten().long(), minlength=IGNORE + 1)
+    if task == "depth":
+        known = target[target > 0]
+        return torch.stack([known.nanmedian(), (known <= MAX_DEPTH).sum() / target.numel()])
+    return torch.empty(0)
+
+
+def judged(task: str, name: str, classes: Sequence[str], held: dict[str, list[Tensor]]) -> list[str]:
+    """Remarks, a sentence each, on what the targets of each split of a data set hold, as given by _held.
+
+    Raises BadInput where they cannot be meant: a split without a single valid pixel, masks of 0 and 255 for two
+    classes or more, depths that are in other units.
+    """
+    judge = {"segmentation": _judge_masks, "depth": _judge_depths}.get(task)
+    held = {split: rows for split, rows in held.items() if rows}
+    return judge(name, classes, {split: torch.stack(rows) for split, rows in held.items()}) if judge and held else []
+
+
+def _judge_masks(name: str, classes: Sequence[str], held: dict[str, Tensor]) -> list[str]:
+    for split, rows in held.items():
+        if not rows[:, :IGNORE].any():
+            what = f"No pixel of the {len(rows)} masks of {name} ({split}) that were read has a class"
+            raise BadInput(f"{what}, all are 255, which means none; store class numbers from 0.")
+    read, pixels = sum(map(len, held.values())), sum(rows.sum(0) for rows in held.values())
+    absent = [label for label in range(len(classes)) if not pixels[label]]
+    if absent == [*range(1, len(classes))] and absent and pixels[IGNORE]:
+        what = f"The {read} masks of {name} that were read hold 0 and 255 only, and 255 means that a pixel has no class"
+        raise BadInput(f"{what}; store class 1, '{classes[1]}', as 1.")
+    if name in DATASETS or not absent:
+        return []
+    some = ", ".join(f"{label} ({classes[label]})" for label in absent[:5])
+    return [f"No pixel of the {read} masks of {name} that were read is of class {some}{', ..' * (len(absent) > 5)}."]
+
+
+def _judge_depths(name: str, classes: Sequence[str], held: dict[str, Tensor]) -> list[str]:
+    median, valid = torch.cat([*held.values()]).nanmedian(0).values.tolist()
+    ours = f"correct depth_scale in {name}/meta.json (stored units per metre)"
+    remedy = "restore the official files" if name in DATASETS else ours
+    if not (math.isnan(median) or NEAR <= median <= MAX_DEPTH):
+        said = f"the median of the maps that were read is {median:.3g} m, heads give up to {MAX_DEPTH:g} m"
+        raise BadInput(f"The depths of {name} are in other units, or too far: {said}; {remedy}.")
+    for split, rows in held.items():
+        if not rows[:, 1].any():
+            what = f"No pixel of the {len(rows)} depth maps of {name} ({split}) that were read is valid"
+            raise BadInput(f"{what}, that is above 0 and at most {MAX_DEPTH:g} m; {remedy}.")
+    few = f"Hardly a pixel of the depth maps of {name} is valid (above 0 and at most {MAX_DEPTH:g} m)"
+    return [f"{few}: {100 * valid:.2g} % of the map in the middle."] if valid < 0.01 else []
+
+
+def remarks(task: str, name: str, settings: Settings) -> list[str]:
+    """What `judged` says of a few evenly spread images of each split, read before any long work; more if in doubt."""
+    if entry(name, task).own_val:
+        return []
+    splits = {"deacl": ("train",), "classification": ("train", "test")}.get(task, SPLITS)
+    held = {}
+    for split in splits:
+        subset = load(task, name, split, settings.model_copy(update={"damaged": "stop"}), native=8)
+        held[split] = _sample(subset, settings.damaged == "skip")
+    return judged(task, name, subset.classes, held)
+
+
+def _sample(subset: Subset, skip: bool) -> list[Tensor]:
+    """What is held by FEW targets, or by up to LOOK, until they show that their numbers are classes or metres."""
+    rows: list[Tensor] = []
+    wanted = 2 if subset.name in DATASETS else len(subset.classes)
+    for count, i in enumerate(spread(range(len(subset)), LOOK)):
+        if count >= FEW and _enough(rows, subset.task, wanted):
+            break
+        try:
+            rows.append(_held(subset.read(i)[1], subset.task))
+        except Unreadable:
+            if not skip:
+                raise
+    return rows
+
+
+def _enough(rows: list[Tensor], task: str, classes: int) -> bool:
+    """Whether as many classes occur, or a depth is valid."""
+    if task not in ("segmentation", "depth"):
+        return True
+    seen = torch.stack(rows).sum(0) if rows else torch.zeros(IGNORE)
+    return bool(seen[1] > 0) if task == "depth" else int((seen[:IGNORE] > 0).sum()) >= classes
+
+
+def look(settings: Settings) -> tuple[list[str], list[str]]:
+    """Sentences on the content of the data sets that `settings` asks for: what cannot be used, and remarks."""
+    wrong, said = [], []
+    for task, name in wanted(settings):
+        try:
+            said += remarks(task, name, settings)
+        except BadInput as problem:
+            wrong.append(str(problem))
+    return list(dict.fromkeys(wrong)), list(dict.fromkeys(said))
 
 
 def verify(name: str, root: str) -> None:

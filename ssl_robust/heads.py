@@ -427,6 +427,7 @@ def fitted(
     path = head_path(settings.profile, task, dataset, encoder.name, defense)
     found = read_head(path, key)
     if found is None:
+        datasets.remarks(task, dataset, settings)  # refuses targets, those of the test too, that cannot be meant
         chances = released.chances(task, training_targets(train), train.classes)
         head, history = fit(task, encoder.to(device), train, val, section, settings.seed, device)
         metadata = {"key": key, "history": json.dumps(history), "chances": json.dumps(chances)}

@@ -219,7 +219,7 @@ def test_masks_of_colours_are_refused_by_name(tmp_path):
     subset = _subset(tmp_path, "cityscapes", "segmentation")
     file = subset.items[0].target.file
     trees.stored(file, np.zeros((8, 34, 3), np.uint8))
-    with pytest.raises(BadInput, match=f"{file} cannot be read"):
+    with pytest.raises(BadInput, match=f"{file} is a colour picture .mode RGB.; store one number a pixel"):
         subset[0]
 
 
