@@ -36,7 +36,7 @@ modules  = $(patsubst %,ssl_robust/%.py,$(1))
 made     = $(if $(filter-out $(notdir $(wildcard figures/$(PROFILE)/*)),$(1)),FORCE)
 
 .DELETE_ON_ERROR:
-.PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook explain bench lab test reference encoder lock
+.PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook explain bench example lab test reference encoder lock
 .PHONY: clean check FORCE
 
 help: ## this list
@@ -50,8 +50,8 @@ env: $(STAMP) ## the environment in .venv, alone
 plan: $(STAMP) ## what PROFILE would do: rows, minutes, memory, disk, what is missing
 	@$(RUN) --plan
 
-data: $(STAMP) ## fetch the data sets of PROFILE into DATA
-	@$(PY) -m ssl_robust.fetch --profile $(PROFILE) --data "$(DATA)"
+data: $(STAMP) ## fetch the data sets of PROFILE into DATA (SMALL=1: the smaller training set where there are two)
+	@$(PY) -m ssl_robust.fetch --profile $(PROFILE) --data "$(DATA)" $(if $(SMALL),--small)
 
 ifeq ($(EXECUTOR),)
 paper: $(call stages,06_figures 07_sanity) ## Tables 1-3, Figures 1-2 and index.html in figures/PROFILE
@@ -78,6 +78,9 @@ explain: $(STAMP) ## how one table cell came about: CELL=table1/scenes/embedded_
 
 bench: $(STAMP) ## speed and strength of the attacks beside other implementations, in figures/bench
 	@$(PY) -m ssl_robust.run appendix_bench --profile bench --data "$(DATA)"
+
+example: $(STAMP) ## for maintainers: what the last run of PROFILE made becomes the committed example
+	@$(PY) -m ssl_robust.committed $(PROFILE)
 
 lab: $(STAMP) ## JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks

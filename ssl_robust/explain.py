@@ -84,7 +84,7 @@ def _numbers(record: Record) -> list[str]:
     """Value, its spread over seeds, and what to compare it with."""
     unit = " m" if record["metric"] == "RMSE" else ""
     lines = [_line(record["metric"], f"{record['value']:.4f} ± {record['se']:.4f}{unit} (standard error)")]
-    lines.append(_line("images", f"{record['n']}; the best constant prediction scores {record['chance']:.4f}{unit}"))
+    lines.append(_line("images", f"{record['n']}; the majority or mean baseline is {record['chance']:.4f}{unit}"))
     values = evidence.seed_values(record)
     if len(values) > 1:
         seeds = [record["seed"], *(r["seed"] for r in record["over_seeds"])]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from contextlib import suppress
@@ -118,8 +119,11 @@ def sweep(folder: Path) -> None:
 
 
 def write_json(content: dict[str, Any] | list[Any], path: Path) -> Path:
-    """Write `content` as JSON, atomically; returns the path."""
-    write_bytes((json.dumps(content, indent=1, allow_nan=False) + "\n").encode(), path)
+    """Write `content` as JSON, atomically, a list of numbers on one line; returns the path."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    # no string can look so, as it would have no line breaks
+    text = re.sub(r"\[\n\s*([^][{}\"]*?)\n\s*\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
+    write_bytes(text.encode(), path)
     return path
 
 
@@ -229,11 +233,11 @@ def _tensor_seal(tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -
     return digest([state_hash(tensors), {k: v for k, v in metadata.items() if k != "sha"}])
 
 
-def read_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+def read_tensors(path: Path, again: str = "make it again") -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
     """Tensors and metadata of a safetensors file; no code in it is executed, as there can be none.
 
-    Raises BadInput naming the file if it is missing, damaged, or was changed since write_tensors; files of others,
-    which carry no hash, are taken as they are.
+    Raises BadInput naming the file and the remedy `again` if it is missing, damaged, or was changed since
+    write_tensors; files of others, which carry no hash, are taken as they are.
     """
     from safetensors import safe_open
 
@@ -247,9 +251,9 @@ def read_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]"
             f"The file {path} does not exist; run the notebook that makes it, or correct the path."
         ) from None
     except Exception as error:  # a flipped bit in the header raises whatever it leads to
-        raise BadInput(f"The file {path} cannot be read ({type(error).__name__}: truncated?); make it again.") from None
+        raise BadInput(f"The file {path} cannot be read ({type(error).__name__}: truncated?); {again}.") from None
     if "sha" in metadata and metadata["sha"] != _tensor_seal(tensors, metadata):
-        raise BadInput(f"The file {path} is damaged (its content does not have its hash); make it again.")
+        raise BadInput(f"The file {path} is damaged (its content does not have its hash); {again}.")
     return tensors, metadata
 
 
@@ -351,16 +355,21 @@ SAID = {  # how differences are called in sentences, in their order; what is not
 }  # fmt: skip
 
 
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Sentences that say in what two records differ that can change numbers: settings, inputs, versions, machine."""
+def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two records and can change numbers, in words -> both values: settings, inputs, machine."""
     flat_one, flat_other = (_flat({k: r[k] for k in SAID if r.get(k) not in (None, {})}) for r in (one, other))
-    found = []
+    found = {}
     for name in dict.fromkeys([*flat_one, *flat_other]):
         first, second = (flat.get(name, "not recorded") for flat in (flat_one, flat_other))
         if first != second:
             top, _, rest = name.partition(".")
-            found.append(f"They differ in {SAID[top]}{f' {rest}' if rest else ''}: {first} and {second}.")
+            found[f"{SAID[top]}{f' {rest}' if rest else ''}"] = first, second
     return found
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Sentences that say in what two records differ that can change numbers."""
+    return [f"They differ in {what}: {a} and {b}." for what, (a, b) in differing(one, other).items()]
 
 
 def _flat(content: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 
-from . import evidence, layout, paired, timing
+from . import claims, evidence, layout, paired, timing
 from . import records as disk
 from .claims import TASK_ATTACK
 from .evidence import read_skipped as read_skipped
@@ -24,6 +24,7 @@ from .tables import (
     csv,
     daggers,
     effect_rows,
+    in_order,
     notes,
     readable,
     table,
@@ -44,12 +45,13 @@ PICTURES = {  # file: its heading and caption on the page
     ),
     "fig2": (
         "Figure 2",
-        "The metrics along DeACL fine-tuning. Epoch 0: Standard; bars: standard errors; dots: best constant.",
+        "The metrics along DeACL fine-tuning. Epoch 0: Standard; bars: standard errors; dots: majority or mean "
+        "baseline.",
     ),
     "sanity": (
         "How hard the attacks are",
         "The metric under the task attack against its radius: it must get worse until chance. Vertical line: the "
-        "tables' radius; dots: best constant; †: rows with a flag, whose reasons stand below the tables.",
+        "tables' radius; dots: majority or mean baseline; †: rows with a flag, whose reasons stand below the tables.",
     ),
 }
 SMALL = ("demo", "samples", "test")
@@ -78,12 +80,11 @@ def folder_of(profile: str) -> Path:
 def write_table(number: int, profile: str, folder: Path | None = None) -> pd.DataFrame:
     """Write figures/<profile>/table<number>.{csv,md,tex} from the records of `profile`, or below `folder`; the table.
 
-    Also writes reported.csv and paired.csv. Raises BadInput as table_files does.
+    Also writes reported.csv, paired.csv and claims.csv and .md. Raises BadInput as table_files does.
     """
     records, skipped = read(profile, folder)
     _write_files(number, profile, records, skipped)
-    write_reported(profile, folder)
-    write_paired(profile, folder)
+    write_comparisons(profile, folder)
     return table(TASKS[number - 1], records, skipped)
 
 
@@ -99,6 +100,13 @@ def _write_or_remove(numbers: pd.DataFrame, path: Path) -> pd.DataFrame:
     else:
         disk.write_bytes(csv(numbers).encode(), path)
     return numbers
+
+
+def write_comparisons(profile: str, folder: Path | None = None) -> None:
+    """Write what compares the values of the tables: with the paper's, DeACL with Standard, and with the claims."""
+    write_reported(profile, folder)
+    write_paired(profile, folder)
+    write_claims(profile, folder)
 
 
 def write_reported(profile: str, folder: Path | None = None) -> pd.DataFrame:
@@ -122,6 +130,21 @@ def write_paired(profile: str, folder: Path | None = None) -> pd.DataFrame:
     return _write_or_remove(tidy, disk.figures_dir(profile) / "paired.csv")
 
 
+def write_claims(profile: str, folder: Path | None = None) -> str:
+    """Write figures/<profile>/claims.md, the verdicts on the paper's claims, and claims.csv with each row's number.
+
+    Returns the Markdown. Without a row that a claim concerns it is empty, there are no such files, and old ones are
+    removed.
+    """
+    records, path = in_order(read(profile, folder)[0]), disk.figures_dir(profile) / "claims.md"
+    if _write_or_remove(claims.numbers(records), path.with_suffix(".csv")).empty:
+        path.unlink(missing_ok=True)
+        return ""
+    text = layout.markdown("The paper's claims", claims.matrix(records), {"How to read it": claims.RULES})
+    disk.write_bytes(text.encode(), path)
+    return text
+
+
 def write_effects(effects: pd.DataFrame, profile: str) -> str:
     """Write figures/<profile>/protocols.csv and .md from evaluate.effects; returns the Markdown, a table a task."""
     parts = []
@@ -129,7 +152,7 @@ def write_effects(effects: pd.DataFrame, profile: str) -> str:
         first = effects[effects["task"] == task].iloc[0]
         title = f"Protocols, {task}: {first['encoder']} (Standard) on {first['dataset']}, n = {first['n']}"
         note = "Value ± standard error, in brackets the change against the paper's protocol; each difference alone."
-        parts.append(layout.markdown(title, effect_rows(effects, task), [note]))
+        parts.append(layout.markdown(title, effect_rows(effects, task), {"": [note]}))
     text, folder = "\n".join(parts), disk.figures_dir(profile)
     disk.write_bytes(csv(effects).encode(), folder / "protocols.csv")
     disk.write_bytes(text.encode(), folder / "protocols.md")
@@ -285,7 +308,10 @@ def write_index(profile: str, folder: Path | None = None) -> Path:
     The records are those of `profile`, or those below `folder`. Raises BadInput if there are none.
     """
     (records, skipped), times = read(profile, folder), _times(profile, folder)
-    sections = _figures(profile, records)
+    sections, verdicts = _figures(profile, records), claims.matrix(in_order(records))
+    if len(verdicts):
+        rules = {"How to read it": claims.RULES}
+        sections.insert(0, layout.html_table("The paper's claims", verdicts, rules, "words"))
     for task in (task for task in TASKS if any(r["task"] == task for r in [*records, *skipped])):
         shown = readable(task, records, skipped), notes(task, records, skipped)
         sections.append(layout.html_table(TITLE[task], *shown))
@@ -315,8 +341,7 @@ def rewrite(profile: str) -> str:
     for number, task in enumerate(TASKS, 1):
         if any(r["task"] == task for r in [*records, *skipped]):
             _write_files(number, profile, records, skipped)
-    write_reported(profile, folder)
-    write_paired(profile, folder)
+    write_comparisons(profile, folder)
     draw_figure2(profile, folder)
     if _example_places(profile):
         draw_figure1(profile)
@@ -346,8 +371,10 @@ def summary(profile: str) -> str:
 
 def main(profile: str) -> str:
     """What `make paper` says at its end, after everything was made anew."""
+    from . import committed  # here, because it reads tables by this module
+
     disk.keep_inside()
-    return "\n\n".join(part for part in (rewrite(profile), summary(profile)) if part)
+    return "\n\n".join(part for part in (rewrite(profile), summary(profile), committed.verdict(profile)) if part)
 
 
 if __name__ == "__main__":

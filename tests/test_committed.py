@@ -1,9 +1,17 @@
-"""The committed demo: its tables follow from its records byte for byte, and its encoder is worth attacking."""
+"""The committed demo: its tables follow from its records byte for byte, and its encoder is worth attacking.
+
+And how a new run is compared with a committed one, and takes its place.
+"""
+
+import shutil
 
 import pytest
+import yaml
+from chain import undisturbed  # noqa: F401
 from make_reference import PROJECT
+from test_explain import record, write
 
-from ssl_robust import metrics, records, report, settings
+from ssl_robust import committed, evidence, metrics, records, report, settings
 
 DEMO = PROJECT / "figures" / "committed" / "demo"
 COMMITTED, SKIPPED = report.read("demo", DEMO / "records")
@@ -39,10 +47,10 @@ def test_the_demo_has_no_row_of_the_paper():
 
 def test_records_were_made_with_the_demo_parameters():
     demo = settings.check(**settings.read_params(PROJECT / "params" / "demo.yaml"))
-    for record in COMMITTED:
-        assert record["settings"]["task"] == demo.task(record["task"]).model_dump()
-        assert record["settings"]["attack"] == (None if record["attack"] == "clean" else demo.attack.model_dump())
-        assert record["max_perturbation"] <= demo.attack.eps + 1e-6 and record["nonfinite"] == 0
+    for r in COMMITTED:
+        assert r["settings"]["task"] == demo.task(r["task"]).model_dump()
+        assert r["settings"]["attack"] == (None if r["attack"] == "clean" else demo.attack.model_dump())
+        assert r["max_perturbation"] <= demo.attack.eps + 1e-6 and r["nonfinite"] == 0
 
 
 def test_the_embedded_encoder_is_worth_attacking():
@@ -59,3 +67,147 @@ def test_attacks_make_every_standard_value_worse():
         for attack in ("embed", "task"):
             loss = metrics.BETTER[clean["metric"]] * (clean["value"] - cells[task, "standard", attack]["value"])
             assert loss > 2 * clean["se"], (task, attack)
+
+
+# ---- a new run beside the committed one, and in its place ----
+
+
+def commit(root, *found, profile="demo", params=""):
+    """These records as the committed run of a profile."""
+    folder = records.committed_dir(profile)
+    for r in found:
+        place = records.record_path(profile, *(r[name] for name in evidence.CELL))
+        records.write_record(r, folder / "records" / place.relative_to(records.results_dir(profile)))
+    if params:
+        (folder / "params.yaml").write_text(params)
+
+
+def demo_params(root, deacl="{gamma: 2.0}"):
+    (root / "params").mkdir(exist_ok=True)
+    text = yaml.safe_dump({"profile": "demo", "encoders": [{"name": "embedded_vit"}]}) + f"deacl: {deacl}\n"
+    (root / "params" / "demo.yaml").write_text(text)
+    return text
+
+
+def cells(**changes):
+    return [record(0.25, attack, **changes) for attack in ("clean", "embed", "task")]
+
+
+def test_nothing_is_said_without_a_committed_run_or_without_results(root):
+    write(record())
+    assert committed.verdict("demo") == ""
+    commit(root, record(profile="other"), profile="other")
+    assert committed.verdict("other") == ""
+
+
+def test_equal_values_are_said_to_be_the_same(root):
+    for r in cells():
+        write(r)
+    commit(root, *cells())
+    assert committed.verdict("demo").splitlines() == [
+        "Beside the committed run of this profile (figures/committed/demo):",
+        "  3 of 3 values of the tables are the same.",
+    ]
+
+
+def test_values_are_compared_by_the_standard_error_of_their_difference(root):
+    se = 0.03  # of the difference with 0.04: 0.05
+    theirs = [record(0.5, attack, se=0.04) for attack in ("clean", "embed", "task", "worst")]
+    ours = [record(value, attack, se=se) for value, attack in ((0.41, "clean"), (0.59, "embed"), (0.62, "task"))]
+    for r in ours:
+        write(r)
+    write(record(0.0, "task", "deacl-epoch1"))  # of Figure 2, in no table
+    commit(root, *theirs)
+    assert committed.verdict("demo").splitlines()[1:] == [
+        "  2 of 3 values of the tables lie within two standard errors of the difference.",
+        "  The largest difference, 2.4 standard errors: table1/scenes/embedded_vit/deacl/task, 0.620 ± 0.030 here, "
+        "0.500 ± 0.040 there.",
+        "  1 value is in one of the two runs only.",
+    ]
+
+
+def test_what_differs_is_said_once(root):
+    machine = {"numerics": {"instructions": "AVX512"}, "versions": {"torch": "3"}, "precision": "bf16"}
+    for i, r in enumerate(cells(**machine)):
+        write(r | {"hashes": {"weights": str(i), "data": "d" * 16}})
+    commit(root, *cells(numerics={"instructions": "AVX2"}, versions={"torch": "2"}, precision="fp32"))
+    assert committed.verdict("demo").splitlines()[2:] == [
+        "  What differs: the precision (bf16 here, fp32 there), the hash of the weights, the version of torch (3 here, "
+        "2 there), the CPU's or GPU's instructions (AVX512 here, AVX2 there)."
+    ]
+
+
+def test_values_of_other_settings_are_not_compared(root):
+    asked = {"attack": {"eps": 8 / 255, "steps": 40}, "task": {"n_test": 8}}
+    for r in (record(0.5, "clean"), record(0.0, "task", settings=asked, threads=2)):
+        write(r)
+    commit(root, record(0.5, "clean"), record(0.5, "task"))
+    assert committed.verdict("demo").splitlines()[1:] == [
+        "  1 of 1 values of the tables are the same.",
+        "  1 value is of other settings and not compared: the setting attack.steps (40 here, 20 there).",
+        "  What differs besides: the number of threads (2 here, 1 there).",
+    ]
+    write(record(0.5, "clean", seed=1))
+    assert "2 values are of other settings and not compared: the seed (1 here, 0 there), " in committed.verdict("demo")
+
+
+def test_settings_of_deacl_count_for_its_rows(root):
+    before = demo_params(root)
+    ours = [record(0.5, defense="standard"), record(0.5)]
+    for r in ours:
+        write(r)
+    commit(root, *ours, params=before)
+    assert "2 of 2 values" in committed.verdict("demo")
+    demo_params(root, deacl="{gamma: 3.0}")
+    said = committed.verdict("demo")
+    assert "1 of 1 values" in said and "not compared: the setting deacl.gamma (3.0 here, 2.0 there)." in said
+
+
+def run_of(root, *found, profile="demo"):
+    """A run that left these records, and the pages."""
+    demo_params(root)
+    for r in found:
+        write(r, profile)
+    report.copy_records(profile)
+    folder = records.figures_dir(profile)
+    (folder / "index.html").write_text('<a href="../../runs/demo/03.ipynb">03</a>')
+    (folder / "fig1.png").write_bytes(b"picture")
+    (folder / "table1.md").write_text("table")
+    return folder
+
+
+def test_a_run_takes_the_place_of_the_committed_one(root, capsys):
+    run_of(root, record())
+    commit(root, record(attack="old"))
+    assert committed.main("demo") == 0 and "figures/committed/demo is now what the last run" in capsys.readouterr().out
+    folder = records.committed_dir("demo")
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["fig1.png", "index.html", "params.yaml", "records", "table1.md", "times.json"]
+    assert [r["attack"] for r in records.read_records(folder / "records")] == ["task"]
+    assert (folder / "index.html").read_text() == '<a href="../../../runs/demo/03.ipynb">03</a>'
+    assert "1 of 1 values" in committed.verdict("demo")
+
+
+def test_pages_with_images_of_others_are_not_committed(root):
+    run_of(root, record(), record(dataset="cifar10"))
+    assert "without fig1.* and index.html, which show images of others" in committed.replace("demo")
+    names = sorted(p.name for p in records.committed_dir("demo").iterdir())
+    assert names == ["params.yaml", "records", "table1.md", "times.json"]
+
+
+def test_records_of_changed_code_are_not_committed(root, capsys):
+    commit(root, record())
+    assert committed.main("demo") == 2 and "There is nothing in figures/demo" in capsys.readouterr().err
+    run_of(root, record(), record(attack="clean", git="abc+"))
+    assert committed.main("demo") == 2
+    assert "made by code that no commit has (abc+); commit it, then repeat 'make clean" in capsys.readouterr().err
+    assert [p.name for p in records.committed_dir("demo").iterdir()] == ["records"]
+
+
+def test_the_end_of_a_run_is_compared_with_the_committed_one(root, monkeypatch):
+    monkeypatch.setattr(report, "rewrite", lambda profile: "")
+    run_of(root, record())
+    commit(root, record(0.5))
+    assert report.main("demo").splitlines()[-1].startswith("  The largest difference, ")
+    shutil.rmtree(records.committed_dir("demo"))
+    assert "committed" not in report.main("demo")

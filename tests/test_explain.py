@@ -53,7 +53,7 @@ def test_a_cell_is_shown_with_all_that_is_known_of_it(project, capsys, monkeypat
     assert code == 0 and not err
     for words in (
         f"{CELL} of profile 'demo', from results/demo", "0.2500 ± 0.0125 (standard error)",
-        "8; the best constant prediction scores 0.1000", "DeACL-Standard +0.2500, 95 % interval [+0.0",
+        "8; the majority or mean baseline is 0.1000", "DeACL-Standard +0.2500, 95 % interval [+0.0",
         "PGD: eps 0.03137, steps 20", "|x' - x| of 8.000/255", "paper", f"weights {'w' * 16}, data {'d' * 16}",
         "torch 2", "cpu (x86_64), 1 threads", "2025-01-01 in 2.0 s by commit abc", "bf16", "32", "rising 3",
         "- the loss still rises", "- five times the steps take more", "runs/demo/03_attack_classification.ipynb",
