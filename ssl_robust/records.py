@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # The project's folder follows from the package, so notebooks work from any working directory; tests set the variable.
 ROOT = Path(os.environ.get("SSL_ROBUST_ROOT", Path(__file__).resolve().parents[1]))
 PACKAGE = Path(__file__).resolve().parent
+DECIDING = ("ssl_robust", "notebooks", "params")  # what numbers depend on; figures that a run rewrites are not among it
 SCHEMA = 2  # of records; 2: they carry a hash of their own content
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pyautoattack")
 # what decides in which order, with which instructions a CPU adds: set differently, last digits differ
@@ -288,18 +289,27 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
 @cache
 def code_hash(*modules: str) -> str:
     """Short hash of what these modules compute: comments, docstrings and layout do not count."""
-    trees = [ast.dump(_without_docstrings(ast.parse((PACKAGE / f"{m}.py").read_text()))) for m in sorted(modules)]
-    return digest(trees)
+    return digest([ast.dump(_without_docstrings(ast.parse(SOURCES[module]))) for module in sorted(modules)])
 
 
-@cache
-def git_revision() -> str:
-    """Commit of the project, with '+' if the package differs from it; 'unknown' outside a checkout."""
+def _revision(project: Path) -> str:
+    """Commit of the project, with '+' if what its numbers depend on differs from it; 'unknown' outside a checkout."""
     try:
-        run = ["git", "-C", str(PACKAGE), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        _git(project, "ls-files", "--error-unmatch", PACKAGE.name)  # not a checkout of something else around it
+        changed = _git(project, "--no-optional-locks", "status", "--porcelain", "--", *DECIDING)
+        return _git(project, "rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _git(project: Path, *words: str) -> str:
+    run = ["git", "-C", str(project), *words]
+    return subprocess.run(run, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+# As they are when the process starts, for that is what it computes with, whatever is edited while it runs.
+SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.py")}
+REVISION = _revision(PACKAGE.parent)
 
 
 def pick_device(device: str) -> str:
@@ -319,7 +329,7 @@ def provenance(device: str) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     return {
-        "git": git_revision(),
+        "git": REVISION,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "device": f"{device} ({name})",
         "threads": torch.get_num_threads(),

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,8 +79,7 @@ def test_records_are_found_and_stages_are_not_among_them(root):
 
 
 def _code_hash(folder, text, monkeypatch):
-    (folder / "module.py").write_text(text)
-    monkeypatch.setattr(records, "PACKAGE", folder)
+    monkeypatch.setitem(records.SOURCES, "module", text)
     return records.code_hash.__wrapped__("module")
 
 
@@ -123,9 +125,74 @@ def test_provenance_says_where_and_with_what():
     assert found["device"].startswith("cpu (") and found["threads"] >= 1 and found["made"].endswith("+00:00")
 
 
-def test_git_revision_is_unknown_outside_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "PACKAGE", tmp_path)
-    assert records.git_revision.__wrapped__() == "unknown"
+def git(folder, *words):
+    run = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *words]
+    return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A small project in a repository of its own, all of it committed."""
+    for name in ("ssl_robust", "notebooks", "params", "figures/committed/demo"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("__init__.py", "records.py", "settings.py"):
+        shutil.copy(records.PACKAGE / name, tmp_path / "ssl_robust")
+    for name in ("notebooks/00.ipynb", "params/demo.yaml", "figures/committed/demo/table1.md", "README.md"):
+        (tmp_path / name).write_text("as committed")
+    (tmp_path / ".gitignore").write_text("__pycache__/\n/results/\n")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "-m", "all")
+    return tmp_path
+
+
+def test_git_revision_has_a_plus_for_changed_code_alone(checkout):
+    commit = git(checkout, "rev-parse", "--short=12", "HEAD")
+    assert len(commit) == 12 and records._revision(checkout) == commit
+    for name in ("README.md", "figures/committed/demo/table1.md"):
+        (checkout / name).write_text("made anew")
+    for name in ("results/r.json", "ssl_robust/__pycache__/a.pyc", "figures/demo/table1.md"):
+        (checkout / name).parent.mkdir(exist_ok=True)
+        (checkout / name).write_text("new")
+    assert records._revision(checkout) == commit
+    for name in ("ssl_robust/settings.py", "notebooks/00.ipynb", "params/demo.yaml"):
+        before = (checkout / name).read_text()
+        (checkout / name).write_text("changed")
+        assert records._revision(checkout) == commit + "+", name
+        (checkout / name).write_text(before)
+    assert records._revision(checkout) == commit
+    (checkout / "params/mine.yaml").write_text("untracked")
+    assert records._revision(checkout) == commit + "+"
+    git(checkout, "add", "params/mine.yaml")
+    assert records._revision(checkout) == commit + "+"
+    git(checkout, "commit", "--quiet", "-m", "mine", "params")
+    assert records._revision(checkout) == git(checkout, "rev-parse", "--short=12", "HEAD") != commit
+
+
+def test_git_revision_is_unknown_outside_a_checkout(tmp_path, checkout):
+    inside = checkout / "results" / "site-packages"  # of a repository that has nothing to do with it
+    (inside / "ssl_robust").mkdir(parents=True)
+    assert records._revision(inside) == "unknown"
+    shutil.rmtree(checkout / ".git")
+    assert records._revision(checkout) == "unknown"
+
+
+def test_code_that_changes_while_a_process_runs_does_not_count(checkout):
+    program = """
+import pathlib, sys
+from ssl_robust import records
+for name in sys.argv[1:]:
+    pathlib.Path(name).write_text(records.SOURCES["settings"] + "FURTHER = 1")
+print(records.code_hash("settings"), records.REVISION)
+"""
+
+    def said(*edited):
+        environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+        run = [sys.executable, "-c", program, *edited]
+        return subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout.split()
+
+    before, during, after = said(), said(checkout / "ssl_robust" / "settings.py"), said()
+    assert before == during and after[0] != before[0] and after[1] == before[1] + "+"
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
