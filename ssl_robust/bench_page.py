@@ -105,8 +105,8 @@ def markdown(table: pd.DataFrame, picks: pd.DataFrame) -> str:
     """Both tables with their notes."""
     return "\n".join(
         [
-            layout.markdown("Contenders", _contenders_text(table), notes(table, picks)),
-            layout.markdown("Choices", _choices_text(picks), remarks(picks)),
+            layout.markdown("Contenders", _contenders_text(table), {"": notes(table, picks)}),
+            layout.markdown("Choices", _choices_text(picks), {"": remarks(picks)}),
         ]
     )
 

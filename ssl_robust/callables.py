@@ -1,6 +1,5 @@
 """Encoders of one's own: a Python function from images to tokens, found by its name and tried before it is used."""
 
-import hashlib
 import importlib
 import inspect
 import sys
@@ -15,13 +14,17 @@ from torch import Tensor, nn
 from . import records
 from .settings import BadInput, EncoderRow
 
+# largest difference of two answers about the same image, as a share of the largest token: computed again, and in
+# another batch, where sums of lower precision may be added up in another order
+REPEATED, BATCHED = 1e-5, 1e-2
+
 
 class Own(nn.Module):
-    """A callable in the place of a timm model; the weights of a module are part of it, a function is only called."""
+    """A callable in the place of a timm model. The modules that it is or uses are part of it: frozen, moved, hashed."""
 
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, Tensor]], call: str, source: str) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, Tensor]], call: str, source: str, uses: list[nn.Module]):
         super().__init__()
-        self.function, self.call, self.source = function, call, source
+        self.function, self.call, self.source, self.uses = function, call, source, nn.ModuleList(uses)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         """What the callable gives; BadInput unless it is cls (B, D) and patches (B, D, h, w), on `grid` if given."""
@@ -53,7 +56,7 @@ def find(row: EncoderRow) -> Own:
     if not callable(function):
         known = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
         raise BadInput(f"Encoder '{row.name}': {row.call} is no function; correct it (functions there: {known}).")
-    return Own(function, row.call, _source_hash(module, function))
+    return Own(function, row.call, _source_hash(module, function), _modules(module, function))
 
 
 def _import(row: EncoderRow) -> ModuleType:
@@ -67,25 +70,40 @@ def _import(row: EncoderRow) -> ModuleType:
         importlib.invalidate_caches()  # the file may just have been written
         # read anew each time: in a running kernel the file may have been edited since
         return importlib.reload(sys.modules[module]) if module in sys.modules else importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
             raise BadInput(
                 f"Encoder '{row.name}': there is no module '{module}'; put {module}.py into notebooks/ or the current "
                 f"folder."
             ) from None
         raise BadInput(
-            f"Encoder '{row.name}': the module {module} cannot be imported ({type(error).__name__}: {error}); "
-            f"correct it."
+            f"Encoder '{row.name}': the module {module} cannot be imported ({_line(error)}); correct it."
         ) from None
     finally:
         sys.path[:] = before
 
 
+def _line(error: BaseException) -> str:
+    """An error in one line of bearable length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _modules(module: ModuleType, function: Callable) -> list[nn.Module]:
+    """Modules that a function can reach by its file, its object or the function around it; not those it consists of."""
+    holders = [h for h in (function, getattr(function, "__self__", None)) if not isinstance(h, nn.Module)]
+    reached = [v for holder in (module, *holders) for v in getattr(holder, "__dict__", {}).values()]
+    reached += [getattr(function, "__self__", None)]
+    reached += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    own = set(function.modules()) if isinstance(function, nn.Module) else set()
+    return [m for m in dict.fromkeys(v for v in reached if isinstance(v, nn.Module)) if m not in own]
+
+
 def _source_hash(module: ModuleType, function: Callable) -> str:
-    """Short hash of the module's text (in a notebook of the function's): what it computes besides its weights."""
+    """Short hash of what is computed besides weights: the module's text (in a notebook the function's) and tensors."""
+    tensors = {name: value.to_dense() for name, value in vars(module).items() if isinstance(value, Tensor)}
     for what in (module, function):
         try:
-            return hashlib.sha256(inspect.getsource(what).encode()).hexdigest()[:16]
+            return records.digest([inspect.getsource(what), records.state_hash(tensors)])
         except (OSError, TypeError):
             continue
     return ""
@@ -94,26 +112,19 @@ def _source_hash(module: ModuleType, function: Callable) -> str:
 def measure(row: EncoderRow, own: Own, mean: Tensor, std: Tensor, native: int) -> tuple[int, int]:
     """Patch side and D of a callable, tried on images of `native` px that are normalised by mean and std.
 
-    Raises BadInput if it fails, its tokens fit no grid, or the image gets no gradient.
+    Raises BadInput if it fails, its tokens fit no grid or are no numbers, it changes its images, the image gets no
+    gradient, or its answer about an image varies or depends on the other images.
     """
-    x = torch.rand(2, 3, native, native, generator=torch.Generator().manual_seed(0))
-    x = ((x - mean) / std).requires_grad_()
-    with torch.enable_grad():
-        try:
-            given = own(x)
-        except BadInput as problem:
-            raise BadInput(f"Encoder '{row.name}': {problem}") from None
-        except Exception as error:
+    x = torch.rand(2, 3, native, native, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    given = _tokens(row, own, (x - mean) / std)
+    for what, values in zip(("CLS token", "patch tokens"), given, strict=True):
+        if not _has_gradient(values, x):
             raise BadInput(
-                f"Encoder '{row.name}': {row.call} fails on images {tuple(x.shape)} "
-                f"({type(error).__name__}: {error}); correct it."
-            ) from None
-        for what, values in zip(("CLS token", "patch tokens"), given, strict=True):
-            if not _has_gradient(values, x):
-                raise BadInput(
-                    f"Encoder '{row.name}': the {what} of {row.call} give the image no gradient, so no attack could "
-                    f"find anything; use differentiable torch operations without no_grad or detach."
-                )
+                f"Encoder '{row.name}': the {what} of {row.call} give the image no gradient, so no attack could "
+                f"find anything; use differentiable torch operations without no_grad or detach."
+            )
+    with torch.no_grad():
+        _need_steady(row, own, (x - mean) / std, given)
     down, across = given[1].shape[2:]
     if down != across or not down or native % down:
         raise BadInput(
@@ -123,10 +134,53 @@ def measure(row: EncoderRow, own: Own, mean: Tensor, std: Tensor, native: int) -
     return native // down, given[1].shape[1]
 
 
+def _tokens(row: EncoderRow, own: Own, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a callable gives for images that it leaves as they are: finite tokens of their type; else BadInput."""
+    before = x.detach().clone()
+    try:
+        given = own(x)
+    except BadInput as problem:
+        raise BadInput(f"Encoder '{row.name}': {problem}") from None
+    except Exception as error:
+        raise BadInput(
+            f"Encoder '{row.name}': {row.call} fails on images {tuple(x.shape)} ({_line(error)}); correct it."
+        ) from None
+    problem = ""
+    if not torch.equal(x, before):
+        problem = "changes the images that it is given; let it work on a copy (images.clone())"
+    elif wrong := [t.dtype for t in given if t.dtype != x.dtype]:
+        problem = f"gives tokens of {wrong[0]} for images of {x.dtype}; let it compute in the images' type"
+    elif not all(t.isfinite().all() for t in given):
+        problem = "gives tokens that are NaN or infinite; correct it or its weights"
+    if problem:
+        raise BadInput(f"Encoder '{row.name}': {row.call} {problem}.")
+    return given
+
+
+def _need_steady(row: EncoderRow, own: Own, x: Tensor, given: tuple[Tensor, Tensor]) -> None:
+    """BadInput if a callable answers otherwise when asked again, or about an image among others."""
+    for _ in range(2):
+        if not _alike(_tokens(row, own, x), given, REPEATED):
+            raise BadInput(
+                f"Encoder '{row.name}': {row.call} gives other tokens when asked again about the same images; put its "
+                f"modules into eval mode (dropout) and take random steps out of it."
+            )
+    for part in (slice(0, 1), slice(1, 2)):
+        if not _alike(_tokens(row, own, x[part]), tuple(t[part] for t in given), BATCHED):
+            raise BadInput(
+                f"Encoder '{row.name}': {row.call} gives an image other tokens alone than among others; put its "
+                f"modules into eval mode (batch norm) and compute nothing across the batch."
+            )
+
+
+def _alike(some: tuple[Tensor, ...], others: tuple[Tensor, ...], share: float) -> bool:
+    return all(bool((a - b).abs().max() <= share * b.abs().max()) for a, b in zip(some, others, strict=True))
+
+
 def _has_gradient(values: Tensor, x: Tensor) -> bool:
-    """Whether some gradient of `values` reaches `x`; not of their sum, which a normalisation may hold constant."""
+    """Whether some gradient of `values` reaches each image of `x`; not of their sum, which norms may hold constant."""
     if not values.requires_grad:
         return False
     weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
     (gradient,) = torch.autograd.grad((values * weights).sum(), x, retain_graph=True, allow_unused=True)
-    return gradient is not None and bool(gradient.isfinite().all()) and bool(gradient.abs().sum() > 0)
+    return gradient is not None and bool(gradient.isfinite().all() and gradient.flatten(1).any(1).all())

@@ -11,6 +11,7 @@ pretrained with, and its scale and shift are trained like every other weight.
 import argparse
 import copy
 import io
+import json
 import math
 import os
 import signal
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from . import attacks, compute, datasets, encoders, records
+from . import attacks, checkpoints, compute, datasets, encoders, records
 from .datasets import Subset
 from .encoders import Encoder
 from .heads import skipping
@@ -254,7 +255,7 @@ def finetune_all(settings: Settings, only: str = "") -> dict[str, dict[str, Any]
 
 def _made_elsewhere(row: EncoderRow, settings: Settings) -> dict[str, Any]:
     """Index of a given checkpoint, which must fit the row's model."""
-    path = Path(settings.data_root) / row.deacl_checkpoint
+    path = checkpoints.locate(row.deacl_checkpoint, settings.data_root)
     key = records.digest([row.deacl_checkpoint, encoders.load(row, settings.data_root, path).hash])
     return {"key": key, "epochs": [], "history": [], "origin": row.deacl_checkpoint}
 
@@ -473,8 +474,9 @@ def checkpoint_path(profile: str, encoder: str, epoch: int) -> Path:
 
 
 def save_backbone(encoder: Encoder, path: Path) -> None:
-    """Backbone weights as safetensors, written whole or not at all."""
-    records.write_tensors(encoder.backbone.state_dict(), {}, path)
+    """Backbone weights as safetensors, with the mean and std they were trained with, written whole or not at all."""
+    colours = {name: getattr(encoder, name).flatten().tolist() for name in ("mean", "std")}
+    records.write_tensors(encoder.backbone.state_dict(), {checkpoints.CFG[0]: json.dumps(colours)}, path)
 
 
 def _whole(home: Path, kept: list[int]) -> bool:
@@ -526,7 +528,7 @@ def variants(row: EncoderRow, profile: str, data_root: str = "") -> list[tuple[s
     if "deacl" not in row.defenses:
         return found
     if row.deacl_checkpoint:
-        return [*found, ("deacl", GIVEN, Path(data_root) / row.deacl_checkpoint)]
+        return [*found, ("deacl", GIVEN, checkpoints.locate(row.deacl_checkpoint, data_root))]
     epochs = _index(row, profile)["epochs"]
     names = [f"deacl-epoch{n}" for n in epochs[:-1]] + ["deacl"]
     return found + [(d, n, checkpoint_path(profile, row.name, n)) for d, n in zip(names, epochs, strict=True)]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from . import callables, checkpoints, records, vit
 from .checkpoints import load_weights, read_weights
-from .settings import BadInput, EncoderRow, Settings
+from .settings import BadInput, EncoderRow, Normalise, Settings
 
 __all__ = ["EMBEDDED_WEIGHTS", "KNOWN", "Encoder", "check", "load", "load_weights", "random_init", "read_weights"]
 
@@ -216,21 +217,48 @@ def load(row: EncoderRow, data_root: str = "", weights: Path | None = None) -> E
     if row.call:
         return _load_own(row)
     known = describe(row)
-    path = weights or (
-        Path(data_root) / Path(row.checkpoint).expanduser()
-        if row.checkpoint
-        else None
-        if known.timm
-        else EMBEDDED_WEIGHTS
-    )
+    path = weights or _file(row, known, data_root)
     if path is None:
-        backbone, origin = _build(row, known, pretrained=True), f"timm: {known.timm}"
-    else:
-        state, kind = checkpoints.recognise(checkpoints.read(path), path)
-        backbone, origin = _build(row, known, pretrained=False), f"{kind} {path.name}"
-        _take_grid(backbone, state)
-        load_weights(backbone, state, f"{model_name(row)} ({path.name})")
-    return _encoder(row, known, backbone, row.name, origin)
+        return _encoder(row, known, _build(row, known, pretrained=True), row.name, f"timm: {known.timm}")
+    content = checkpoints.read(path)
+    state, kind = checkpoints.recognise(content, path)
+    known, said = _own_normalisation(row, known, content, path)
+    backbone = _build(row, known, pretrained=False)
+    _take_grid(backbone, state)
+    load_weights(backbone, state, f"{model_name(row)} ({path.name})")
+    return _encoder(row, known, backbone, row.name, f"{kind} {path.name}{said}")
+
+
+def _file(row: EncoderRow, known: Known, data_root: str) -> Path | None:
+    """The weight file of a row's Standard encoder; None: timm fetches the weights."""
+    if row.checkpoint:
+        return checkpoints.locate(row.checkpoint, data_root)
+    return None if known.timm else EMBEDDED_WEIGHTS
+
+
+def _own_normalisation(row: EncoderRow, known: Known, content: dict[str, Any], path: Path) -> tuple[Known, str]:
+    """The row's model with the mean and std that its file keeps, if it keeps some, and what the origin says of that.
+
+    The row's own `normalise` counts more. BadInput if the file keeps several, or some that are not of pixels in [0,1].
+    """
+    found = checkpoints.normalisations(content)
+    if row.normalise != "model":
+        own = normalisation(row, known)
+        differ = any(not torch.allclose(torch.tensor(own), torch.tensor(one), atol=1e-3) for one in found)
+        return known, ", normalised as the row says, not as the file does" if differ else ""
+    if not found:
+        return known, ""
+    say = "give the encoder's normalise, {mean: [..], std: [..]}"
+    if len(found) > 1:
+        raise BadInput(f"The checkpoint {path} keeps {len(found)} different means and stds of pixels; {say}.")
+    mean, std = found[0]
+    try:
+        Normalise(mean=list(mean), std=list(std))
+    except ValidationError:
+        raise BadInput(
+            f"The checkpoint {path} keeps mean {mean} and std {std}, which are not those of pixels in [0,1]; {say}."
+        ) from None
+    return known._replace(mean=mean, std=std), ", normalised by its own mean and std"
 
 
 def first(settings: Settings) -> Encoder:
@@ -277,10 +305,9 @@ def check(settings: Settings) -> list[str]:
     """
     problems = []
     for row in settings.encoders:
-        given = [Path(settings.data_root) / row.deacl_checkpoint] if row.deacl_checkpoint else []
-        standard = [None] if row.needs_standard else []
-        for weights in (*standard, *given):
+        for deacl in [False] * row.needs_standard + [True] * bool(row.deacl_checkpoint):
             try:
+                weights = checkpoints.locate(row.deacl_checkpoint, settings.data_root) if deacl else None
                 _check_row(row, settings.data_root, weights)
             except BadInput as problem:
                 problems.append(str(problem))
@@ -289,7 +316,12 @@ def check(settings: Settings) -> list[str]:
 
 def _check_row(row: EncoderRow, data_root: str, weights: Path | None) -> None:
     if row.call or row.checkpoint or weights or not describe(row).timm:
-        load(row, data_root, weights)
+        encoder = load(row, data_root, weights)
+        if row.call and load(row).hash != encoder.hash:
+            raise BadInput(
+                f"Encoder '{row.name}': {row.call} has other weights each time that its module is imported; load them "
+                f"from a file there, or draw them after torch.manual_seed."
+            )
         return
     known = describe(row)
     _need_public(row, known)
@@ -385,10 +417,16 @@ def _measure(row: EncoderRow, backbone: nn.Module) -> tuple[int, int]:
         else:
             patch = math.isqrt(6 * unit**2 // (features.shape[1] - (backbone.num_prefix_tokens or 0)))
         # sides that nothing but the patch divides: the tokens must lie on the grid of any image
-        cls, patches = tokens(backbone, torch.zeros(1, 3, 3 * patch, 5 * patch), patch)
+        image = torch.rand(1, 3, 3 * patch, 5 * patch, generator=torch.Generator().manual_seed(0))
+        cls, patches = tokens(backbone, image, patch)
     except Exception as error:
         reason = type(error).__name__
     else:
+        if not cls.is_meta and not (cls.isfinite().all() and patches.isfinite().all()):
+            raise BadInput(
+                f"Encoder '{row.name}': tokens of {model_name(row)} are NaN or infinite with these weights; fetch or "
+                f"train them again."
+            )
         if cls.shape == patches.shape[:2] and patches.shape[2:] == (3, 5):
             return patch, patches.shape[1]
         reason = f"{tuple(cls.shape)} and {tuple(patches.shape)} for a grid of 3 x 5"

@@ -5,7 +5,7 @@ A cell may have further lines: HTML and LaTeX set them below the first, Markdown
 
 import base64
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import zip_longest
 from typing import Any
@@ -18,6 +18,8 @@ TEX |= {"†": r"\dag{}", "×": r"$\times$", "≤": r"$\leq$", "≥": r"$\geq$",
 TEX |= {"^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 TEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
+Notes = dict[str, Sequence[str]]  # what stands below a table, heading: sentences; without a heading: ''
+
 STYLE = """
 :root { color-scheme: light; --ink: #1d2530; --soft: #5b6675; --rule: #d9dee5; --tint: #f5f7fa; --accent: #004488; }
 body { font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: var(--ink);
@@ -29,13 +31,14 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; 
   padding: .9rem 1.1rem; border-radius: .5rem; margin: 0; font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 0; } figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
-figcaption, ul.notes { color: var(--soft); font-size: .88rem; } figcaption { margin-top: .6rem; }
-ul.notes { padding-left: 1.1rem; } ul.notes li { margin: .25rem 0; overflow-wrap: anywhere; }
+figcaption, .notes { color: var(--soft); font-size: .88rem; } figcaption { margin-top: .6rem; }
+p.notes { margin: 1rem 0 .2rem; font-weight: 600; }
+ul.notes { padding-left: 1.1rem; margin: 0; } ul.notes li { margin: .25rem 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; min-width: 100%; font-variant-numeric: tabular-nums;
   border-top: 2px solid var(--ink); border-bottom: 2px solid var(--ink); }
 th, td { text-align: left; padding: .4rem .9rem .4rem .3rem; vertical-align: top; }
-td small { color: var(--soft); font-size: .82em; } td small b { color: #882255; font-size: 1.25em; line-height: 1; }
+td small { color: var(--soft); font-size: .82em; } .words td + td::first-line { font-weight: 600; } td small b { color: #882255; font-size: 1.25em; line-height: 1; }
 thead th { border-bottom: 1px solid var(--ink); } tbody tr:nth-child(even) { background: var(--tint); }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .3rem .9rem; font-size: .92rem; }
 .bars div { display: flex; background: var(--tint); min-height: 1.1rem; align-self: center; }
@@ -57,16 +60,18 @@ a { color: var(--accent); }
 """
 
 
-def markdown(title: str, text: pd.DataFrame, notes: list[str]) -> str:
-    """A data frame of text as a Markdown table between its title and its notes."""
+def markdown(title: str, text: pd.DataFrame, notes: Notes) -> str:
+    """A data frame of text as a Markdown table between its title and its notes; values are not broken at their ±."""
 
     def line(cells: Iterable[Any]) -> str:
         texts = (escape(str(cell), quote=False).replace("|", "\\|").replace("\n", " ") for cell in cells)
-        return "| " + " | ".join(texts) + " |"
+        return "| " + " | ".join(re.sub(r"(?<=\d) (?=[±†])|(?<=±) (?=\d)", "\u00a0", text) for text in texts) + " |"
 
     body = [line(row) for row in text.itertuples(index=False)]
-    listed = [f"- {escape(note, quote=False)}" for note in notes]
-    return "\n".join([f"**{title}**", "", line(text.columns), "|" + "---|" * len(text.columns), *body, "", *listed, ""])
+    parts = [f"**{title}**", "\n".join([line(text.columns), "|" + "---|" * len(text.columns), *body])]
+    for heading, block in notes.items():
+        parts += [f"{heading}:"] * bool(heading) + ["\n".join(f"- {escape(note, quote=False)}" for note in block)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _tex(text: Any) -> str:
@@ -79,7 +84,7 @@ def _tex_row(cells: Iterable[Any]) -> list[str]:
     return [" & ".join(map(_tex, line)) + r" \\" for line in lines]
 
 
-def latex(title: str, text: pd.DataFrame, notes: list[str]) -> str:
+def latex(title: str, text: pd.DataFrame, notes: Notes) -> str:
     """A data frame of text as a LaTeX table (package booktabs); 'Table 1.' is cut off, LaTeX numbers it."""
     body = [line for row in text.itertuples(index=False) for line in _tex_row(row)]
     size = r"\footnotesize" if len(text.columns) <= 7 else r"\scriptsize\setlength{\tabcolsep}{2pt}"
@@ -95,7 +100,7 @@ def latex(title: str, text: pd.DataFrame, notes: list[str]) -> str:
             *body,
             r"\bottomrule",
             r"\end{tabular}",
-            *(rf"\par {_tex(note)}" for note in notes),
+            *(rf"\par {_tex(note)}" for block in notes.values() for note in block),
             r"\end{table}",
             "",
         ]
@@ -114,12 +119,15 @@ def _html_row(cells: Iterable[Any]) -> str:
     return f"<tr>{''.join(map(_html_cell, cells))}</tr>"
 
 
-def html_table(title: str, rows: pd.DataFrame, notes: list[str]) -> str:
-    """A data frame of text as an HTML table with its heading and its notes."""
+def html_table(title: str, rows: pd.DataFrame, notes: Notes, kind: str = "rows") -> str:
+    """A data frame of text as an HTML table with its heading and its notes; kind: 'rows' of values, or of 'words'."""
     head, *body = (_html_row(cells) for cells in [rows.columns, *rows.itertuples(index=False)])
     grid = f"<table><thead>{head.replace('td>', 'th>')}</thead>\n<tbody>{chr(10).join(body)}</tbody></table>"
-    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<h2>{escape(title)}</h2>\n<div class="scroll rows">{grid}</div>\n<ul class="notes">{listed}</ul>'
+    parts = [f"<h2>{escape(title)}</h2>", f'<div class="scroll {kind}">{grid}</div>']
+    for heading, block in notes.items():
+        listed = "".join(f"<li>{escape(note)}</li>" for note in block)
+        parts.append(f'<p class="notes">{escape(heading)}</p><ul class="notes">{listed}</ul>')
+    return "\n".join(parts)
 
 
 def html_figure(title: str, png: bytes, caption: str) -> str:

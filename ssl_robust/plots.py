@@ -253,7 +253,7 @@ def metric_curves(tidy: pd.DataFrame, ax: Axes, key: bool = False) -> Axes:
     """One task's metric against DeACL epoch: a colour for each attack, a dash for each data set.
 
     `tidy` has the columns of fig2.csv. Error bars are drawn if it has `se` too and, if it has `chance`, dots where the
-    best constant prediction lies; markers are hollow where `flagged`. Data sets are named below the panel if there are
+    majority or mean baseline lies; markers are hollow where `flagged`. Data sets are named below the panel if there are
     several or if `key` asks for it, else in the title.
     """
     dashes = dict(zip(tidy["dataset"].unique(), DASHES * len(tidy), strict=False))
@@ -301,7 +301,7 @@ def figure2(tidy: pd.DataFrame) -> Figure:
     for task, ax in zip(tasks, axes, strict=True):
         metric_curves(tidy[tidy["task"] == task], ax, key=most > 1)
     lines = [Line2D([], [], color=COLOURS[a], marker=MARKERS[a], markersize=4.5, label=ATTACK[a]) for a in COLOURS]
-    lines.append(Line2D([], [], label="best constant", **CHANCE))
+    lines.append(Line2D([], [], label="majority or mean baseline", **CHANCE))
     if _flagged(tidy).any():
         look = {"color": "0.2", "marker": "o", "linestyle": "", **HOLLOW}
         lines.append(Line2D([], [], label="† flagged, see the tables' notes", **look))

@@ -252,7 +252,7 @@ def _sweep(b: Bench, untouched: Tensor, attacked: Tensor, level: float, settings
         places = ", ".join(f"{_radius(radii[i])} to {_radius(radii[i + 1])}" for i in back)
         said.append(f"a larger radius weakens the attack ({places})")
     if not found["reaches_chance"]:
-        what = f"{metrics.METRIC[b.model.task]} {value(b, curve[radii[-1]]):.2f}, a constant prediction {level:.2f}"
+        what = f"{metrics.METRIC[b.model.task]} {value(b, curve[radii[-1]]):.2f}, baseline {level:.2f}"
         said.append(f"even a radius of {_radius(radii[-1])} leaves more than chance ({what})")
     return said
 
@@ -463,7 +463,7 @@ def eps_curves(results: list[Result]) -> pd.DataFrame:
 def figure(curves: pd.DataFrame) -> Figure:
     """The metric against the radius, a panel for each task and data set, three in a row; `curves`: see eps_curves.
 
-    A colour for each encoder, dashed with DeACL; dots: the best constant prediction; vertical: the tables' radius; a
+    A colour for each encoder, dashed with DeACL; dots: the majority or mean baseline; vertical: the tables' radius; a
     dagger marks rows with a flag.
     """
     panels = list(curves[["task", "dataset"]].drop_duplicates().itertuples(index=False, name=None))
@@ -503,14 +503,14 @@ def _panel(curves: pd.DataFrame, colours: dict[str, Any], ax: Axes) -> None:
 
 
 def _handles(curves: pd.DataFrame, colours: dict[str, Any]) -> list[Line2D]:
-    """The key: every encoder and defense, with a dagger if one of its rows is flagged, and the best constant."""
+    """The key: every encoder and defense, with a dagger if one of its rows is flagged, and the baseline."""
     handles = []
     for (encoder, defense), rows in curves.groupby(["encoder", "defense"], sort=False):
         label = f"{encoder} {DEFENSE[defense]}{' †' * bool(rows['flagged'].any())}"
         handles.append(
             Line2D([], [], color=colours[encoder], linestyle=DASH[defense], marker="o", markersize=3.5, label=label)
         )
-    return [*handles, Line2D([], [], label="best constant", **plots.CHANCE)]
+    return [*handles, Line2D([], [], label="majority or mean baseline", **plots.CHANCE)]
 
 
 def draw(results: list[Result], profile: str) -> Figure:

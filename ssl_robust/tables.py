@@ -1,5 +1,6 @@
 """Tables 1-3 as data and as text: values beside the paper's, daggers, spread over seeds, and the notes below them."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import pandas as pd
 
 from . import layout, paired
 from . import records as disk
-from .claims import FEW, TASK_ATTACK, claims
+from .claims import FEW, TASK_ATTACK, claims, sentence
 from .evidence import reasons, seed_values
 from .settings import TASKS, BadInput
 
@@ -16,7 +17,7 @@ Record = dict[str, Any]
 REPORTED = pd.read_csv(disk.PACKAGE / "reported.csv")  # Tables 1-3 of the paper
 KEYS = ["dataset", "encoder", "defense"]
 ATTACKS = ["clean", "embed", "task"]  # what the paper reports
-REPORTED_COLUMNS = ["table", *KEYS, "attack", "reported", "ours", "se", "n", "difference", "inside"]
+REPORTED_COLUMNS = ["table", *KEYS, "attack", "reported", "reported_se", "ours", "se", "n", "difference", "inside"]
 # RMSE is better when lower, so each heading says where better is
 METRIC = {"classification": "accuracy ↑", "segmentation": "mIoU ↑", "depth": "RMSE [m] ↓"}
 TITLE = {
@@ -26,6 +27,14 @@ TITLE = {
 }
 DEFENSE = {"standard": "Standard", "deacl": "DeACL"}
 ROUNDING = 0.005  # the paper prints two decimals
+CODE_N = 1000  # test images of classification that the released code attacks
+TEST_N = {"ade20k": 2000, "cityscapes": 500, "voc2012": 1449, "nyuv2": 654}  # images of the whole test sets
+BASELINE = {  # what a constant prediction is, in words
+    "classification": "Majority baseline (always the most frequent class)",
+    "segmentation": "Majority baseline (one class everywhere)",
+    "depth": "Mean baseline (the mean depth everywhere)",
+}
+GAP = 0.0005  # of a value to the worst case: smaller ones are rounding
 
 
 # the paper's names in the paper's order
@@ -35,6 +44,11 @@ ORDER = {key: list(REPORTED[key].unique()) for key in ("dataset", "encoder")} | 
 def _rank(row: Record) -> list[tuple[int, str]]:
     """Sorting key of a row: the paper's names in the paper's order, then the others by name."""
     return [(ORDER[key].index(row[key]) if row[key] in ORDER[key] else len(ORDER[key]), row[key]) for key in KEYS]
+
+
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """Records in the order of the tables' rows."""
+    return sorted(records, key=_rank)
 
 
 def strong_kinds(records: Iterable[Record]) -> list[str]:
@@ -108,27 +122,39 @@ def table(task: str, records: Iterable[Record], skipped: Sequence[Record] = ()) 
     return measured.merge(paper, on=KEYS, how="left")[wanted]
 
 
-def _inside(difference: Any, se: Any) -> Any:
-    """Whether a difference from the paper lies within 2 standard errors of ours, the paper's rounding allowed."""
-    return abs(difference) <= 2 * se + ROUNDING + 1e-9
+def _reported_se(task: str, row: pd.Series, attack: str) -> float:
+    """The sampling error of the paper's own value.
+
+    Accuracy: Wilson's for 1000 images, as many as the released code attacks. mIoU and RMSE, whose error depends on how
+    images differ: ours, for as many images as the test set has.
+    """
+    if task == "classification":
+        low, high = paired.wilson(row[f"reported_{attack}"], CODE_N, 1)[1:]
+        return (high - low) / 2
+    return float("nan") if pd.isna(row["n"]) else row[f"{attack}_se"] * (row["n"] / TEST_N[row["dataset"]]) ** 0.5
+
+
+def _inside(difference: float, se: float, reported_se: float) -> bool:
+    """Whether a difference from the paper lies within 2 standard errors of it, the paper's rounding allowed."""
+    return abs(difference) <= 2 * math.hypot(se, reported_se) + ROUNDING + 1e-9
 
 
 def comparison(task: str, records: Iterable[Record], skipped: Sequence[Record] = ()) -> pd.DataFrame:
     """A row for each value of a task that the paper reports too: REPORTED_COLUMNS; `difference` is ours - reported.
 
-    `inside`: the difference is at most 2 standard errors of ours + 0.005. What was not run has no `ours`.
+    `inside`: the difference is at most 2 standard errors of it, ours and the paper's (_reported_se) together, + 0.005.
+    What was not run has no `ours`.
     """
-    numbers = table(task, records, skipped)
-    parts = [
-        numbers[[*KEYS, "n"]].assign(
-            attack=attack, reported=numbers[f"reported_{attack}"], ours=numbers[attack], se=numbers[f"{attack}_se"]
-        )
-        for attack in ATTACKS
-    ]
-    tidy = pd.concat(parts).sort_index(kind="stable").dropna(subset="reported")
-    tidy = tidy.assign(table=TASKS.index(task) + 1, difference=tidy["ours"] - tidy["reported"])
-    inside = _inside(tidy["difference"], tidy["se"]).astype("boolean")
-    return tidy.assign(inside=inside.where(tidy["ours"].notna())).reset_index(drop=True)[REPORTED_COLUMNS]
+    found = []
+    for _, row in table(task, records, skipped).iterrows():
+        for attack in (attack for attack in ATTACKS if pd.notna(row[f"reported_{attack}"])):
+            ours, se, reported = row[attack], row[f"{attack}_se"], row[f"reported_{attack}"]
+            error = _reported_se(task, row, attack)
+            inside = None if pd.isna(ours) else _inside(ours - reported, se, error)
+            about = {"table": TASKS.index(task) + 1, "attack": attack, "n": row["n"], "inside": inside}
+            values = {"reported": reported, "reported_se": error, "ours": ours, "se": se, "difference": ours - reported}
+            found.append({key: row[key] for key in KEYS} | about | values)
+    return pd.DataFrame(found, columns=REPORTED_COLUMNS).astype({"inside": "boolean", "n": "Int64"})
 
 
 def _signed(difference: float, digits: int = 2) -> str:
@@ -167,7 +193,7 @@ def _marks(task: str, records: Iterable[Record]) -> dict[tuple[str, ...], str]:
     return {tuple(r[key] for key in [*KEYS, "attack"]): said.split()[0] for r, said in found}
 
 
-def _brackets(row: pd.Series, attack: str) -> str:
+def _brackets(task: str, row: pd.Series, attack: str) -> str:
     """The line below a value: the paper's value, the difference and whether it is inside (≈) or not; '' without one."""
     reported = row.get(f"reported_{attack}")
     if pd.isna(reported):
@@ -175,21 +201,21 @@ def _brackets(row: pd.Series, attack: str) -> str:
     if pd.isna(row[attack]):
         return f"\n({reported:.2f})"
     difference = row[attack] - reported
-    sign = "≈" if _inside(difference, row[f"{attack}_se"]) else "≠"
+    sign = "≈" if _inside(difference, row[f"{attack}_se"], _reported_se(task, row, attack)) else "≠"
     return f"\n({reported:.2f}, {_signed(difference)} {sign})"
 
 
-def _cell(row: pd.Series, attack: str, mark: str = "") -> str:
+def _cell(task: str, row: pd.Series, attack: str, mark: str = "") -> str:
     """Value, standard error and dagger; below it the paper's value if it has one, and mean and spread of the seeds.
 
     '0.91 ± 0.01', '0.91 ± 0.01 †2\\n(0.94, −0.03 ≠)\\n(seeds: 0.90 ± 0.02, 3)', or 'not run\\n(0.94)'.
     """
     if pd.isna(row[attack]):
-        return "not run" + _brackets(row, attack)
+        return "not run" + _brackets(task, row, attack)
     value = f"{row[attack]:.2f} ± {row[f'{attack}_se']:.2f}{' ' * bool(mark)}{mark}"
     mean = row.get(f"{attack}_seeds")
     seeds = "" if pd.isna(mean) else f"\n(seeds: {mean:.2f} ± {row[f'{attack}_spread']:.2f}, {row['seeds']})"
-    return value + _brackets(row, attack) + seeds
+    return value + _brackets(task, row, attack) + seeds
 
 
 def readable(task: str, records: list[Record], skipped: Sequence[Record] = ()) -> pd.DataFrame:
@@ -200,7 +226,9 @@ def readable(task: str, records: list[Record], skipped: Sequence[Record] = ()) -
     for kind, name in names(task, records).items():
         places = numbers[KEYS].itertuples(index=False, name=None)
         pairs = zip(numbers.iterrows(), places, strict=True)
-        text[f"{name}, {METRIC[task]}"] = [_cell(row, kind, marks.get((*place, kind), "")) for (_, row), place in pairs]
+        text[f"{name}, {METRIC[task]}"] = [
+            _cell(task, row, kind, marks.get((*place, kind), "")) for (_, row), place in pairs
+        ]
     return text.assign(n=["–" if pd.isna(n) else str(n) for n in numbers["n"]])
 
 
@@ -235,17 +263,28 @@ def _data_words(kept: list[Record]) -> list[str]:
     damaged = ", ".join(unique(f"{r['damaged']} on {r['dataset']}" for r in kept if r.get("damaged")))
     words = [f"Rows on parts of the official data sets (counts: any): {parts}."] if parts else []
     words += [f"Unreadable test images that were left out: {damaged}."] if damaged else []
+    words += unique(
+        f"Fewer training images were there than asked for: the head on {r['dataset']} was trained on "
+        f"{r['n_train']:,} of {r['n_train_asked']:,} images."
+        for r in kept
+        if r.get("n_train", 0) + r["settings"]["task"].get("n_val", 0) < r.get("n_train_asked", 0)
+    )
     return words + ([f"Errors count inside the centre crop of Eigen et al. on {cropped}."] if cropped else [])
 
 
-def _comparison_words(compared: pd.DataFrame) -> str:
-    """What the brackets mean and how often the value lies inside."""
+def _comparison_words(task: str, compared: pd.DataFrame) -> list[str]:
+    """What the brackets mean and how often the value lies inside; nothing without a row of the paper."""
     if compared.empty:
-        return "The paper has none of these rows."
-    rule = f"≈ if it is at most 2 standard errors of ours (+ {ROUNDING}, as the paper rounds to 0.01), ≠ if it is more"
+        return []
+    same = "ours, scaled to the images of the whole test set"
+    error = f"Wilson's for {CODE_N} images, as many as its code attacks" if task == "classification" else same
+    rule = (
+        f"≈ if it is at most 2 standard errors of the difference (ours, and for the paper {error}) + {ROUNDING}, as "
+        "the paper rounds to 0.01, ≠ if it is more"
+    )
     judged = compared["inside"].dropna()
     count = f"{judged.sum()} of {len(judged)} values are ≈" if len(judged) else "none of them was run"
-    return f"In brackets: the paper's value, then the difference (ours − the paper's), {rule}; {count}."
+    return [f"In brackets: the paper's value, then the difference (ours − the paper's), {rule}; {count}."]
 
 
 def _skipped_words(task: str, kept: list[Record], skipped: Sequence[Record]) -> list[str]:
@@ -260,7 +299,7 @@ def _skipped_words(task: str, kept: list[Record], skipped: Sequence[Record]) -> 
 
 
 def _overstated(task: str, kept: list[Record]) -> list[str]:
-    """How far the task attack's value is from the worst case, in each row or, for many rows, as a range."""
+    """What Worst is, and how far the task attack's value is from it; for many rows as a range."""
     cells = {(*(r[key] for key in KEYS), r["attack"]): r for r in kept}
     sign, gaps = -1 if task == "depth" else 1, {}
     for (*place, kind), worst in cells.items():
@@ -269,19 +308,25 @@ def _overstated(task: str, kept: list[Record]) -> list[str]:
             gaps[row_name(worst)] = sign * (alone["value"] - worst["value"])
     if not gaps:
         return []
-    ranked = sorted(gaps, key=gaps.get)
-    numbers = ", ".join(f"{gap:.3f} in {row}" for row, gap in gaps.items())
-    if len(gaps) > FEW:
-        least, middle, most = (f"{gaps[row]:.3f} in {row}" for row in (ranked[0], ranked[len(gaps) // 2], ranked[-1]))
-        numbers = f"{least} (the least of {len(gaps)} rows), {middle} (the middle), {most} (the most)"
     others = ", ".join(name for kind, name in names(task, kept).items() if kind != "worst")
-    lies = f"its {METRIC[task][:-2]} lies {'below' if task == 'depth' else 'above'} Worst by"
     n = max(r.get("checked", 0) for r in kept if r["attack"] == "worst")
     further = f"; of the first {n} also of 07_sanity's attacks (noise, more steps and starts, transferred images)"
-    return [
-        f"Worst: for each image the worst result of {others}{further if n else ''}.",
-        f"{TASK_ATTACK[task]} alone overstates robustness: {lies} {numbers}.",
-    ]
+    return [f"Worst: for each image the worst result of {others}{further if n else ''}. {_gap_words(task, gaps)}"]
+
+
+def _gap_words(task: str, gaps: dict[str, float]) -> str:
+    real = {row: gap for row, gap in gaps.items() if gap > GAP}
+    if not real:
+        side = "below" if task == "depth" else "above"
+        return f"{TASK_ATTACK[task]} alone leaves nothing {side} Worst (all gaps < {GAP})."
+    numbers = ", ".join(f"{gap:.3f} in {row}" for row, gap in real.items())
+    if len(real) > FEW:
+        ranked = sorted(real, key=real.get)
+        least, middle, most = (f"{real[row]:.3f} in {row}" for row in (ranked[0], ranked[len(real) // 2], ranked[-1]))
+        numbers = f"{least} (the least of {len(real)} rows), {middle} (the middle), {most} (the most)"
+    lies = f"its {METRIC[task][:-2]} lies {'below' if task == 'depth' else 'above'} Worst by"
+    rest = f"; elsewhere by less than {GAP}" if len(real) < len(gaps) else ""
+    return f"{TASK_ATTACK[task]} alone overstates robustness: {lies} {numbers}{rest}."
 
 
 def _seed_words(kept: list[Record]) -> list[str]:
@@ -304,37 +349,43 @@ def _paired_words(task: str, kept: list[Record]) -> list[str]:
         ]
         sentences.append(f"DeACL − Standard on {dataset}/{encoder}: {', '.join(numbers)}.")
     if sentences:
-        how = {
-            "segmentation": ", of mIoU as a mean over images",
-            "depth": ", every image counting the same; a negative one is a gain",
-        }
-        rule = "Differences with their 95 % interval (the claims' intervals too): paired bootstrap over the same images"
-        sentences.insert(0, f"{rule}{how.get(task, '')}.")
-    elif any(r["defense"] == "deacl" for r in kept):
-        sentences.append("The claims' intervals are one standard error: there are no values of the same images.")
+        how = "; a negative one is a gain" if task == "depth" else ""
+        rule = "Differences of the table's values with their 95 % interval: paired bootstrap over the same images"
+        sentences.insert(0, f"{rule}{how}.")
     return sentences
 
 
-def notes(task: str, records: list[Record], skipped: Sequence[Record] = ()) -> list[str]:
-    """Sentences below a table: daggers, how it was measured, what to compare with, and the claims as they show here."""
+def notes(task: str, records: list[Record], skipped: Sequence[Record] = ()) -> layout.Notes:
+    """What is to be said below a table: daggers, how it was measured, and the claims as they show here."""
     kept = _kept(task, records)
+    found = {
+        "Flagged values": [sentence for _, sentence in daggers(task, records)],
+        "How it was measured": _measured_words(task, kept, comparison(task, records, skipped)),
+        "Not run": _skipped_words(task, kept, skipped),
+        "What it says of the claims": [sentence(c) for c in claims(in_order(records), task)],
+        "DeACL against Standard": _paired_words(task, kept),
+    }
+    return {heading: sentences for heading, sentences in found.items() if sentences}
+
+
+def _measured_words(task: str, kept: list[Record], compared: pd.DataFrame) -> list[str]:
+    """One sentence of protocol, then what it takes to read the values."""
     attacked = [r for r in kept if r["attack"] != "clean"]
-    sentences = [sentence for _, sentence in daggers(task, records)]
-    sentences.append("Value ± standard error over n test images, the same ones clean and attacked.")
-    if chances := ", ".join(unique(f"{r['chance']:.2f} on {r['dataset']}" for r in kept)):
-        sentences.append(f"The best constant prediction scores {chances}.")
-    sentences += unique(_protocol_words(r.get("protocol", "paper")) for r in kept)
-    sentences += unique(_attack_words(r["settings"]["attack"]) for r in attacked if r["attack"] in ATTACKS)
+    protocol = ["Value ± standard error over n test images, the same ones clean and attacked."] if kept else []
+    protocol += unique(_protocol_words(r.get("protocol", "paper")) for r in kept)
+    protocol += unique(_attack_words(r["settings"]["attack"]) for r in attacked if r["attack"] in ATTACKS)
     if any(r.get("precision") == "bf16" for r in attacked):
-        sentences.append("Attack steps are computed in bf16, what is evaluated in fp32.")
+        protocol.append("Attack steps are computed in bf16, values in fp32.")
     if attacked:
-        sentences.append(f"Largest change of any pixel: {_pixels(max(r['max_perturbation'] for r in attacked))}.")
+        protocol.append(f"Largest change of any pixel: {_pixels(max(r['max_perturbation'] for r in attacked))}.")
+    sentences = [" ".join(protocol)] if protocol else []
+    if chances := ", ".join(unique(f"{r['chance']:.2f} on {r['dataset']}" for r in kept)):
+        sentences.append(f"{BASELINE[task]}, of the training images: {chances}.")
     if nonfinite := sum(r["nonfinite"] for r in kept):
-        sentences.append(f"Warning: {nonfinite} values were not finite.")
-    sentences += [*_data_words(kept), *_overstated(task, kept), *_seed_words(kept)]
-    sentences.append(_comparison_words(comparison(task, records, skipped)))
-    sentences += [*_skipped_words(task, kept, skipped), *_paired_words(task, kept)]
-    return sentences + [f"({letter}) {sentence}" for letter, sentence in claims(sorted(records, key=_rank), task)]
+        sentences.append(f"Warning: predictions for {nonfinite} images were not finite and count as wrong.")
+    return sentences + [
+        *_data_words(kept), *_overstated(task, kept), *_seed_words(kept), *_comparison_words(task, compared)
+    ]  # fmt: skip
 
 
 def csv(numbers: pd.DataFrame) -> str:

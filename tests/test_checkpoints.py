@@ -2,9 +2,13 @@
 
 import argparse
 import collections
+import itertools
+import json
 import math
+import os
 import re
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +17,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save, save_file
+from timm.models.eva import Eva
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 
-from ssl_robust import checkpoints, encoders
-from ssl_robust.settings import BadInput, EncoderRow
+from ssl_robust import checkpoints, encoders, records
+from ssl_robust import deacl as finetuning
+from ssl_robust.settings import BadInput, EncoderRow, check
 
 DIM, HEADS, PATCH, NATIVE = 24, 3, 4, 20  # 5x5 patches
 
@@ -31,6 +37,14 @@ def vit(seed=0, **kwargs):
 
 def resnet(seed=0):
     return shaken(ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(4, 8, 12, 16), stem_width=64), seed)
+
+
+def eva(seed=0, **kwargs):
+    """A small DINOv3: rotary positions, registers, LayerScale."""
+    shape = {"img_size": NATIVE, "patch_size": PATCH, "embed_dim": DIM, "depth": 3, "num_heads": HEADS}
+    rotary = {"use_rot_pos_emb": True, "use_abs_pos_emb": False, "rope_type": "dinov3", "rope_rotate_half": True}
+    more = {"num_reg_tokens": 4, "init_values": 1.0, "use_fc_norm": False, "num_classes": 0, "dynamic_img_size": True}
+    return shaken(Eva(**shape, **rotary, **more, **kwargs), seed)
 
 
 def shaken(model, seed):
@@ -48,6 +62,8 @@ REGISTERS = {"init_values": 1.0, "reg_tokens": 4, "no_embed_class": True}
 MODELS = {
     "dino": (vit, {}, encoders.DINO), "dinov2": (vit, DINOV2, encoders.DINO),
     "registers": (vit, REGISTERS, encoders.REGISTERS), "mae": (vit, {}, None), "resnet": (resnet, {}, None),
+    "dinov3": (eva, {"qkv_bias": False}, None), "dinov3_bias": (eva, {"qkv_bias": True}, None),
+    "dinov3_swiglu": (eva, {"qkv_bias": False, "swiglu_mlp": True}, None),
 }  # fmt: skip
 
 
@@ -101,6 +117,21 @@ def dinov2_official(state, chunks=False):
     return state
 
 
+def dinov3_official(state):
+    """DINOv3's own names: a masked bias of the keys, which may hold anything, and what only training needs."""
+    state = {re.sub(r"gamma_(\d)$", r"ls\1.gamma", k): v for k, v in state.items()}
+    state["storage_tokens"] = state.pop("reg_token")
+    swiglu = {"mlp.fc1_g.": "mlp.w1.", "mlp.fc1_x.": "mlp.w2.", "mlp.fc2.": "mlp.w3."}
+    if any("fc1_g" in k for k in state):
+        state = {re.sub("|".join(swiglu), lambda m: swiglu[m[0]], k): v for k, v in state.items()}
+    for i in range(3):
+        query, value = (state.pop(f"blocks.{i}.attn.{n}_bias", torch.zeros(DIM)) for n in "qv")
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([query, torch.full([DIM], math.nan), value])
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.cat([torch.ones(DIM), torch.zeros(DIM), torch.ones(DIM)])
+    more = {"mask_token": torch.ones(1, DIM), "rope_embed.periods": torch.ones(2)}
+    return state | more | {"local_cls_norm.weight": torch.ones(DIM)}
+
+
 def dinov2_training(state):
     teacher = prefixed(dinov2_official(state, chunks=True), "teacher.backbone.")
     student = prefixed(dinov2_official(made("dinov2", 1).state_dict()), "student.backbone.")
@@ -129,7 +160,7 @@ def solo(prefix, predictor):
     def layout(state):
         momentum = prefixed(made("resnet", 1).state_dict(), f"momentum_{prefix}")
         others = {"projector.0.weight": torch.ones(2), "classifier.bias": torch.ones(2), "queue_ptr": torch.ones(1)}
-        others |= {f"{prefix}normalize.mean": torch.ones(3), f"{prefix}layer1.total_ops": torch.ones(1)}
+        others |= {f"{prefix}layer1.total_ops": torch.ones(1)}
         others |= {"predictor.0.weight": torch.ones(2)} if predictor else {}
         return lightning(prefixed(state, prefix) | others | momentum)
 
@@ -139,6 +170,20 @@ def solo(prefix, predictor):
 def simsiam(state):
     fc = {"module.encoder.fc.0.weight": torch.ones(2), "module.predictor.0.weight": torch.ones(2)}
     return {"epoch": 100, "arch": "resnet50", "state_dict": prefixed(state, "module.encoder.") | fc, "optimizer": {}}
+
+
+def moco(encoder, other):
+    def layout(state):
+        rest = prefixed(made("resnet", 1).state_dict(), f"module.{other}.") | {"module.queue_ptr": torch.ones(1)}
+        fc = {f"module.{encoder}.fc.0.weight": torch.ones(2), "module.predictor.0.weight": torch.ones(2)}
+        return {"epoch": 200, "state_dict": prefixed(state, f"module.{encoder}.") | rest | fc}
+
+    return layout
+
+
+def compiled_parts(state):
+    """Each block compiled, and checkpointed, on its own."""
+    return {re.sub(r"^blocks\.(\d)", r"blocks.\1._orig_mod._checkpoint_wrapped_module", k): v for k, v in state.items()}
 
 
 def mae(state):
@@ -170,8 +215,23 @@ LAYOUTS = [
     ("dino", deacl("backbone.encoder.model."), "DeACL checkpoint of the paper's code"),
     ("resnet", solo("backbone.", False), "solo-learn checkpoint"),
     ("resnet", solo("backbone.", True), "solo-learn checkpoint"),
-    ("resnet", solo("encoder.", True), "solo-learn checkpoint (early)"),
-    ("resnet", simsiam, "SimSiam checkpoint"),
+    ("resnet", solo("encoder.", True), "SimSiam, MoCo or early solo-learn checkpoint"),
+    ("resnet", simsiam, "SimSiam, MoCo or early solo-learn checkpoint"),
+    ("resnet", moco("encoder_q", "encoder_k"), "SimSiam, MoCo or early solo-learn checkpoint"),
+    ("resnet", moco("base_encoder", "momentum_encoder"), "SimSiam, MoCo or early solo-learn checkpoint"),
+    ("resnet", lambda s: {"state_dict": prefixed(s, "model.")}, "state dict in 'state_dict'"),
+    ("resnet", lambda s: without(s, "num_batches_tracked"), "state dict"),  # written before there were such counters
+    ("dinov3", lambda s: s, "state dict"),
+    ("dinov3", dinov3_official, "DINOv3 state dict"),
+    ("dinov3_bias", dinov3_official, "DINOv3 state dict"),
+    ("dinov3_swiglu", dinov3_official, "DINOv3 state dict"),
+    ("dinov3", lambda s: {"teacher": prefixed(dinov3_official(s), "backbone.") | head("ibot_head.")},
+     "DINOv2 teacher checkpoint"),
+    ("dino", compiled_parts, "state dict"),
+    *(("dino", lambda s, p=p: {"teacher": prefixed(s, p)}, "DINO teacher checkpoint")
+      for n in (1, 2, 3) for p in map("".join, itertools.permutations(["module.", "_orig_mod.", "backbone."], n))),
+    *(("dinov2", lambda s, p=p: {"teacher": prefixed(dinov2_official(s), p)}, "DINOv2 teacher checkpoint")
+      for p in map("".join, itertools.permutations(["module.", "_orig_mod.", "backbone."]))),
     ("resnet", lambda s: {"state_dict": {**s, "fc.weight": torch.ones(2)}}, "state dict in 'state_dict'"),
 ]  # fmt: skip
 
@@ -190,7 +250,7 @@ def test_every_layout_gives_the_models_own_features(kind, layout, origin, small,
     if kind == "resnet":
         assert torch.allclose(cls, features.mean((2, 3)), atol=1e-5) and torch.allclose(patches, features, atol=1e-5)
         return
-    prefix = 5 if kind == "registers" else 1
+    prefix = 5 if kind == "registers" or kind.startswith("dinov3") else 1
     assert torch.allclose(cls, features[:, 0], atol=1e-5)
     assert torch.allclose(patches.flatten(2), features[:, prefix:].transpose(1, 2), atol=1e-5)
 
@@ -269,8 +329,16 @@ def without(state, *words):
 
 REFUSED = [
     # weights of DINOv2 in a model without LayerScale, and the other way round
-    ("dino", lambda: dinov2_official(made("dinov2").state_dict()), r"left over blocks.0.ls1.gamma; .*ls2.gamma; name"),
-    ("dinov2", lambda: made("dino").state_dict(), r"missing blocks.0.ls1.gamma; .*ls2.gamma; name"),
+    ("dino", lambda: dinov2_official(made("dinov2").state_dict()),
+     r"left over blocks.0.ls1.gamma; left over blocks.0.ls2.gamma; left over blocks.1.ls1.gamma; and 3 more; name"),
+    ("dinov2", lambda: made("dino").state_dict(),
+     r"missing blocks.0.ls1.gamma; missing blocks.0.ls2.gamma; missing blocks.1.ls1.gamma; and 3 more; name"),
+    ("dinov3", lambda: dinov3_official(made("dinov3_bias").state_dict()), "left over blocks.0.attn.q_bias; "),
+    ("resnet", lambda: without(made("resnet").state_dict(), "running_mean"), "missing bn1.running_mean; "),
+    ("dino", lambda: made("dino").state_dict() | {"module.cls_token": torch.ones(1, 1, DIM)},
+     r"left over module.cls_token \(a second cls_token\); name"),
+    ("resnet", lambda: {"state_dict": made("resnet").state_dict() | {"normalize.mean": torch.ones(3)}},
+     "left over normalize.mean; name"),
     ("dinov2", lambda: dinov2_official(without(made("dinov2").state_dict(), "ls1", "ls2")), "missing blocks.0.ls1"),
     ("dinov2", lambda: {"model": without(dinov2_training(made("dinov2").state_dict())["model"], "norm2")},
      "missing blocks.0.norm2.bias"),
@@ -321,7 +389,7 @@ def _planted_state(**changes):
         ({"proj.bias": None}, "missing proj.bias"),
         ({"blocks.0.gamma": torch.zeros(1)}, "left over blocks.0.gamma"),
         ({"proj.bias": torch.zeros(7)}, r"proj.bias has shape \(7,\), not \(6,\)"),
-        ({f"more.{i:02d}": torch.zeros(1) for i in range(23)}, "left over more.19; and 3 more; name as timm the model"),
+        ({f"more.{i:02d}": torch.zeros(1) for i in range(23)}, "left over more.02; and 20 more; name as timm"),
     ],
 )
 def test_tensors_that_are_not_the_models_are_named(changes, words):
@@ -354,11 +422,45 @@ def test_truncated_weight_files_are_refused(tmp_path, suffix, share):
         checkpoints.read_weights(path)
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_a_text_file_is_refused(tmp_path, suffix):
-    (tmp_path / f"w.{suffix}").write_text("<html>404 Not Found</html>")
-    with pytest.raises(BadInput, match=rf"w\.{suffix} (cannot be read|is no plain state dict)"):
+@pytest.mark.parametrize("suffix", ["safetensors", "pth", "ckpt"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "begins 'version https://git-lfs"),
+        (b"<!DOCTYPE html><html>404</html>", "begins '<!DOCTYPE html>"),
+        (b'\n{"error": "Invalid username or password."}', "begins '{\"error\": \"Invalid"),
+        (b"{'a'}: {'b'}", "begins \"{'a'}"),
+        (b"\x1f\x8b\x08\x00" + bytes(40), "begins '\\x1f\\x8b"),
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+    ],
+)
+def test_what_is_no_weight_file_is_to_be_fetched_again(tmp_path, suffix, content, words):
+    (tmp_path / f"w.{suffix}").write_bytes(content)
+    with pytest.raises(BadInput) as refusal:
         checkpoints.read_weights(tmp_path / f"w.{suffix}")
+    assert re.search(rf"w\.{suffix} is not a weight file \(it ", str(refusal.value))
+    assert words in str(refusal.value) and str(refusal.value).endswith("); fetch it again.")
+
+
+def test_formats_are_known_by_content_not_by_name(tmp_path):
+    save_file(_planted_state(), tmp_path / "w.pth")
+    torch.save(_planted_state(), tmp_path / "w.safetensors")
+    for path in tmp_path.iterdir():
+        assert torch.equal(checkpoints.read_weights(path)["proj.bias"], _planted_state()["proj.bias"])
+
+
+def test_other_zips_are_told_apart(tmp_path):
+    np.savez(tmp_path / "w.npz", a=np.zeros(2))
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "w.pt")
+    torch.save({"a": torch.zeros(1000, 1000)}, tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w", 8) as packed:
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member))
+    for name, words in (("w.npz", "zip file without PyTorch's data.pkl .it holds a.npy"), ("w.pt", "TorchScript"),
+                        ("bomb.pth", "is compressed and would unpack to 0.004 GB; save it anew")):  # fmt: skip
+        with pytest.raises(BadInput, match=f"{name} is a .*{words}" if name == "w.npz" else words):
+            checkpoints.read(tmp_path / name)
 
 
 class _Code:
@@ -369,22 +471,28 @@ class _Code:
         return tempfile.mkdtemp, (None, "executed", self.folder)
 
 
-@pytest.mark.parametrize(
-    ("legacy", "words"), [(False, "holds tempfile.mkdtemp, which could run code"), (True, "save one")]
-)
+@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("place", ["weights", "options"])
-def test_pickled_code_is_refused_and_not_executed(tmp_path, legacy, words, place):
+def test_pickled_code_is_refused_and_not_executed(tmp_path, legacy, place):
     code = _Code(tmp_path)
     content = {"proj.bias": code} if place == "weights" else {"state_dict": _planted_state(), "hyper_parameters": code}
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(BadInput, match=f"w.pth is no plain state dict.*{words}"):
+    with pytest.raises(BadInput, match="w.pth is no plain state dict: it holds tempfile.mkdtemp, which could run"):
         checkpoints.read_weights(tmp_path / "w.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
 
 
-def test_options_are_left_unread_not_imported(tmp_path):
-    content = lightning(_planted_state())
-    torch.save(content, tmp_path / "w.ckpt")
+OPTIONS = {
+    "namespace": argparse.Namespace(lr=0.1), "scalar": np.float64(71.3), "array": np.arange(3.0), "path": Path("/x"),
+    "dicts": collections.defaultdict(list, {"a": [1]}), "plain": {"a": (1, 2.5, None, "b")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_are_left_unread_not_imported(tmp_path, legacy, option):
+    content = lightning(_planted_state()) | {"args": OPTIONS[option]}
+    torch.save(content, tmp_path / "w.ckpt", _use_new_zipfile_serialization=not legacy)
     read = checkpoints.read(tmp_path / "w.ckpt")
     assert isinstance(read["hyper_parameters"]["attack"], checkpoints.Unread)
     assert torch.equal(checkpoints.read_weights(tmp_path / "w.ckpt")["proj.bias"], _planted_state()["proj.bias"])
@@ -407,9 +515,176 @@ def test_files_of_something_else_are_refused(tmp_path, content, words):
         checkpoints.read_weights(tmp_path / "w.pth")
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(BadInput, match="gone.pth does not exist; correct the path"):
-        checkpoints.read_weights(tmp_path / "gone.pth")
+def test_files_that_cannot_be_opened_say_why(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for place, words in (
+        ("gone.pth", "gone.pth does not exist; correct the"), ("folder", "is a folder; name the weight file"),
+        ("file/w.pth", "cannot be opened .Not a directory.; correct"), ("x" * 3000, "cannot be opened .File name too"),
+        ("a\0b", "cannot be opened .embedded null byte.; correct"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=words):
+            checkpoints.read_weights(tmp_path / place)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_says_so(tmp_path):
+    (tmp_path / "w.pth").touch(0)
+    with pytest.raises(BadInput, match="w.pth cannot be opened .Permission denied.; make it readable"):
+        checkpoints.read_weights(tmp_path / "w.pth")
+
+
+def test_one_rule_says_where_a_file_lies(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root / "home"))
+    assert checkpoints.locate("~/w.pth", "/data") == root / "home" / "w.pth"
+    assert checkpoints.locate("/a/w.pth", "/data") == Path("/a/w.pth")
+    assert checkpoints.locate("weights/w.pth", "/data") == Path("/data/weights/w.pth")
+    assert checkpoints.locate("weights/w.pth", "~/data") == root / "home" / "data" / "weights" / "w.pth"
+    with pytest.raises(BadInput, match="~nobody_here/w.pth lies in the home folder of nobody here; write the whole"):
+        checkpoints.locate("~nobody_here/w.pth")
+
+
+def test_paths_mean_the_same_for_both_checkpoints_from_every_folder(root, small, monkeypatch):
+    """Without a data folder they start in the project: a check at the top finds what notebooks below it find."""
+    monkeypatch.setenv("HOME", str(root / "home"))
+    for folder in ("home", "weights", "notebooks"):
+        (root / folder).mkdir()
+        torch.save(made("dino").state_dict(), root / folder / "w.pth")
+    both = {"name": "dino", "defenses": ["standard", "deacl"]}
+    for place in (root, root / "notebooks"):
+        monkeypatch.chdir(place)
+        for file in ("~/w.pth", "weights/w.pth"):
+            settings = check(profile="x", encoders=[both | {"checkpoint": file, "deacl_checkpoint": file}])
+            assert encoders.check(settings) == []
+            (row,) = settings.encoders
+            where = checkpoints.locate(file)
+            assert [v[2] for v in finetuning.variants(row, "x")] == [None, where]
+            assert encoders.load(row).hash == encoders.load(row, weights=where).hash
+        bad = check(profile="x", encoders=[both | {"checkpoint": "~nobody_here/w", "deacl_checkpoint": "w.pth"}])
+        problems = encoders.check(bad)
+        assert "nobody here" in problems[0] and f"{root / 'w.pth'} does not exist" in problems[1] and len(problems) == 2
+
+
+# --- what no model can compute with ---
+
+
+def _sparse(value):
+    return value.to_sparse()
+
+
+def _quantised(value):
+    return torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_sparse, "w.pth holds no plain numbers: its norm.weight is a sparse tensor; save plain"),
+        (_quantised, "w.pth holds no plain numbers: its norm.weight is a quantised tensor; save plain"),
+        (lambda v: v.to("meta"), "w.pth holds no plain numbers: its norm.weight is a meta tensor; save plain"),
+        (lambda v: v.char(), r"dino \(w.pth\) holds torch.int8 numbers in norm.weight; save floating-point"),
+        (lambda v: v + 0j, r"dino \(w.pth\) holds torch.complex64 numbers in norm.weight; save floating-point"),
+        (lambda v: v * math.nan, r"dino \(w.pth\) holds NaN or infinite numbers in norm.weight; fetch"),
+        (lambda v: v.double() * 1e300, r"dino \(w.pth\) holds NaN or infinite numbers in norm.weight; fetch"),
+    ],
+)
+def test_tensors_without_usable_numbers_are_named(change, words, small, tmp_path):
+    state = made("dino").state_dict()
+    torch.save(state | {"norm.weight": change(state["norm.weight"])}, tmp_path / "w.pth")
+    with pytest.raises(BadInput, match=words):
+        encoders.load(EncoderRow(name="dino", checkpoint="w.pth"), str(tmp_path))
+
+
+# --- the normalisation that a file keeps ---
+
+MEAN, STD = (0.25, 0.5, 0.125), (0.5, 0.25, 0.125)
+
+
+def colours(mean_key, std_key, mean=MEAN, std=STD):
+    return {mean_key: torch.tensor(mean).view(3, 1, 1), std_key: torch.tensor(std).view(3, 1, 1)}
+
+
+def robustness(state):
+    attacker = prefixed(state, "module.attacker.model.") | colours("module.attacker.normalize.new_mean",
+                                                                   "module.attacker.normalize.new_std")  # fmt: skip
+    own = prefixed(state, "module.model.") | colours("module.normalizer.new_mean", "module.normalizer.new_std")
+    return {"model": own | attacker, "epoch": 90, "schedule": None}
+
+
+NORMALISED = {
+    "deacl": lambda s: lightning(
+        prefixed(s, "backbone.") | colours("backbone.normalize.mean", "backbone.normalize.std")
+    ),
+    "robustness": robustness,
+    "wrapper": lambda s: prefixed(s, "model.") | colours("normalize.mean", "normalize.std"),
+    "sequence": lambda s: {"state_dict": prefixed(s, "module.1.") | colours("module.0.mean", "module.0.std")},
+    "buffers": lambda s: {"model": s | colours("mean", "std")},
+    "pixels": lambda s: s | colours("pixel_mean", "pixel_std"),
+    "timm": lambda s: {"state_dict": s, "pretrained_cfg": {"mean": MEAN, "std": list(STD), "url": ""}},
+}
+
+
+@pytest.mark.parametrize("place", NORMALISED)
+def test_a_files_own_normalisation_is_used(place, small, tmp_path):
+    model = made("resnet")
+    torch.save(NORMALISED[place](model.state_dict()), tmp_path / "w.pth")
+    row, x = EncoderRow(name="resnet", checkpoint="w.pth"), planted.images(2, 64)
+    encoder = encoders.load(row, str(tmp_path))
+    with torch.no_grad():
+        expected = model.forward_features((x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+    assert torch.allclose(encoder(x)[1], expected, atol=1e-5)
+    assert encoder.origin.endswith(" w.pth, normalised by its own mean and std")
+    said = row.model_copy(update={"normalise": "inception"})
+    other = encoders.load(said, str(tmp_path))
+    assert other.mean.flatten().tolist() == other.std.flatten().tolist() == [0.5] * 3
+    assert other.origin.endswith(" w.pth, normalised as the row says, not as the file does")
+
+
+def test_what_timm_says_of_a_model_is_read_from_metadata(small, tmp_path):
+    about = {"format": "pt", "pretrained_cfg": json.dumps({"mean": MEAN, "std": STD})}
+    save_file(made("dino").state_dict(), tmp_path / "w.safetensors", about)
+    save_file(made("dino").state_dict(), tmp_path / "damaged.safetensors", about | {"pretrained_cfg": "{"})
+    rows = [EncoderRow(name="dino", checkpoint=file) for file in ("damaged.safetensors", "w.safetensors")]
+    means = [encoders.load(row, str(tmp_path)).mean.flatten().tolist() for row in rows]
+    assert means == [pytest.approx(encoders.IMAGENET_MEAN), list(MEAN)]
+
+
+def test_options_of_training_say_nothing_about_the_model(small, tmp_path):
+    options = {"hyper_parameters": {"mean": MEAN, "std": STD}, "args": {"mean": MEAN, "std": STD}}
+    torch.save({"state_dict": made("dino").state_dict()} | options, tmp_path / "w.pth")
+    encoder = encoders.load(EncoderRow(name="dino", checkpoint="w.pth"), str(tmp_path))
+    assert encoder.mean.flatten().tolist() == pytest.approx(encoders.IMAGENET_MEAN)
+    assert encoder.origin == "state dict in 'state_dict' w.pth"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (colours("mean", "std", (124, 116, 104), (58, 57, 57)), r"keeps mean \(124.0, .* not those of pixels in"),
+        (colours("mean", "std", MEAN, (0.0, 0.5, 0.5)), r"std \(0.0, 0.5, 0.5\), which are not those of pixels"),
+        (colours("mean", "std", MEAN, (math.nan, 0.5, 0.5)), "std .nan, 0.5, 0.5., which are not those of pixels"),
+        (colours("mean", "std") | colours("a.mean", "a.std", STD), "keeps 2 different means and stds of pixels"),
+    ],
+)
+def test_a_normalisation_that_cannot_be_meant_asks_for_the_rows(more, words, small, tmp_path):
+    torch.save(made("dino").state_dict() | more, tmp_path / "w.pth")
+    row = EncoderRow(name="dino", checkpoint="w.pth")
+    with pytest.raises(BadInput, match=f"w.pth {'.*' if words.startswith('std') else ''}{words}.*; give the encoder's"):
+        encoders.load(row, str(tmp_path))
+    assert encoders.load(row.model_copy(update={"normalise": "clip"}), str(tmp_path)).hash
+
+
+def test_weights_of_deacl_keep_the_normalisation_they_were_trained_with(small, tmp_path):
+    torch.save(made("dino").state_dict() | colours("mean", "std", encoders.CIFAR_MEAN), tmp_path / "w.pth")
+    row = EncoderRow(name="dino", checkpoint="w.pth")
+    teacher = encoders.load(row, str(tmp_path))
+    finetuning.save_backbone(teacher, tmp_path / "epoch_1.safetensors")
+    assert encoders.load(row, str(tmp_path), tmp_path / "epoch_1.safetensors").hash == teacher.hash
+    assert records.read_tensors(tmp_path / "epoch_1.safetensors")[0].keys() == teacher.backbone.state_dict().keys()
+
+
+# --- files of both formats ---
 
 
 def test_own_files_are_read_in_both_formats(tmp_path):
