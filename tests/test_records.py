@@ -189,7 +189,8 @@ print(records.code_hash("settings"), records.REVISION)
     def said(*edited):
         environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
         run = [sys.executable, "-c", program, *edited]
-        return subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout.split()
+        done = subprocess.run(run, capture_output=True, text=True, check=True, env=environment, cwd=checkout)
+        return done.stdout.split()
 
     before, during, after = said(), said(checkout / "ssl_robust" / "settings.py"), said()
     assert before == during and after[0] != before[0] and after[1] == before[1] + "+"
