@@ -128,7 +128,7 @@ def unpack(file: Path, root: Path, place: str) -> None:
                     archive.extract(member, temporary, filter="data")
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary / place, root / place)
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damage, a password and unknown compression have errors of their own each
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
         raise BadInput(f"{file} could not be unpacked ({reason}); delete it and repeat make data.") from None
     finally:

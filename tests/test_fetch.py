@@ -27,6 +27,11 @@ def server(monkeypatch):
         def do_GET(self):
             name, wish = self.path.rsplit("/", 1)[-1], self.headers.get("Range")
             told.asked.append((name, wish))
+            if self.path.startswith("/moved/"):  # as the hub sends on to where large files lie
+                self.send_response(302)
+                self.send_header("Location", f"/{name}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
             if name not in told.files:
                 return self.send_error(404)
             content = told.files[name]
@@ -77,6 +82,13 @@ def test_an_interrupted_download_goes_on(server, tmp_path):
     (tmp_path / "a.bin.part").write_bytes(CONTENT[:4000])
     fetch.download(f"{server.url}/a.bin", tmp_path / "a.bin", MD5)
     assert (tmp_path / "a.bin").read_bytes() == CONTENT and server.asked == [("a.bin", "bytes=4000-")]
+
+
+def test_an_interrupted_download_goes_on_where_the_server_sends_it(server, tmp_path):
+    server.files["a.bin"] = CONTENT
+    (tmp_path / "a.bin.part").write_bytes(CONTENT[:4000])
+    fetch.download(f"{server.url}/moved/a.bin", tmp_path / "a.bin", MD5)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT and server.asked == [("a.bin", "bytes=4000-")] * 2
 
 
 def test_lost_connections_are_taken_up_again(server, tmp_path):
@@ -168,11 +180,17 @@ def test_an_archive_appears_only_when_it_is_whole(tmp_path, suffix, monkeypatch)
     fetch.unpack(file, root, "base/inner")
     assert [p.name for p in (root / "base" / "inner").iterdir()] == ["a.png"] and len([*root.iterdir()]) == 1
     shutil.rmtree(root)
-    for content in (whole[: len(whole) // 2], b"no archive"):
+    for content in (whole[: len(whole) // 2], b"no archive", *_unreadable_zips()):
         file.write_bytes(content)
         with pytest.raises(BadInput, match=f"{file} could not be unpacked .*; delete it and repeat make data"):
             fetch.unpack(file, root, "base/inner")
         assert not [*root.rglob("*.png")] and not [*root.glob(".unpack*")]
+
+
+def _unreadable_zips():
+    """Zip archives whose only file is locked, packed in an unknown way, or damaged inside."""
+    whole = trees.zipped("base/inner/a.png", b"ssl" * 1000)
+    return trees.locked(whole), trees.packed_otherwise(whole), trees.damaged_inside(whole)
 
 
 def test_archives_cannot_write_elsewhere(tmp_path):

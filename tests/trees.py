@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import tarfile
 import zipfile
 from io import BytesIO
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -118,6 +120,37 @@ def nyuv2(root, height=12, width=16):
     scipy.io.savemat(home / "splits.mat", {"trainNdxs": train, "testNdxs": test})
 
 
+def nyu_archives(root, train=(3, 2), val=(2,), place="data", height=12, width=16):
+    """Tar archives of HDF5 files as the hub keeps NYU-Depth-v2, with so many pairs in each.
+
+    Pair i of a split is i in red, rows in green, columns in blue; depth = 1 + i + row / 100 + column / 10000.
+    """
+    home = root / "nyuv2" / place
+    home.mkdir(parents=True, exist_ok=True)
+    rows, columns = np.arange(height)[:, None], np.arange(width)[None, :]
+    for split, folder, sizes in (("train", "train/den_0001a", train), ("val", "val/official", val)):
+        numbers = iter(range(sum(sizes)))
+        for number, size in enumerate(sizes):
+            with tarfile.open(home / f"{split}-{number:06}.tar", "w") as archive:
+                for i in islice(numbers, size):
+                    rgb = np.stack(np.broadcast_arrays(i, rows, columns)).astype(np.uint8)
+                    content = hdf5(rgb=rgb, depth=(1 + i + rows / 100 + columns / 10000).astype(np.float32))
+                    about = tarfile.TarInfo(f"{folder}/{i + 1:05}.h5")
+                    about.size = len(content)
+                    archive.addfile(about, BytesIO(content))
+
+
+def hdf5(**arrays):
+    """The bytes of an HDF5 file of these arrays, compressed."""
+    import h5py
+
+    buffer = BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, compression="gzip")
+    return buffer.getvalue()
+
+
 def png(pixels, form="png"):
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, form)
@@ -173,6 +206,35 @@ def _into_zip(home):
             path.unlink()
     for folder in sorted((p for p in home.rglob("*") if p.is_dir()), reverse=True):
         folder.rmdir()
+
+
+def zipped(name, content):
+    """The bytes of a zip archive of one file."""
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def _changed(whole, offset, values):
+    """A zip archive of one file with other bytes at these offsets in the header of the file and in the directory."""
+    content, directory = bytearray(whole), whole.index(b"PK\1\2")
+    content[offset], content[directory + offset + 2] = values
+    return bytes(content)
+
+
+def locked(whole):
+    return _changed(whole, 6, (1, 1))
+
+
+def packed_otherwise(whole):
+    return _changed(whole, 8, (99, 99))
+
+
+def damaged_inside(whole):
+    content, start = bytearray(whole), 30 + len(zipfile.ZipFile(BytesIO(whole)).namelist()[0])
+    content[start : start + 4] = b"\xff" * 4
+    return bytes(content)
 
 
 def mask_folder(root, name="street", classes=("sky", "road", "car"), held="val"):
