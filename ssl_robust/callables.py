@@ -53,7 +53,7 @@ def find(row: EncoderRow) -> Own:
     module = _import(row)
     name = row.call.partition(":")[2]
     function = getattr(module, name, None)
-    if not callable(function):
+    if not callable(function) or isinstance(function, type):
         known = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
         raise BadInput(f"Encoder '{row.name}': {row.call} is no function; correct it (functions there: {known}).")
     return Own(function, row.call, _source_hash(module, function), _modules(module, function))

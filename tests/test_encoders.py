@@ -290,6 +290,49 @@ def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch):
         encoders.load(EncoderRow(name="dino_vitb16"))
 
 
+def test_weights_that_overflow_are_refused(vit):
+    model, folder = vit
+    huge = {k: v * 1e30 if k.endswith("fc1.weight") else v for k, v in model.state_dict().items()}
+    save_file(huge, folder / "huge.safetensors")
+    with pytest.raises(BadInput, match="'vit': tokens of test_vit are NaN or infinite with these weights; fetch or"):
+        encoders.load(EncoderRow(**VIT, checkpoint="huge.safetensors"), str(folder))
+
+
+# --- rows that cannot be meant ---
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"normalise": {"mean": [123.7, 116.3, 103.5], "std": [0.2] * 3}}, "mean': [123.7, 116.3, 103.5] lies outside"),
+        ({"normalise": {"mean": [-0.1, 0.5, 0.5], "std": [0.2] * 3}}, "mean': [-0.1, 0.5, 0.5] lies outside 0..1"),
+        ({"normalise": {"mean": [0.5] * 3, "std": [0.0, 0.2, 0.2]}}, "std': [0.0, 0.2, 0.2] is not above 0 and up"),
+        ({"normalise": {"mean": [0.5] * 3, "std": [-0.2, 0.2, 0.2]}}, "std': [-0.2, 0.2, 0.2] is not above 0"),
+        ({"normalise": {"mean": [0.5] * 3, "std": [58.4, 57.1, 57.4]}}, "divide a std of 0..255 by 255"),
+        ({"native": 10**6}, "native' is 1000000: input should be less than or equal to"),
+        ({"name": ".."}, "name' is '..'"),
+        ({"name": ".hidden"}, "name' is '.hidden'"),
+        ({"name": "-n"}, "name' is '-n'"),
+        ({"name": "x" * 300}, "at most 100 characters"),
+    ],
+)
+def test_rows_that_cannot_be_meant_are_refused(row, words):
+    with pytest.raises(BadInput) as refusal:
+        check(profile="x", encoders=[{"name": "embedded_vit"} | row])
+    assert f"Parameter 'encoders.0.{next(iter(row))}" in str(refusal.value) and words in str(refusal.value)
+
+
+def test_normalisation_of_nothing_and_of_pixels_up_to_255_is_a_fine_one():
+    for mean, std in (([0, 0, 0], [1, 1, 1]), ([0.0] * 3, [1 / 255] * 3), ([1.0] * 3, [0.5] * 3)):
+        (row,) = check(profile="x", encoders=[{"name": "a", "normalise": {"mean": mean, "std": std}}]).encoders
+        assert (row.normalise.mean, row.normalise.std) == (mean, std)
+
+
+def test_names_that_are_one_file_on_some_systems_are_not_two_rows():
+    with pytest.raises(BadInput, match="encoder names .'a', 'A'. are not unique .capitals do not count.; give each"):
+        check(profile="x", encoders=[{"name": "a"}, {"name": "A"}])
+
+
 # --- check ---
 
 
@@ -482,11 +525,33 @@ BAD = [
         "the patch tokens of .* give the image no grad",
     ),
     ("def encode(images): return images.nothing", r"fails on images \(2, 3, 32, 32\) \(AttributeError: .*; correct it"),
+    # answers that vary, and images that do not stay as they are
+    ("import torch\nimport torch.nn.functional as F\n"
+     "def encode(images): images = F.dropout(images, 0.1); return images.mean((2, 3)), images",
+     "gives other tokens when asked again about the same images; put its modules into eval mode"),
+    ("import torch\ndef encode(images): x = images.roll(int(torch.randint(99, ())), 3); return x.mean((2, 3)), x",
+     "gives other tokens when asked again"),
+    ("asked = []\ndef encode(images): asked.append(1); x = images * len(asked); return x.mean((2, 3)), x",
+     "gives other tokens when asked again"),
+    ("def encode(images): x = images - images.mean((0, 2, 3), keepdim=True); return x[..., 0].mean(2), x",
+     "gives an image other tokens alone than among others; put its modules into eval mode"),
+    ("import torch\ndef encode(images):\n net = torch.nn.BatchNorm2d(3); x = net(images); return x[..., 0].mean(2), x",
+     "gives an image other tokens alone than among others"),
+    ("def encode(images): x = images * (images / 0); return x.mean((2, 3)), x", "gives tokens that are NaN or"),
+    ("def encode(images): images.mul_(2); return images.mean((2, 3)), images",
+     "changes the images that it is given; let it work on a copy"),
+    ("def encode(images): x = images.double(); return x.mean((2, 3)), x",
+     "gives tokens of torch.float64 for images of torch.float32; let it compute"),
+    ("import torch\ndef encode(images): x = torch.cat([images[:1], images[1:].detach()]); return x.mean((2, 3)), x",
+     "the CLS token of .* give the image no gradient"),
+    ("def encode(images): raise RuntimeError('two\\n  lines')", r"fails on .* \(RuntimeError: two lines\); correct it"),
+    ("raise SystemExit('bye')", "cannot be imported .SystemExit: bye"),
+    ("class encode: pass", ":encode is no function; correct it"),
     ("def other(images): return 1", r":encode is no function; correct it \(functions there: other\)"),
     ("encode = 3", ":encode is no function; correct it .functions there: none"),
     ("import no_such_package", "cannot be imported .ModuleNotFoundError: No module named 'no_such_package'"),
     ("def encode(images) return 1", "cannot be imported .SyntaxError"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "words"), BAD)
@@ -494,6 +559,55 @@ def test_callables_that_cannot_be_used_say_why(write, text, words):
     with pytest.raises(BadInput, match=f"'mine': .*{words}") as refusal:
         encoders.load(write(text))
     assert "\n" not in str(refusal.value)
+
+
+NET = """
+import torch
+torch.manual_seed(SEED)
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 8, 8), torch.nn.BatchNorm2d(5), torch.nn.Dropout(0.5))
+class Object:
+    def __init__(self, net):
+        self.net = net
+    def __call__(self, images):
+        return self.encode(images)
+    def encode(self, images):
+        patches = self.net(images)
+        return patches.mean((2, 3)), patches
+def around(net):
+    def encode(images):
+        patches = net(images)
+        return patches.mean((2, 3)), patches
+    return encode
+def encode(images):
+    return around(net)(images)
+"""
+
+
+@pytest.mark.parametrize("more", ["", "encode = Object(net); del net", "encode = Object(net).encode; del net",
+                                  "encode = around(net); del net"])  # fmt: skip
+def test_modules_that_a_function_uses_are_part_of_the_encoder(write, more):
+    first, again, other = (encoders.load(write(NET.replace("SEED", str(n)) + more)) for n in (1, 1, 2))
+    assert len(first.state_dict()) == 2 + 7  # mean and std; two tensors of the convolution, five of batch norm
+    assert not any(m.training for m in first.modules()) and not any(p.requires_grad for p in first.parameters())
+    assert first.hash == again.hash != other.hash
+    x = planted.images(3, 32)
+    assert torch.equal(first(x)[1], first(x)[1]) and torch.allclose(first(x)[1][:1], first(x[:1])[1], atol=1e-5)
+
+
+def test_tensors_that_a_function_reads_count_in_the_hash(write, root):
+    text = GOOD.replace("torch.linspace(-1, 1, 5 * 3 * 4 * 4).reshape(5, 3, 4, 4)", f"torch.load('{root / 'f.pt'}')")
+    row, hashes = write(text), []
+    for seed in (0, 0, 1):
+        torch.save(torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(seed)), root / "f.pt")
+        hashes.append(encoders.load(row).hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_weights_that_differ_at_each_import_are_found_by_check(write):
+    rows = [write(NET.replace("torch.manual_seed(SEED)", "")), write(NET.replace("SEED", "1"))]
+    (problem,), fine = ([*encoders.check(check(profile="x", encoders=[row.model_dump()]))] for row in rows)
+    assert "'mine': own_encoder_" in problem and "has other weights each time that its module is imported" in problem
+    assert fine == []
 
 
 def test_a_callable_that_ignores_the_size_is_stopped_where_it_does(write):
