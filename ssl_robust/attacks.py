@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import compute, released
 from .datasets import IGNORE, image_seed
-from .heads import PixelLoss, TaskModel, depth_loss, pixel_loss
+from .heads import TaskModel, depth_loss
 from .settings import Attack
 
 LossFn = Callable[[Tensor, int], Tensor]
@@ -234,9 +234,11 @@ def segpgd_loss(
     return loss
 
 
-def depth_pgd_loss(model: TaskModel, depth: Tensor, early: PixelLoss = pixel_loss) -> LossFn:
-    """DepthPGD: the training loss of the depth head, eq. 3 and 4; `early`: L_pixel of the first 100 steps."""
-    return lambda adv, t: depth_loss(model(adv), depth, early if t <= released.WARM_UP else pixel_loss)
+def depth_pgd_loss(
+    model: TaskModel, depth: Tensor, loss: Callable[[Tensor, Tensor, int], Tensor] = lambda d, truth, t: depth_loss(d, truth)
+) -> LossFn:
+    """DepthPGD: the training loss of the depth head, eq. 3 and 4."""
+    return lambda adv, t: loss(model(adv), depth, t)
 
 
 def loss_for(kind: str, model: TaskModel, x: Tensor, target: Tensor, steps: int) -> LossFn:

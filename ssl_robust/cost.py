@@ -303,7 +303,9 @@ def shape(name: str) -> Shape:
     return SHAPES.get(name, OWN)
 
 
-def image_size(task: str, part: str, name: str, size: int | str, native: int) -> tuple[int, int]:
+def image_size(
+    task: str, part: str, name: str, size: int | str | tuple[int, int], native: int
+) -> tuple[int, int]:  # fmt: skip
     """(H, W) of an image as the encoder gets it, in `part` 'train' or 'test'; see datasets.transform."""
     height, width, _ = shape(name)
     if task in ("classification", "deacl"):
@@ -312,6 +314,8 @@ def image_size(task: str, part: str, name: str, size: int | str, native: int) ->
     if task == "segmentation" and part == "train":
         return native, native
     small = min(height, width)
+    if isinstance(size, tuple):
+        size = "original" if height < size[0] or width < size[1] else size[0]
     goal = {"native": native, "original": max(small, native)}.get(size, size)
     return round(height * goal / small), round(width * goal / small)
 

@@ -315,9 +315,9 @@ def transform(
     side = {"native": native, "original": None}.get(size, size)
     if task == "segmentation" and split == "train" and (side or native) < native:
         raise BadInput(f"segmentation.size is {side} px, less than the encoder's window of {native} px; raise it.")
-    steps: list[v2.Transform] = [v2.Resize(side, antialias=True)]
-    if side is None or isinstance(side, tuple):
-        steps = [_AtLeast(native), *([_AtMost(side)] if side else [])]
+    exact = isinstance(side, tuple)
+    steps: list[v2.Transform] = [_AtLeast(native)] if side is None or exact else [v2.Resize(side, antialias=True)]
+    steps += [_AtMost(side)] if exact else []
     if crop == "eigen" and split == "test":
         steps.insert(0, _EigenCrop())
     if task in ("classification", "deacl"):

@@ -5,7 +5,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,15 +89,20 @@ def evaluate(
 
         adv, size = compute.in_parts(attacked, len(x), size)
         with torch.no_grad():
-            prediction, size = compute.in_parts(lambda rows, adv=adv: model(adv[rows]), len(adv), size)
+            prediction, size = compute.in_parts(lambda rows, adv=adv: judged(kind, model, adv[rows]), len(adv), size)
         largest = max(largest, float((adv - x).abs().max()))
         nonfinite += int((~prediction.flatten(1).isfinite()).any(1).sum())
-        if model.task == "classification":
-            wrong.append((prediction.argmax(1) != target).cpu())
         stats = statistics(model.task, prediction, target, len(test.classes))
+        if model.task == "classification":
+            wrong.append(stats[:, 0] == 0)
         rows.update(zip(indices, stats, strict=True))
     stats = torch.stack([rows[i] for i in range(len(test))])
     return Outcome(stats, largest, nonfinite, traces, torch.cat([torch.zeros(0).bool(), *wrong]), size)
+
+
+def judged(kind: str, model: TaskModel, adv: Tensor) -> Tensor:
+    """The model's prediction for images (B, 3, H, W) under the attack `kind`, as its protocol looks at them; fp32."""
+    return model(released.as_judged(kind, model, adv))
 
 
 def at_once(model: TaskModel, test: Subset, setting: int | str, device: str) -> int:
@@ -118,7 +122,7 @@ def measured(model: TaskModel, test: Subset, kind: str, settings: Settings) -> t
     batch = settings.task(task).attack_batch
     out = evaluate(model, test, kind, settings.attack, batch, settings.seed, device, precision)
     found = health.summarise(
-        out.traces, kind, task, out.wrong if task == "classification" else None, math.log(max(2, len(test.classes))),
+        out.traces, kind, task, out.wrong if task == "classification" else None, _enough(kind, model, settings),
         settings.attack.steps if settings.attack else None, out.nonfinite,
     )  # fmt: skip
     return {
@@ -128,22 +132,22 @@ def measured(model: TaskModel, test: Subset, kind: str, settings: Settings) -> t
     }, out.stats  # fmt: skip
 
 
+def _enough(kind: str, model: TaskModel, settings: Settings) -> float:
+    """The loss above which an image was lost on the way: infinite where it would have left the attack for it."""
+    if model.task != "classification" or kind == "clean" or attacks.leaves(kind, model, settings.attack):
+        return math.inf
+    return attacks.enough(model)
+
+
 def _numbers(model: TaskModel, test: Subset, kind: str, stats: Tensor, seed: int) -> dict[str, Any]:
     """What follows from the images' statistics."""
-    task, reduce = model.task, released.reduction(model.task, test.classes, model.protocol)
+    task, names, reduce = model.task, model.protocol, released.reduction(model.task, test.classes, model.protocol)
     return {
         "value": metrics.value(task, stats, reduce), "se": metrics.standard_error(task, stats, seed, reduce),
         "n": len(test), "damaged": len(getattr(test, "damaged", [])),
-        "chance": _chance(test, released.unmasked(kind, model.protocol), model.protocol),
-        "per_image": metrics.per_image(task, stats, reduce),
+        "chance": model.chances[released.way(task, kind, test.classes, names)],
+        "statistics": released.listed(task, stats, test.classes, names),
     }  # fmt: skip
-
-
-@lru_cache(maxsize=2)
-def _chance(test: Subset, everywhere: bool, names: released.Names) -> float:
-    """Metric of the best constant prediction; kept, as it reads all targets and the next attack asks for it again."""
-    targets = [test[i][1] for i in range(len(test))]
-    return released.constant_value(test.task, targets, len(test.classes), everywhere, names)
 
 
 def _attack(kind: str, settings: Settings) -> dict[str, Any] | None:
@@ -245,7 +249,7 @@ def _worst(model: TaskModel, test: Subset, found: list[Tensor]) -> Tensor:
     sign, n = metrics.BETTER[metrics.METRIC[task]], len(found[0])
     scores = [sign * torch.tensor([metrics.per_image(task, stats, reduce) for stats in found])]  # (K, N) each
     if task == "segmentation":
-        scores.append(torch.stack([stats.diagonal(dim1=1, dim2=2).sum(1) for stats in found]))
+        scores.append(torch.stack([stats[..., 0].sum(1) for stats in found]))
     chosen = [score.argmin(0) for score in scores] + [torch.full((n,), k) for k in range(len(found))]
     values = [metrics.value(task, torch.stack(found)[c, torch.arange(n)], reduce) for c in chosen]
     return chosen[min(range(len(chosen)), key=lambda i: sign * values[i])]
@@ -273,6 +277,7 @@ def _about(
         "defense": defense, "epoch": epoch, "attack": kind, "attack_name": attack_name(task, kind),
         "metric": metrics.METRIC[task], "protocol": protocol, "counts": settings.counts, "precision": precision,
         "settings": {"attack": attack, "task": section.model_dump()}, "seed": settings.seed, "hashes": hashes,
+        "n_train": model.trained[0], "n_train_asked": model.trained[1],
         "notebook": f"runs/{settings.profile.partition('/')[0]}/{notebook}.ipynb",
     }  # fmt: skip
 
@@ -433,7 +438,7 @@ def examples(task: str, settings: Settings, count: int = 4, load: Loader | None 
     for kind in KINDS:
         adv = attacks.attacked(kind, model, x, target, ids, settings.attack, settings.seed, precision)
         with torch.no_grad():
-            shown |= {f"adv_{kind}": adv, f"pred_{kind}": heads.labels(task, model(adv))}
+            shown |= {f"adv_{kind}": adv, f"pred_{kind}": heads.labels(task, judged(kind, model, adv))}
     del shown["adv_clean"]
     about = {
         "key": key,

@@ -30,7 +30,6 @@ CACHE = 4 * 2**30
 COARSE = 128  # rows, or up to twice as many, of a target that are looked at for what a constant prediction reaches
 SIDES = 2  # an image and its mirror image: all there is where a flip is the only augmentation
 
-PixelLoss = Callable[[Tensor, Tensor], Tensor]  # (log differences, valid), (B, H, W) each -> (B,)
 Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # CLS (B, D), patches (B, D, h, w), targets (B, ...)
 
 
@@ -204,11 +203,11 @@ def gradient_loss(g: Tensor, valid: Tensor, scales: int = 4) -> Tensor:
     return total / valid.flatten(1).sum(1).clamp(min=1)
 
 
-def depth_loss(prediction: Tensor, target: Tensor, pixel: PixelLoss = pixel_loss) -> Tensor:
+def depth_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """L_pixel + 0.5 L_grad per image (B,), from depths (B, H, W) in metres; appendix C.1, eq. 3 and 4."""
     valid = metrics.valid_depth(target)
     log_difference = torch.where(valid, prediction.clamp(min=1e-6).log() - target.clamp(min=1e-6).log(), 0.0)
-    return pixel(log_difference, valid) + 0.5 * gradient_loss(log_difference, valid)
+    return pixel_loss(log_difference, valid) + 0.5 * gradient_loss(log_difference, valid)
 
 
 def training_loss(task: str, prediction: Tensor, target: Tensor) -> Tensor:

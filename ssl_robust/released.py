@@ -6,6 +6,7 @@ names single ones. Everything here takes `names`, those that are active; the emp
 
 import copy
 from collections.abc import Callable
+from itertools import chain, combinations
 from typing import Any, TypedDict
 
 import torch
@@ -21,6 +22,9 @@ Names = frozenset[str]
 Statistic = Callable[[str, Tensor, Tensor, int], Tensor]
 
 WARM_UP = 100  # calls of a new depth loss that leave its variance term out
+OFFSET = 0.001  # metres, added to depths before their logarithm
+SCALES = (1, 2, 4, 6)  # of the gradient term: every so manieth row
+DEPTH_SIZE = (480, 640)
 RECIPE = {"classification": {"batch": 128}, "segmentation": {"lr": 1e-3, "weight_decay": 1e-4}}
 STRIDES = {518: 341 / 518}  # of the window of `native` px; 100 px of 224 for DINO, taken for every other size as well
 STRIDE = 100 / 224
@@ -47,8 +51,8 @@ DIFFERENCES: dict[str, Difference] = {
         "tasks": ("classification",),
         "paper": "PGD makes the cross-entropy of the logits large.",
         "released": (
-            "Logits are first divided by their largest value where that is above 1, held constant: the "
-            "attack sees a less certain classifier."
+            "Logits are first divided by their largest value where that is above 1, held constant. Of certain heads "
+            "(learning rate 0.5) cross-entropy has no gradient in floating point without that; here PGD climbs its margin."
         ),
     },
     "segpgd_two_means": {
@@ -73,12 +77,21 @@ DIFFERENCES: dict[str, Difference] = {
             "mIoU nor in SegPGD."
         ),
     },
-    "depth_warmup": {
+    "depth_attack_loss": {
         "tasks": ("depth",),
         "paper": "DepthPGD makes the training loss of the depth head large.",
         "released": (
-            "The loss is built anew for each image and is in its warm-up for 100 calls, in which L_pixel "
-            "is only sqrt(0.15) |mean log error|."
+            "The loss is built anew for each image and is in its warm-up for 100 calls, in which L_pixel is only "
+            "sqrt(0.15) |mean log error|; L_grad takes vertical differences alone, of rows two apart, over every "
+            "1st, 2nd, 4th and 6th row, each scale divided by its own pixels."
+        ),
+    },
+    "unnormalised_evaluation": {
+        "tasks": ("segmentation", "depth"),
+        "paper": "Attacked images are judged by the model that was attacked.",
+        "released": (
+            "Images of SegPGD and DepthPGD, made on a model with normalisation, are judged without it; clean ones and "
+            "those of EmbedAttack with it."
         ),
     },
     "depth_unmasked": {
@@ -107,9 +120,20 @@ DIFFERENCES: dict[str, Difference] = {
         "released": ("Batches of 128 for classification; learning rate 1e-3 and weight decay 1e-4 for segmentation."),
     },
     "native_input": {
-        "tasks": TASKS,
-        "paper": "Images are used at the size of the data set's protocol, depth at 480x640 px.",
-        "released": "The short side of every image is resized to the encoder's native px in every task.",
+        "tasks": ("classification", "segmentation"),
+        "paper": "The text names no size; the profile does.",
+        "released": (
+            "The short side of every image is resized to the encoder's native px, that of test images of segmentation by "
+            "nearest neighbour."
+        ),
+    },
+    "depth_480x640": {
+        "tasks": ("depth",),
+        "paper": "The text names no size; the profile does.",
+        "released": (
+            "Images and depth maps are resized to 480x640 px, whatever the encoder (here smaller ones, such as the "
+            "rendered scenes, stay as they are)."
+        ),
     },
     "dense_stride": {
         "tasks": ("segmentation",),
@@ -120,9 +144,10 @@ DIFFERENCES: dict[str, Difference] = {
 # Attacks that a difference bears on, where it is not all of them and the clean value too
 TOUCHES = {
     "embed_mse": ("embed",), "pgd_scaled_logits": ("task",), "segpgd_two_means": ("task",),
-    "depth_warmup": ("task",), "depth_unmasked": ("embed", "task"),
+    "depth_attack_loss": ("task",), "unnormalised_evaluation": ("task",), "depth_unmasked": ("embed", "task"),
 }  # fmt: skip
-OTHER_HEADS = {"head_recipe", "native_input"}  # differences under which heads are trained otherwise
+JUDGING = {"segmentation": ("class0_ignored",), "depth": ("depth_unmasked", "depth_mean_of_images")}  # the metric
+OTHER_HEADS = {"head_recipe", "native_input", "depth_480x640"}  # differences under which heads are trained otherwise
 
 
 def active(settings: Settings) -> Names:
@@ -141,8 +166,10 @@ def adjusted(settings: Settings, native: int) -> Settings:
     names, changes = active(settings), {}
     for task in (task for task in TASKS if getattr(settings, task)):
         change: dict[str, Any] = dict(RECIPE.get(task, {})) if "head_recipe" in names else {}
-        if "native_input" in names:
+        if "native_input" in names and task != "depth":
             change["size"] = "native"
+        if "depth_480x640" in names and task == "depth":
+            change["size"] = DEPTH_SIZE
         if "dense_stride" in names and task == "segmentation":
             change["stride"] = STRIDES.get(native, STRIDE)
         changes[task] = settings.task(task).model_copy(update=change)
@@ -162,7 +189,7 @@ def attack_loss(kind: str, task: str, names: Names) -> list[Callable[..., Tensor
         "embed": ("embed_mse", mean_square),
         "classification": ("pgd_scaled_logits", scaled_cross_entropy),
         "segmentation": ("segpgd_two_means", two_means),
-        "depth": ("depth_warmup", warm_up),
+        "depth": ("depth_attack_loss", depth_loss),
     }[role]
     return [loss] if name in names else []
 
@@ -188,9 +215,27 @@ def two_means(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([(pixel * chosen).sum(1) / chosen.sum(1).clamp(min=1) for chosen in sets], 1)
 
 
-def warm_up(g: Tensor, valid: Tensor) -> Tensor:
-    """What eq. 4 is in the warm-up, per image (B,): sqrt(0.15) * |mean of g| over the valid pixels of g (B, H, W)."""
-    return 0.15**0.5 * (g.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)).abs()
+def depth_loss(prediction: Tensor, depth: Tensor, t: int) -> Tensor:
+    """The loss (B,) that DepthPGD climbs in step t = 1.. , from depths (B, H, W) in metres: L_pixel + 0.5 L_grad.
+
+    In the warm-up L_pixel is sqrt(0.15) |mean of g|, then the variance of g is added under the root.
+    """
+    valid = depth > 0
+    g = torch.where(valid, (prediction + OFFSET).log() - (depth + OFFSET).log(), 0.0)
+    pixels = valid.flatten(1).sum(1).clamp(min=1)
+    mean = g.flatten(1).sum(1) / pixels
+    pixel = 0.15**0.5 * mean.abs()
+    if t > WARM_UP:
+        spread = torch.where(valid, g - mean[:, None, None], 0.0).square().flatten(1).sum(1) / (pixels - 1).clamp(min=1)
+        pixel = (spread + 0.15 * mean.square()).clamp(min=1e-12).sqrt()
+    return pixel + 0.5 * sum(_between_rows(g[:, ::s], valid[:, ::s]) for s in SCALES)
+
+
+def _between_rows(g: Tensor, valid: Tensor) -> Tensor:
+    """Sum of |differences| of rows two apart of g (B, H, W), where both are valid, divided by the valid pixels, (B,)."""
+    both = valid[:, :-2] & valid[:, 2:]
+    steps = torch.where(both, (g[:, :-2] - g[:, 2:]).abs(), 0.0)
+    return steps.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)
 
 
 # --- predictions and test images ---
@@ -206,9 +251,22 @@ def has_background(classes: tuple[str, ...], names: Names) -> bool:
     return "class0_ignored" in names and classes[:1] == ("background",)
 
 
+def as_judged(kind: str, model: Any, adv: Tensor) -> Tensor:
+    """Images (B, 3, H, W) under the attack `kind` as the TaskModel `model` is shown them when they are judged."""
+    if kind == "task" and model.task != "classification" and "unnormalised_evaluation" in model.protocol:
+        return adv * model.encoder.std + model.encoder.mean  # which the model's normalisation turns into adv again
+    return adv
+
+
 def test_images(test: Subset, names: Names) -> Subset:
-    """The test images as they are attacked and judged: flipped at random (by seed and image), class 0 as IGNORE."""
+    """The test images as they are attacked and judged: flipped at random (by seed and image), class 0 as IGNORE.
+
+    With native_input images of segmentation are brought to their size by nearest neighbour.
+    """
     steps: list[Callable] = []
+    if test.task == "segmentation" and "native_input" in names:
+        test = copy.copy(test)
+        test.transform = v2.Compose([_nearest(step) for step in test.transform.transforms])
     if test.task == "depth" and "depth_flipped" in names:
         steps.append(v2.RandomHorizontalFlip())
     if test.task == "segmentation" and has_background(test.classes, names):
@@ -217,6 +275,10 @@ def test_images(test: Subset, names: Names) -> Subset:
         test = copy.copy(test)
         test.transform = v2.Compose([test.transform, *steps])
     return test
+
+
+def _nearest(step: v2.Transform) -> v2.Transform:
+    return v2.Resize(step.size, v2.InterpolationMode.NEAREST) if isinstance(step, v2.Resize) else step
 
 
 def _without_class0(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,8 +317,39 @@ def reduction(task: str, classes: tuple[str, ...], names: Names) -> metrics.Redu
     if task == "depth" and "depth_mean_of_images" in names:
         return lambda task, sums, n: sums[:, 0] / sums[:, 1].clamp(min=1)
     if task == "segmentation" and has_background(classes, names):
-        return lambda task, sums, n: metrics.mean_iou(*(part[:, 1:] for part in metrics.overlaps(sums)))
+        return lambda task, sums, n: metrics.mean_iou(sums[:, 1:])
     return metrics.value_of_sums
+
+
+def listed(task: str, stats: Tensor, classes: tuple[str, ...], names: Names) -> list[Any]:
+    """Statistics (N, ...) as records keep them, see metrics.listed: without class 0 where it does not count.
+
+    A mean of images is one number an image, its RMSE, or None where no pixel counts.
+    """
+    if task == "depth" and "depth_mean_of_images" in names:
+        return [float(f"{rmse:.9g}") if counts else None for rmse, counts in stats.tolist()]
+    if task == "segmentation" and has_background(classes, names):
+        stats = stats.index_fill(1, torch.tensor([0]), 0.0)
+    return metrics.listed(task, stats)
+
+
+def way(task: str, kind: str, classes: tuple[str, ...], names: Names) -> str:
+    """Which departures bear on the metric under the attack `kind`, in words; '' if it is the paper's."""
+    bears = {
+        "class0_ignored": has_background(classes, names), "depth_unmasked": unmasked(kind, names),
+        "depth_mean_of_images": "depth_mean_of_images" in names,
+    }  # fmt: skip
+    return " ".join(name for name in JUDGING.get(task, ()) if bears[name])
+
+
+def chances(task: str, targets: list[Tensor], classes: tuple[str, ...]) -> dict[str, float]:
+    """What the best constant prediction reaches on these targets, by the `way` in which the metric is taken."""
+    found = {}
+    for names in map(frozenset, chain.from_iterable(combinations(JUDGING.get(task, ()), k) for k in range(3))):
+        counted = [t.masked_fill(t == 0, IGNORE) for t in targets] if has_background(classes, names) else targets
+        value = constant_value(task, counted, len(classes), unmasked("task", names), names)
+        found[way(task, "task", classes, names)] = value
+    return found
 
 
 def constant_value(task: str, targets: list[Tensor], classes: int, everywhere: bool, names: Names) -> float:

@@ -100,7 +100,9 @@ class TaskSettings(_Strict):
     n_train: int = Field(1200, ge=1, le=MANY, description="training images of the head; fewer if there are fewer")
     n_val: int = Field(200, ge=1, le=MANY, description="images held out of train to select the head's epoch")
     n_test: int = Field(128, ge=1, le=MANY, description="test images, the same for clean and attacked evaluation")
-    size: int | str = Field("native", description="short side of the images in px, 'native' or 'original'")
+    size: int | str | tuple[int, int] = Field(
+        "native", description="short side of the images in px, 'native' or 'original'; depth also [height, width]"
+    )
     epochs: int = Field(..., ge=1, le=LONG)
     batch: int = Field(..., ge=1, le=LONG)
     lr: float = Field(..., gt=0, le=RATE)
@@ -109,10 +111,18 @@ class TaskSettings(_Strict):
         "auto", description="images attacked at a time: as many as suit the device, or a number; halved if memory lacks"
     )
 
+    @field_validator("size", mode="before")
+    @classmethod
+    def _pair(cls, size: Any) -> Any:
+        return tuple(size) if isinstance(size, list) else size
+
     @field_validator("size")
     @classmethod
-    def _size_usable(cls, size: int | str) -> int | str:
-        if size not in ("native", "original") and (isinstance(size, str) or not 8 <= size <= SIDE):
+    def _size_usable(cls, size: int | str | tuple[int, int]) -> int | str | tuple[int, int]:
+        if isinstance(size, tuple) and not issubclass(cls, Depth):
+            raise ValueError(f"{list(size)} is no size; write one number, the short side in px")
+        sides = size if isinstance(size, tuple) else (size,)
+        if size not in ("native", "original") and not all(isinstance(s, int) and 8 <= s <= SIDE for s in sides):
             raise ValueError(f"{size!r} is no size; write 'native', 'original' or a number of pixels from 8 to {SIDE}")
         return size
 

@@ -83,13 +83,14 @@ def test_nothing_is_replaced_in_the_papers_protocol():
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_difference_leaves_the_other_tasks_alone(name, toys):
     names, changed = _names(name), set()
-    given = _in([name], classification={"size": 32}, depth={"size": 32})
+    given, adv = _in([name], classification={"size": 32}, depth={"size": 32}), planted.images(1)
     for task in TASKS:
         replaced = [released.attack_loss(kind, task, names) for kind in ("embed", "task")]
         replaced += [released.adjusted(given, 224).task(task) != given.task(task)]
         replaced += [released.reduction(task, CLASSES, names) is not metrics.value_of_sums]
         replaced += [released.statistics(task, "task", names) is not metrics.statistics]
-        subset = Subset("scenes", task, [], None)
+        replaced += [released.as_judged("task", _model(task, name), adv) is not adv]
+        subset = Subset("scenes", task, [], datasets.transform(task, "test", 32, 16))
         replaced += [released.test_images(subset, names) is not subset]
         changed |= {task} if any(replaced) else set()
     if name == "window_probabilities":  # seen by segmentation alone, see below
@@ -110,7 +111,21 @@ def test_the_head_recipe():
 
 def test_native_input():
     found = released.adjusted(_in(["native_input"], depth={"size": "original"}), 224)
-    assert {found.task(task).size for task in TASKS} == {"native"} and found.segmentation.stride == 0.5
+    assert found.classification.size == found.segmentation.size == "native" and found.segmentation.stride == 0.5
+    assert found.depth.size == "original"
+
+
+@pytest.mark.parametrize(
+    ("stored", "shown"), [((480, 640), (480, 640)), ((768, 1280), (480, 640)), ((64, 64), (64, 64)), ((500, 600), (500, 600))]
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_depth_is_always_480_by_640_whatever_the_encoder(stored, shown, split):
+    size = released.adjusted(_in(["depth_480x640"], depth={"size": "native"}), 224).depth.size
+    made = datasets.transform("depth", split, size, 64)
+    image = datasets.tv_tensors.Image(torch.zeros(3, *stored, dtype=torch.uint8))
+    image, depth = made(image, datasets.tv_tensors.Mask(torch.ones(stored)))
+    assert image.shape[1:] == depth.shape == shown
+    assert released.adjusted(_in(["depth_480x640"]), 224).classification.size == _in("paper").classification.size
 
 
 @pytest.mark.parametrize(("native", "pixels"), [(224, 100), (518, 341), (112, 50)])
@@ -157,7 +172,7 @@ def test_pgd_divides_logits_by_their_largest():
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     # the divisor is a constant: d/dz of log(1 + exp(z / m)) is sigmoid(1) / m
     assert gradient[0].tolist() == pytest.approx([s / (4 * LN3 * (1 + math.exp(-1))) for s in (1, -1)], rel=1e-5)
-    assert attacks.cross_entropy(logits, torch.tensor([1, 0]))[0].item() == pytest.approx(math.log(82), rel=1e-6)
+    assert attacks.margin(logits, torch.tensor([1, 0]))[0].item() == pytest.approx(4 * LN3, rel=1e-6)
 
 
 def test_pgd_uses_it_when_it_is_active():
@@ -210,20 +225,74 @@ def test_averages_of_probabilities_by_hand():
     assert average(NONE) == pytest.approx([LN3 / 2, LN3])
 
 
-def test_the_warm_up_of_the_depth_loss():
-    g = torch.tensor([[[1.0, 2.0], [3.0, 0.0]], [[-1.0, 1.0], [-1.0, -1.0]]])
-    valid = torch.tensor([[[True, True], [True, False]], [[True] * 2] * 2])
-    assert released.warm_up(g, valid).tolist() == pytest.approx([math.sqrt(0.15) * 2, math.sqrt(0.15) * 0.5])
-    assert released.warm_up(g, torch.zeros(2, 2, 2)).isfinite().all()
+def _their_depth_loss(prediction, depth, t):
+    """The released loss of one image by loops, depths (H, W): lists of rows, as it slices (1, H, W) by its first axes."""
+    height, width = depth.shape
+    g = {
+        (r, c): math.log(float(prediction[r, c]) + 0.001) - math.log(float(depth[r, c]) + 0.001)
+        for r in range(height) for c in range(width) if depth[r, c] > 0
+    }  # fmt: skip
+    mean = sum(g.values()) / len(g)
+    variance = sum((value - mean) ** 2 for value in g.values()) / (len(g) - 1)  # unbiased, after the warm-up only
+    total = math.sqrt((variance if t > 100 else 0) + 0.15 * mean**2)
+    for every in (1, 2, 4, 6):
+        rows = list(range(0, height, every))
+        counted = [(r, c) for r in rows for c in range(width) if (r, c) in g]
+        steps = sum(
+            abs(g[upper, c] - g[lower, c])
+            for upper, lower in zip(rows, rows[2:], strict=False)
+            for c in range(width)
+            if (upper, c) in g and (lower, c) in g
+        )
+        total += 0.5 * steps / len(counted)
+    return total
 
 
 @pytest.mark.parametrize("t", [1, 100, 101])
-def test_depth_pgd_leaves_its_warm_up_after_100_steps(t):
+def test_depth_pgd_climbs_the_released_loss(t):
     x = planted.images(2, 24)
-    truth, model = planted.target("depth", x), _model("depth", "depth_warmup")
-    paper, other = (heads.depth_loss(model(x), truth, *pixel) for pixel in ((), (released.warm_up,)))
-    assert not torch.isclose(paper, other).any()
-    assert torch.equal(attacks.loss_for("task", model, x, truth, 200)(x, t), other if t <= 100 else paper)
+    truth, model = planted.target("depth", x), _model("depth", "depth_attack_loss")
+    truth[1, ::3, 5:9] = 0
+    found = attacks.loss_for("task", model, x, truth, 200)(x, t)
+    assert found.tolist() == pytest.approx([_their_depth_loss(model(x)[i], truth[i], t) for i in range(2)], rel=1e-4)
+    assert not torch.isclose(found, heads.depth_loss(model(x), truth), rtol=1e-2).any()
+
+
+def test_the_released_loss_sees_no_horizontal_edge_and_is_finite_without_a_true_depth():
+    truth = torch.full((2, 8, 8), 2.0)
+    truth[1] = 0
+    said = truth.clone() + 1
+    said[0, :, 4:] += 3  # a vertical edge: rows are all alike
+    g = (said[0] + 0.001).log() - math.log(2.001)
+    found = released.depth_loss(said, truth, 1)
+    assert found.tolist() == pytest.approx([math.sqrt(0.15) * float(g.mean()), 0], rel=1e-5)
+
+
+# --- how attacked images are judged ---
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_images_of_dense_task_attacks_are_judged_without_normalisation(task):
+    model, x = _model(task, "unnormalised_evaluation"), planted.images(2, 24)
+    bare = _model(task, "unnormalised_evaluation")
+    bare.encoder.mean.zero_()
+    bare.encoder.std.fill_(1)
+    for kind in evaluate.KINDS:
+        without = kind == "task" and task != "classification"
+        assert torch.allclose(evaluate.judged(kind, model, x), (bare if without else model)(x), atol=1e-5)
+        assert torch.equal(evaluate.judged(kind, _model(task), x), model(x))
+    assert not torch.allclose(bare(x), model(x), atol=1e-2)
+
+
+def test_test_images_of_segmentation_are_resized_by_nearest_neighbour():
+    image = torch.arange(3 * 6 * 9, dtype=torch.uint8).view(3, 6, 9)
+    mask = torch.arange(6 * 9, dtype=torch.uint8).view(6, 9) % 3
+    items = [datasets.Item("i", image, mask)]
+    test = Subset("scenes", "segmentation", items, datasets.transform("segmentation", "test", 4, 4))
+    shown, labels = released.test_images(test, _names("native_input"))[0]
+    rows, columns = ([int(i * step) for i in range(n)] for n, step in ((4, 6 / 4), (6, 9 / 6)))  # as OpenCV does
+    assert torch.equal(shown, image[:, rows][:, :, columns]) and not torch.equal(test[0][0], shown)
+    assert torch.equal(labels, mask[rows][:, columns])
 
 
 # --- test images and metrics ---
@@ -253,7 +322,8 @@ def test_miou_without_the_background():
     reference = MulticlassJaccardIndex(3, ignore_index=0)(said[shown != IGNORE], target[shown != IGNORE].long())
     assert metrics.value("segmentation", stats, reduce) == pytest.approx(float(reference), abs=1e-6)
     # the best constant is class 2, 3 of the 5 pixels that count, over two classes
-    assert evaluate._chance(test, True, _names("class0_ignored")) == pytest.approx(3 / 5 / 2)
+    found = released.chances("segmentation", list(target), CLASSES)
+    assert found[released.way("segmentation", "task", CLASSES, _names("class0_ignored"))] == pytest.approx(3 / 5 / 2)
 
 
 def test_only_a_background_is_left_out(toys):
@@ -356,7 +426,8 @@ def test_every_record_is_made_anew_in_another_protocol(task, planted_encoder):
         assert [r["protocol"] for r in records_of] == ["paper", "released", ["depth_unmasked", "embed_mse"]]
         assert len({r["key"] for r in records_of}) == 3
     assert _records(task, "released").keys() == found["released"].keys()
-    assert found["released"]["clean"]["settings"]["task"]["size"] == "native"
+    size = found["released"]["clean"]["settings"]["task"]["size"]
+    assert size == {"depth": (480, 640)}.get(task, "native")
 
 
 def test_released_depth_differs_where_it_must(planted_encoder):
@@ -392,7 +463,7 @@ def test_attacks_that_a_difference_cannot_touch_give_the_same_number(name, kinds
     task = next(t for t in reversed(TASKS) if t in released.DIFFERENCES[name]["tasks"])
     paper, other = _records(task, "paper"), _records(task, [name])
     for kind in set(evaluate.KINDS) - set(kinds):
-        assert other[kind]["value"] == paper[kind]["value"] and other[kind]["per_image"] == paper[kind]["per_image"]
+        assert other[kind]["value"] == paper[kind]["value"] and other[kind]["statistics"] == paper[kind]["statistics"]
 
 
 def test_effects_leave_the_heads_of_the_paper_alone(planted_encoder, monkeypatch):

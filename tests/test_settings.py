@@ -189,3 +189,12 @@ def test_a_missing_profile_file_lists_the_others(tmp_path):
     (tmp_path / "quick.yaml").touch()
     with pytest.raises(BadInput, match="no profile 'papr'.*choose one of: demo, quick"):
         read_params(tmp_path / "papr.yaml")
+
+
+def test_an_exact_size_is_for_depth_alone():
+    base = {"profile": "x", "encoders": [{"name": "embedded_vit"}]}
+    section = {"epochs": 1, "batch": 1, "lr": 0.1}
+    assert check(**base, depth={**section, "size": [480, 640]}).depth.size == (480, 640)
+    for task, size in (("segmentation", [480, 640]), ("depth", [480]), ("depth", [4, 640]), ("depth", [480, "x"])):
+        with pytest.raises(BadInput, match="size"):
+            check(**base, **{task: {**section, "size": size}})
