@@ -110,16 +110,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Tree:
-    """A copy of the project, with folders of its own for HOME and TMPDIR, and make in it."""
+    """A copy of the project, committed, with folders of its own for HOME and TMPDIR, and make in it."""
 
     def __init__(self, folder: Path) -> None:
         self.root, self.home, self.tmp = folder / "project", folder / "home", folder / "tmp"
         for name in ("ssl_robust", "notebooks", "params"):
             shutil.copytree(PROJECT / name, self.root / name)
-        shutil.copy2(PROJECT / "Makefile", self.root)
+        for name in ("Makefile", ".gitignore"):
+            shutil.copy2(PROJECT / name, self.root)
+        self.git("init", "--quiet")
+        self.git("add", ".")
+        self.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "all")
+        (self.root / ".git" / "info" / "exclude").write_text("log\n*.log\n")  # where the tests keep what make says
         for place in (self.home, self.tmp, self.root / "runs" / PROFILE):
             place.mkdir(parents=True)
         (self.root / "runs" / PROFILE / "data_root").write_text("\n")
+
+    def git(self, *words: str) -> str:
+        return subprocess.run(["git", "-C", self.root, *words], check=True, capture_output=True, text=True).stdout
 
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "SSL_ROBUST_", "IPYTHON", "JUPYTER"))}

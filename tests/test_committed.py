@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import yaml
-from chain import undisturbed  # noqa: F401
+from chain import Tree, undisturbed  # noqa: F401
 from make_reference import PROJECT
 from test_explain import record, write
 
@@ -70,6 +70,16 @@ def test_attacks_make_every_standard_value_worse():
 
 
 # ---- a new run beside the committed one, and in its place ----
+
+
+def test_what_a_run_writes_is_not_tracked_and_the_committed_run_is(undisturbed, tmp_path):  # noqa: F811
+    tree = Tree(tmp_path)
+    for profile in ("test", "mine"):
+        for name in ("results", "runs", "figures"):
+            shutil.copytree(undisturbed / name / "test", tree.root / name / profile, dirs_exist_ok=True)
+    assert (tree.root / "figures/mine/records").is_dir() and tree.git("status", "--porcelain") == ""
+    (tree.root / "figures/mine").rename(tree.root / "figures/committed")
+    assert tree.git("status", "--porcelain") == "?? figures/\n"
 
 
 def commit(root, *found, profile="demo", params=""):

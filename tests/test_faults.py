@@ -103,6 +103,7 @@ def test_kill_of_kernel_papermill_and_make_and_two_runs_at_once(prepared, undist
     assert len(found) >= 9 and not any(changed.values()), changed
     left = files(prepared.home) | files(prepared.tmp)
     assert left == outside, f"written outside of the project: {sorted(str(p) for p, _ in left - outside)}"
+    assert prepared.git("status", "--porcelain") == ""
 
 
 @pytest.mark.skipif(not ALL, reason="the whole matrix takes about 10 minutes; set SSL_ROBUST_FAULTS=all")
