@@ -131,7 +131,8 @@ class Tree:
 
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "SSL_ROBUST_", "IPYTHON", "JUPYTER"))}
-        mine = {"PYTHONPATH": str(self.root), "HOME": str(self.home), "TMPDIR": str(self.tmp), "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))
+        mine = {"PYTHONPATH": path, "HOME": str(self.home), "TMPDIR": str(self.tmp), "OMP_NUM_THREADS": "1"}
         return {k: v for k, v in kept.items() if k != "MPLCONFIGDIR"} | mine
 
     def command(self, target: str, *variables: str) -> list[str]:

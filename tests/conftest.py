@@ -1,6 +1,11 @@
-"""What all tests share: one thread each (before torch is imported), no windows, a project folder of their own."""
+"""What all tests share: one thread each (before torch is imported), no windows, a project folder of their own.
+
+SSL_ROBUST_TEST_BF16=1 has all of them believe that the CPU multiplies bf16 fast, so that the suite can be run both ways
+on any CPU: `precision: auto` is then bf16.
+"""
 
 import os
+import runpy
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,8 +14,14 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox asks for git whe
 import matplotlib  # noqa: E402
 import planted  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from ssl_robust import datasets, records  # noqa: E402
+
+if os.environ.get("SSL_ROBUST_TEST_BF16") == "1":
+    claiming = Path(__file__).with_name("bf16")
+    runpy.run_path(str(claiming / "sitecustomize.py"))["claim"](torch.cpu)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(claiming), os.environ.get("PYTHONPATH")]))
 
 # not by the variable MPLBACKEND, which kernels started by the tests would inherit, and then show no pictures
 matplotlib.use("Agg")

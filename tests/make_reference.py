@@ -31,7 +31,8 @@ def checked(folder: Path = PROJECT / "notebooks") -> list[str]:
 def environment(root: Path) -> dict[str, str]:
     """Environment in which notebooks leave everything below `root`, print no progress, and compute on one core."""
     quiet = {"SSL_ROBUST_HEADLESS": "1", "SSL_ROBUST_QUIET_SECONDS": "inf"}
-    example = {"PYTHONPATH": str(PROJECT / "notebooks")}  # my_encoder.py lies there, the references do not
+    # my_encoder.py lies there, the references do not
+    example = {"PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT / "notebooks"), os.environ.get("PYTHONPATH")]))}
     return os.environ | quiet | example | {"SSL_ROBUST_ROOT": str(root), "OMP_NUM_THREADS": "1"}
 
 

@@ -100,6 +100,7 @@ def settings(**changes: object) -> schema.Settings:
     base = {
         "profile": "toy",
         "device": "cpu",
+        "precision": "fp32",
         "encoders": [{"name": "planted", "timm": "embedded_vit", "defenses": ["standard", "deacl"]}],
         "classification": {**section, "attack_batch": 3},
         "segmentation": {**section, "size": 24, "stride": 0.5},

@@ -17,6 +17,7 @@ SECTION = {"datasets": ["scenes"], "n_train": 12, "n_val": 6, "n_test": 4, "epoc
 PROFILE = {
     "profile": "tiny",
     "device": "cpu",
+    "precision": "fp32",
     "encoders": [{"name": "embedded_vit"}],
     "classification": SECTION,
     "attack": {"steps": 1},
@@ -183,7 +184,6 @@ def slurm(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (place / name).touch()
     monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
     monkeypatch.setattr(submitit.SlurmJob, "watcher", type(submitit.SlurmJob.watcher)())
-    (project / "params" / "tiny.yaml").write_text(yaml.safe_dump(PROFILE | {"precision": "fp32"}))
     return place
 
 
@@ -304,7 +304,7 @@ def test_refusals_of_slurm_are_one_sentence_and_lose_no_job(
     account(slurm, job101="PENDING", job102="RUNNING")
     code, _, err = outcome(capfd, "local")
     assert code == 2 and err.startswith("'deacl a' of an earlier call still runs or waits (Slurm job 101); wait for it")
-    (project / "params" / "tiny.yaml").write_text(yaml.safe_dump(PROFILE))
+    (project / "params" / "tiny.yaml").write_text(yaml.safe_dump(PROFILE | {"precision": "auto"}))
     code, _, err = outcome(capfd, "slurm")
     assert code == 2 and "write precision: bf16 or fp32 in params/tiny.yaml" in err and err.count("\n") == 1
     for name in ("squeue", "sacct"):
