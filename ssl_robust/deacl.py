@@ -38,7 +38,7 @@ from . import attacks, checkpoints, compute, datasets, encoders, records
 from .datasets import Subset
 from .encoders import Encoder
 from .heads import skipping
-from .progress import track
+from .progress import any_terminal, track
 from .settings import Attack, BadInput, DeACL, EncoderRow, Settings
 
 GIVEN = -1  # the epochs of a checkpoint that was made elsewhere: unknown
@@ -165,7 +165,7 @@ def train_epoch(
     """One epoch over freshly augmented images; returns the mean of the two terms.
 
     An interrupted epoch goes on after `done` batches with the `sums` of the terms so far (2,); `store` gets both every
-    SAVE_SECONDS.
+    SAVE_SECONDS. Raises BadInput if the loss becomes NaN or infinite.
     """
     train.view = epoch
     accelerator, count = run.accelerator, datasets.workers(train)
@@ -188,10 +188,21 @@ def train_epoch(
         # each step, not once an epoch: then sums stored within an epoch are those of an undisturbed run to the last bit
         sums = sums + accelerator.reduce(terms.double(), "sum")
         if time.monotonic() - stored >= SAVE_SECONDS:
+            _demand_finite(sums, epoch, run.cfg)
             store(i + 1, sums)
             stored = time.monotonic()
+    _demand_finite(sums, epoch, run.cfg)
     preserve, robust = (sums / len(train)).tolist()
     return preserve, robust
+
+
+def _demand_finite(sums: Tensor, epoch: int, cfg: DeACL) -> None:
+    """Raises BadInput where the terms of eq. 2 are no numbers any more: what follows would be none either."""
+    if not sums.isfinite().all():
+        raise BadInput(
+            f"DeACL diverged in epoch {epoch + 1} (its loss is no number); lower deacl.lr, which is {cfg.lr:g}, or "
+            f"deacl.gamma, which is {cfg.gamma:g}."
+        )
 
 
 def robustness(run: Tuning, held_out: Subset, seed: int) -> float:
@@ -315,6 +326,7 @@ def _finetune(row: EncoderRow, teacher: Encoder, settings: Settings, accelerator
             store()
     index = {"key": records.digest([key, kept]), "epochs": kept, "history": history}
     index["processes"] = accelerator.num_processes
+    index |= {"n_train": len(train), "n_train_asked": datasets.asked("deacl", cfg.dataset, settings)}
     if accelerator.is_main_process:
         records.write_record(index, home / "deacl.json")
     accelerator.wait_for_everyone()
@@ -553,6 +565,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line, also under accelerate launch; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
     from . import run  # here, because it stands above this module
 
+    any_terminal()
     parser = argparse.ArgumentParser(prog="python -m ssl_robust.deacl", description="DeACL of a profile's encoders.")
     parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
     parser.add_argument("--data", default="", help="folder of the real data sets, in place of the profile's data_root")

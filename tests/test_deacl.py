@@ -1,5 +1,6 @@
 """DeACL: the schedule, the two terms of eq. 2, one step, interrupted work, and what is evaluated of it."""
 
+import copy
 import math
 
 import planted
@@ -9,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from ssl_robust import datasets, deacl, records
+from ssl_robust import attacks, compute, datasets, deacl, encoders, records
 from ssl_robust.encoders import Encoder
-from ssl_robust.settings import BadInput, DeACL, EncoderRow
+from ssl_robust.settings import Attack, BadInput, DeACL, EncoderRow
 
 ROW = EncoderRow(name="planted", defenses=["standard", "deacl"])
 
@@ -54,6 +55,38 @@ def test_adversarial_images_turn_the_embedding_within_the_ball():
     noisy = deacl.attacks.random_start(x, 0.1, ["a", "b", "c"], 0)
     assert (adv - x).abs().max() <= 0.1 + 1e-6 and adv.min() >= 0 and adv.max() <= 1
     assert (cosine < torch.cosine_similarity(encoder(noisy)[0], target)).all()
+
+
+@pytest.mark.parametrize(("precision", "agree"), [("fp32", 0.999), ("bf16", 0.8)])
+def test_the_cosine_has_its_gradient_where_student_and_teacher_are_still_the_same(precision, agree):
+    encoder = encoders.load(EncoderRow(name="embedded_vit"))
+    exact, x, ids = copy.deepcopy(encoder).double(), planted.images(3, 64), ["a", "b", "c"]
+    start = attacks.random_start(x, DeACL().eps, ids, 0)
+    adv = start.double().requires_grad_(True)
+    cosine = torch.cosine_similarity(exact.cls(adv), exact.cls(x.double()))
+    (gradient,) = torch.autograd.grad(cosine.sum(), adv)
+    with compute.steps_in(precision, "cpu"):
+        target = deacl.embed(encoder, x)
+    trace = []
+    moved = attacks.pgd(
+        x, lambda a, t: -torch.cosine_similarity(deacl.embed(encoder, a), target), Attack(eps=1.0, step=1e-3, steps=1),
+        start, precision, trace=trace,
+    )  # fmt: skip
+    assert not trace[0]["zero"].any()
+    inside = (start > 0.01) & (start < 0.99)
+    assert ((moved - start).sign() == -gradient.sign())[inside].float().mean() > agree
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_one_sentence(monkeypatch):
+    run = _tuning(DeACL(batch=4, lr=0.5, gamma=3.0, epochs=2))
+    train, stored = datasets.load("deacl", "scenes", "val", planted.settings(deacl={"n_val": 4}), 16), []
+    monkeypatch.setattr(deacl, "train_step", lambda *args: torch.tensor([math.nan, -1.0]))
+    with pytest.raises(BadInput, match=r"DeACL diverged in epoch 2 .*lower deacl.lr, which is 0.5, or .*gamma, which is 3"):
+        deacl.train_epoch(run, train, 1, store=lambda *args: stored.append(args))
+    monkeypatch.setattr(deacl, "SAVE_SECONDS", 0)
+    with pytest.raises(BadInput, match="DeACL diverged"):
+        deacl.train_epoch(run, train, 1, store=lambda *args: stored.append(args))
+    assert not stored
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Heads against direct transcriptions, losses by hand, the sliding window, and how heads are trained and kept."""
 
+import copy
 import math
 
 import planted
@@ -8,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save_file
 
-from ssl_robust import datasets, heads, metrics, records, released
+from ssl_robust import datasets, encoders, heads, metrics, records, released
 from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
 from ssl_robust.heads import HEADS, TaskModel
-from ssl_robust.settings import TASKS, BadInput, TaskSettings
+from ssl_robust.settings import TASKS, BadInput, EncoderRow, TaskSettings
 
 
 def _tokens(count=2, dim=5, h=3, w=4):
@@ -522,3 +523,57 @@ def test_predictions_for_pictures(toys):
     shown = heads.predictions(planted.model("segmentation"), subset, 4)
     assert shown["pred_clean"].shape == shown["target"].shape == (4, 24, 24)
     assert shown["pred_clean"].dtype == torch.uint8 and shown["classes"] == list(planted.CLASSES)
+
+
+# --- which tokens a head reads ---
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2.lvd142m", "vit_small_patch16_dinov3.lvd1689m"],
+)
+def test_depth_reads_tokens_before_the_final_norm_and_the_other_tasks_behind_it(model):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = encoders.random_init(EncoderRow(name=model))
+        torch.nn.init.normal_(encoder.backbone.norm.weight)  # at its start the norm is hardly one
+        torch.nn.init.normal_(encoder.backbone.norm.bias)
+    x = planted.images(2, 4 * encoder.patch)
+    pixels, prefix = (x - encoder.mean) / encoder.std, encoder.backbone.num_prefix_tokens
+    for task in ("segmentation", "depth"):
+        timms = encoder.backbone.forward_intermediates(
+            pixels, 1, return_prefix_tokens=True, norm=task == "segmentation", intermediates_only=True
+        )
+        ((patches, first),) = timms
+        cls, found = heads.tokens(encoder, x, task)
+        assert torch.allclose(found, patches, atol=1e-4) and torch.allclose(cls, first[:, 0], atol=1e-4)
+        model = TaskModel(task, encoder, HEADS[task](encoder.dim, 3))
+        moved = model.embed(x) if task == "depth" else None
+        assert moved is None or torch.allclose(moved, patches.flatten(1), atol=1e-4)
+    assert torch.allclose(heads.tokens(encoder, x, "classification")[0], encoder(x)[0], atol=1e-4)
+    assert prefix >= 1 and not torch.allclose(encoder(x)[1], encoder(x, normed=False)[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("model", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_feature_maps_have_tokens_before_a_norm_only_where_there_is_one(model):
+    encoder = encoders.random_init(EncoderRow(name=model, native=64 if model == "resnet18" else None))
+    x = planted.images(1, encoder.native)
+    (_, normed), (_, raw) = encoder(x), encoder(x, normed=False)
+    final = getattr(encoder.backbone, "norm", None)
+    behind = raw if final is None else final(raw.movedim(1, -1)).movedim(-1, 1)
+    assert torch.allclose(behind, normed, atol=1e-4)
+
+
+def test_a_head_that_diverges_is_refused_by_name(toys):
+    settings, encoder = planted.settings(depth={"lr": 900.0, "epochs": 30}), planted.encoder()
+    bad = copy.deepcopy(encoder)
+    bad.backbone.proj.weight.fill_(math.nan)
+    with pytest.raises(BadInput, match="gives tokens that are not finite on toys"):
+        heads.fit("depth", bad, *_subsets("depth", settings, bad), settings.depth, 0, "cpu")
+    original = heads._epoch
+    heads._epoch = lambda *args: math.nan
+    try:
+        with pytest.raises(BadInput, match=r"depth head of 'planted' on toys diverged in epoch 1 .*lower depth.lr"):
+            heads.fit("depth", encoder, *_subsets("depth", settings, encoder), settings.depth, 0, "cpu")
+    finally:
+        heads._epoch = original
