@@ -145,24 +145,42 @@ def rgb(picture: Image.Image, place: object, shape: tuple[int, ...] = ()) -> np.
     16 bits become the upper 8 of them, transparency is left out. Raises BadInput naming `place` where that would lose
     the picture, where the value of white is unknown, and where too many pixels are claimed.
     """
-    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-        raise BadInput(f"{place} has {picture.width} x {picture.height} pixels, too many to read; make it smaller.")
-    if picture.mode in ("I", "F", "LAB"):
-        what = "colours as LAB" if picture.mode == "LAB" else "32-bit numbers, of which white is unknown"
-        raise BadInput(f"{place} stores {what}; save it as 8-bit gray or RGB.")
+    _demand_readable(picture, place, shape)
     deep = ";16" in f"{picture.mode} {picture.tile}"
-    pixels = _eight_bits(picture, place)
-    if deep and 0 < pixels.max(initial=0) < 64:  # 12 bits of a camera, say, would be nearly black
+    if picture.mode.startswith("I;16"):
+        pixels, largest = _gray_of_16_bits(picture)
+    else:
+        pixels = _opaque(picture, place)
+        largest = 256 * int(pixels.max(initial=0)) + 1  # if of 16 bits, the library has left out the lower 8
+    if deep and 0 < largest < 1 << 14:  # 12 bits of a camera, say, would be nearly black
         raise BadInput(f"{place} has 16 bits a value of which it uses the lower ones only; save it with 8.")
     tag = _orientation(picture)  # now, as damaged pixels that it comes across would be no error a second time
     return pixels if tag == 1 else _upright(pixels, tag, place, shape)
 
 
-def _eight_bits(picture: Image.Image, place: object) -> np.ndarray:
-    if picture.mode.startswith("I;16"):
-        inverted = getattr(picture, "tag_v2", {}).get(262) == 0  # TIFF whose 0 is white
-        gray = (np.array(picture) >> 8).astype(np.uint8)
-        return np.repeat(255 - gray[..., None] if inverted else gray[..., None], 3, 2)
+def _demand_readable(picture: Image.Image, place: object, shape: tuple[int, ...]) -> None:
+    """Refuses what the header of a picture says cannot be taken as it is."""
+    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+        raise BadInput(f"{place} has {picture.width} x {picture.height} pixels, too many to read; make it smaller.")
+    if picture.mode in ("I", "F", "LAB"):
+        what = "colours as LAB" if picture.mode == "LAB" else "32-bit numbers, of which white is unknown"
+        raise BadInput(f"{place} stores {what}; save it as 8-bit gray or RGB.")
+    tag = getattr(picture, "tag_v2", {}).get(ExifTags.Base.Orientation, 1)
+    if shape and tag != 1:  # a TIFF, which the library turns whether its map is or not
+        raise BadInput(f"{place} is to be turned (orientation {tag}); save it upright.")
+
+
+def _gray_of_16_bits(picture: Image.Image) -> tuple[np.ndarray, int]:
+    """The upper 8 bits, uint8 (H, W, 3), and the largest value of all 16."""
+    gray = np.array(picture)
+    largest = int(gray.max(initial=0))
+    if getattr(picture, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:  # a TIFF whose 0 is white
+        gray = ~gray
+    return np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, 2), largest
+
+
+def _opaque(picture: Image.Image, place: object) -> np.ndarray:
+    """A picture of 8 bits a value as uint8 (H, W, 3), without its transparency."""
     if "transparency" not in picture.info and picture.mode[-1] not in "Aa":
         return np.array(picture.convert("RGB"))
     whole = picture.convert(picture.mode.upper()) if picture.mode[-1] == "a" else picture
@@ -339,7 +357,8 @@ def _any_images(name: str) -> Callable[[Path, str, str, int], list[Item]]:
 def _own_classes(name: str) -> Callable[[Path, str], tuple[str, ...]]:
     def classes(root: Path, task: str) -> tuple[str, ...]:
         if task == "classification":
-            return tuple(_class_folders(root / name))
+            # names of folders need not be UTF-8
+            return tuple(os.fsencode(folder).decode(errors="replace") for folder in _class_folders(root / name))
         if task != "segmentation":
             return ()
         listed = root / name / "classes.txt"
@@ -580,7 +599,7 @@ def _nyu_pair(path: Path, key: tuple[str, int, int]) -> np.ndarray:
         content = BytesIO(file.read(size))
     with h5py.File(content, "r") as pair:
         pixels = pair[array][()]
-    return pixels.transpose(1, 2, 0) if array == "rgb" else pixels  # (3, H, W) -> (H, W, 3)
+    return pixels.transpose(1, 2, 0) if array == "rgb" else _nyu_metres(pixels, path)  # (3, H, W) -> (H, W, 3)
 
 
 @once

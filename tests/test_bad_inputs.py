@@ -4,6 +4,7 @@ import shutil
 import time
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 import trees
@@ -50,6 +51,36 @@ def weights(content):
 def pickled(root):
     torch.save({"weight": nbformat.NotebookNode(a=1)}, root / "w.pth")
     write(root, one(checkpoint=str(root / "w.pth")))
+
+
+def data(task, make, change=lambda home: None):
+    """A profile whose `task` reads the data set that `make` writes, with what `change` does to its folder."""
+
+    def made(root):
+        make(root / "data")
+        name = {"segmentation": "street", "depth": "sevenscenes", "classification": "pets"}[task]
+        change(root / "data" / name)
+        write(root, {task: {"datasets": [name]}, "data_root": str(root / "data")})
+
+    return made
+
+
+def each(pattern, pixels):
+    """A change of all pictures of a folder whose path ends so."""
+
+    def change(home):
+        for path in home.glob(pattern):
+            trees.stored(path, pixels)
+
+    return change
+
+
+def pets(root):
+    trees.image_folder(root, "pets", ("cat", "dog"))
+
+
+def binary(home):
+    each("masks/*/*.png", np.repeat(np.uint8([[0], [255]]), [10, 10], 0).repeat(26, 1))(home)
 
 
 def half_a_data_set(root):
@@ -124,6 +155,43 @@ CASES = {
     "data set with a folder": ({"depth": {"datasets": ["../a"]}}, CHECK, "'../a' cannot be a data set"),
     "data set with HTML": ({"depth": {"datasets": [IMAGE]}}, CHECK, "cannot be a data set"),
     "half a data set": (half_a_data_set, CHECK, "cifar10"),
+    "masks of 0 and 255": (data("segmentation", trees.mask_folder, binary), CHECK, "hold 0 and 255 only"),
+    "masks without a label": (
+        data("segmentation", trees.mask_folder, each("masks/*/*.png", np.full((20, 26), 255, np.uint8))), CHECK,
+        "has a class, all are 255",
+    ),
+    "masks in colour": (
+        data("segmentation", trees.mask_folder, each("masks/*/*.png", np.zeros((20, 26, 3), np.uint8))), CHECK,
+        "is a colour picture",
+    ),
+    "two images of one mask": (
+        data("segmentation", trees.mask_folder, lambda home: trees.picture(home / "images" / "val" / "0.jpg")), CHECK,
+        "share",
+    ),
+    "class names in latin-1": (
+        data("segmentation", trees.mask_folder, lambda home: (home / "classes.txt").write_bytes(b"h\xe4user\na\nb")),
+        CHECK, "is not text in UTF-8",
+    ),
+    "depths in metres per unit": (
+        data("depth", lambda root: trees.depth_folder(root, scale=0.001)), CHECK, "are in other units",
+    ),
+    "no valid depth": (
+        data("depth", trees.depth_folder, each("depth/*/*.png", np.zeros((20, 26), np.uint16))), CHECK, "is valid",
+    ),
+    "depth scale in a list": (
+        data("depth", trees.depth_folder, lambda home: (home / "meta.json").write_text("[1000]")), CHECK,
+        "no positive 'depth_scale'",
+    ),
+    "depth scale that is no JSON": (
+        data("depth", trees.depth_folder, lambda home: (home / "meta.json").write_text("{")), CHECK, "correct it",
+    ),
+    "images of 12 bits": (
+        data("classification", pets, each("*/*/*.png", np.full((8, 8), 4095, np.uint16))), CHECK, "16 bits a value",
+    ),
+    "damaged images": (
+        data("classification", pets, lambda home: [p.write_bytes(b"") for p in home.rglob("*.png")]), CHECK,
+        "cannot be read (damaged or empty)",
+    ),
     "no test image": ({"classification": {"n_test": 0}}, CHECK, "'classification.n_test' is 0"),
     "no learning rate": ({"classification": {"lr": 0}}, CHECK, "'classification.lr' is 0"),
     "unknown size": ({"depth": {"size": "natve"}}, CHECK, "'natve' is no size"),

@@ -332,6 +332,276 @@ def test_own_mask_folder(tmp_path):
         datasets.class_names("street", "segmentation", str(tmp_path))
 
 
+# --- identifiers ---
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "task"),
+    [
+        (trees.image_folder, "cifar10", "classification"), (trees.cifar, "cifar10", "classification"),
+        (trees.stl10, "stl10", "classification"), (trees.voc, "voc2012", "segmentation"),
+        (trees.ade20k, "ade20k", "segmentation"), (trees.cityscapes, "cityscapes", "segmentation"),
+        (trees.nyuv2, "nyuv2", "depth"), (trees.nyu_parquet, "nyuv2", "depth"), (trees.nyu_archives, "nyuv2", "depth"),
+        (trees.mask_folder, "street", "segmentation"), (trees.depth_folder, "sevenscenes", "depth"),
+        (trees.tiny_imagenet, "tiny_imagenet", "classification"), (trees.wnids, "imagenette", "deacl"),
+    ],
+)  # fmt: skip
+def test_identifiers_are_unique_in_every_data_set(tmp_path, make, name, task):
+    make(tmp_path)
+    for split in ("train", "test"):
+        ids = _subset(tmp_path, name, task, split).ids
+        assert ids and len(set(ids)) == len(ids)
+
+
+def _scenes_of_folders(root, targets, classes=("a", "b")):
+    """Images of the same names in folders of their own, image i of scene s with the target 2 * s + i everywhere."""
+    for split in ("train", "val"):
+        for scene in range(3):
+            for i in range(2):
+                where = f"{split}/seq-{scene}/frame-{i:06}.png"
+                trees.picture(root / "rooms" / "images" / where)
+                trees.stored(root / "rooms" / targets / where, np.full((20, 26), 2 * scene + i, np.uint16))
+    (root / "rooms" / "classes.txt").write_text("\n".join("abcdef"))
+    (root / "rooms" / "meta.json").write_text('{"depth_scale": 1}')
+
+
+@pytest.mark.parametrize(("task", "targets"), [("segmentation", "masks"), ("depth", "depth")])
+def test_images_of_one_name_in_several_folders_are_several(tmp_path, task, targets):
+    _scenes_of_folders(tmp_path, targets)
+    subset = _subset(tmp_path, "rooms", task)
+    assert subset.ids == [f"rooms/val/seq-{s}/frame-{i:06}" for s in range(3) for i in range(2)]
+    assert [int(subset[k][1][0, 0]) for k in range(6)] == list(range(6))
+
+
+def test_ade20k_images_of_one_name_in_several_folders_are_several(tmp_path):
+    trees.ade20k(tmp_path)
+    home = tmp_path / "ADEChallengeData2016"
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        (home / kind / "validation" / "more").mkdir()
+        source = home / kind / "validation" / f"ADE_validation_0.{suffix}"
+        shutil.copy(source, home / kind / "validation" / "more")
+    assert _subset(tmp_path, "ade20k", "segmentation").ids[-1] == "more/ADE_validation_0"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "PNG"])
+def test_two_images_of_one_mask_are_refused(tmp_path, suffix):
+    trees.mask_folder(tmp_path)
+    trees.picture(tmp_path / "street" / "images" / "val" / f"1.{suffix}")
+    _refused(tmp_path, "street", "segmentation", "images/val/1.* and 1.* share .*/masks/val/1.png; give each image one")
+
+
+def test_classes_may_hold_images_of_one_name_and_several_kinds(tmp_path):
+    trees.image_folder(tmp_path, "pets", ("dog", "cat"))
+    for suffix in ("jpg", "PNG", "JPG"):
+        trees.picture(tmp_path / "pets" / "test" / "cat" / f"0.{suffix}", (8, 8))
+    assert len(set(_subset(tmp_path, "pets", "classification").ids)) == 9
+
+
+def test_images_that_are_listed_twice_are_refused(tmp_path):
+    trees.voc(tmp_path)
+    listed = tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt"
+    listed.write_text(listed.read_text() + "\n2007_val2\n")
+    _refused(tmp_path, "voc2012", "segmentation", "'voc2012' .test. has 2 images '2007_val2'; list or name each")
+    trees.cityscapes(tmp_path)
+    image = next((tmp_path / "cityscapes" / "leftImg8bit" / "val" / "ulm").iterdir())
+    trees.picture(image.with_suffix(".jpg"), (8, 34))
+    _refused(tmp_path, "cityscapes", "segmentation", "'cityscapes' .test. has 2 images 'ulm_000000_000019'; list")
+
+
+# --- what official files cannot hold ---
+
+
+def test_ade20k_masks_that_were_converted_are_refused(tmp_path):
+    trees.ade20k(tmp_path)
+    subset = _subset(tmp_path, "ade20k", "segmentation")
+    file = subset.items[0].target.file
+    official = np.tile(np.arange(26, dtype=np.uint8), (20, 1))
+    for value in (255, 151, 200):  # 255: 'other' of masks whose classes begin at 0
+        trees.stored(file, np.where(official == 0, value, official - 1).astype(np.uint8))
+        with pytest.raises(BadInput, match=f"{file} has the value {value} but official masks end at 150, so it was"):
+            subset[0]
+    trees.stored(file, official.astype(np.uint16) * 6)
+    assert subset[0][1][0].tolist() == [IGNORE, *range(5, 150, 6)]  # of more bits, and official
+
+
+def test_cityscapes_masks_of_train_ids_are_refused(tmp_path):
+    trees.cityscapes(tmp_path)
+    subset = _subset(tmp_path, "cityscapes", "segmentation")
+    file = subset.items[0].target.file
+    train_ids = np.tile(np.array([*range(19), *[255] * 15], np.uint8), (8, 1))
+    for ids, value in ((train_ids, 255), (np.full((8, 34), 34, np.uint8), 34)):
+        trees.stored(file, ids)
+        with pytest.raises(BadInput, match=f"{file} has the value {value} but official masks end at 33, so it was"):
+            subset[0]
+
+
+def test_the_full_ade20k_is_said_to_be_in_colour(tmp_path, root):
+    trees.ade20k(tmp_path)
+    for file in (tmp_path / "ADEChallengeData2016" / "annotations").rglob("*.png"):
+        trees.stored(file, np.zeros((20, 26, 3), np.uint8))
+    settings = planted.settings(data_root=str(tmp_path), counts="any", damaged="skip", deacl=None, depth=None,
+                                classification=None, segmentation={"datasets": ["ade20k"], "n_val": 1})  # fmt: skip
+    with pytest.raises(BadInput, match="is a colour picture .mode RGB.; store one number a pixel"):
+        datasets.load("segmentation", "ade20k", "test", settings, 8)  # where damage is looked for, which it is not
+    with pytest.raises(BadInput, match="is a colour picture .mode RGB.; store one number a pixel"):
+        datasets.overview(settings)
+
+
+@pytest.mark.parametrize("label", [10, -1, 1.5])
+def test_labels_that_are_none_are_refused(tmp_path, label):
+    trees.cifar(tmp_path)
+    file = tmp_path / "cifar-10-batches-py" / "test_batch"
+    batch = pickle.loads(file.read_bytes())
+    for labels in ([0, 1, 2, label], np.array([0, 1, 2, label])):
+        file.write_bytes(pickle.dumps(batch | {"labels": labels}, protocol=2))
+        _refused(tmp_path, "cifar10", "classification", f"{file} has the label {label} but labels are 0 to 9; get the")
+    file.write_bytes(pickle.dumps(batch | {"labels": np.array([3, 1, 2, 9])}, protocol=2))
+    assert [y for _, y in _subset(tmp_path, "cifar10", "classification")] == [3, 1, 2, 9]
+
+
+def test_cifar_images_that_are_not_bytes_are_refused(tmp_path):
+    trees.cifar(tmp_path)
+    file = tmp_path / "cifar-10-batches-py" / "test_batch"
+    batch = pickle.loads(file.read_bytes())
+    file.write_bytes(pickle.dumps(batch | {"data": batch["data"] / 255}, protocol=2))
+    with pytest.raises(BadInput, match=f"{file} is float64 .32, 32, 3.; get the file whose images are uint8"):
+        _subset(tmp_path, "cifar10", "classification")[0]
+
+
+@pytest.mark.parametrize("label", [0, 11])
+def test_stl10_labels_count_from_1_to_10(tmp_path, label):
+    trees.stl10(tmp_path)
+    file = tmp_path / "stl10_binary" / "test_y.bin"
+    np.array([1, 2, 3, 4, label], np.uint8).tofile(file)
+    _refused(tmp_path, "stl10", "classification", f"{file} has the label {label - 1} but labels are 0 to 9; get")
+
+
+def test_nyu_depths_beyond_its_range_are_refused(tmp_path):
+    import h5py
+
+    trees.nyuv2(tmp_path)
+    mat = tmp_path / "nyuv2" / "nyu_depth_v2_labeled.mat"
+    with h5py.File(mat, "r+") as file:
+        file["depths"][...] = file["depths"][...] * 1000  # millimetres
+    with pytest.raises(BadInput, match=f"{mat} holds depths of 1112 but official ones end at 10 m; store metres"):
+        _subset(tmp_path, "nyuv2", "depth")[1]
+
+
+def test_nyu_cells_of_8_bits_are_refused(tmp_path):
+    trees.nyu_parquet(tmp_path, cell=lambda depth: trees.png((depth * 20).astype(np.uint8)))
+    with pytest.raises(BadInput, match="Depth 0 of .*parquet is of mode L; store metres or 16-bit millimetres"):
+        _subset(tmp_path, "nyuv2", "depth")[0]
+
+
+def test_nyu_pictures_of_12_bits_are_refused(tmp_path):
+    trees.nyu_parquet(tmp_path, image=lambda i: trees.png(np.full((12, 16), 4095, np.uint16)))
+    with pytest.raises(BadInput, match="Image 0 of .*parquet has 16 bits a value of which it uses the lower ones only"):
+        _subset(tmp_path, "nyuv2", "depth")[0]
+
+
+# --- archives and text files ---
+
+
+def test_zipped_images_of_16_bits_keep_their_upper_ones(tmp_path):
+    ramp = np.tile(np.arange(64, dtype=np.uint16) * 1040, (4, 1))
+    (tmp_path / "a.zip").write_bytes(trees.zipped("x.png", trees.png(ramp)))
+    assert np.array_equal(catalogue._zipped(tmp_path / "a.zip", "x.png")[..., 2], ramp >> 8)
+    (tmp_path / "a.zip").write_bytes(trees.zipped("x.png", trees.png(ramp >> 4)))
+    with pytest.raises(BadInput, match="x.png of .*a.zip has 16 bits a value of which it uses the lower ones only"):
+        catalogue._zipped(tmp_path / "a.zip", "x.png")
+
+
+@pytest.mark.parametrize(
+    ("hurt", "words"),
+    [
+        (trees.locked, "a.zip is locked by a password; unpack it"),
+        (trees.packed_otherwise, "a.zip is packed in a way that is not read here; unpack it"),
+        (trees.damaged_inside, "image file x.png in .*/a.zip cannot be read .damaged or empty.; replace"),
+    ],
+)
+def test_archives_that_cannot_be_read_are_said(tmp_path, hurt, words):
+    whole = trees.zipped("x.png", b"ssl" * 1000)
+    (tmp_path / "a.zip").write_bytes(hurt(whole))
+    part = datasets.Part(catalogue._zipped, tmp_path / "a.zip", "x.png")
+    with pytest.raises(BadInput, match=words):
+        datasets.read(datasets.Item("i", part, 0), "classification")
+    home = tmp_path / "tiny-imagenet-200"
+    home.mkdir()
+    listed = trees.zipped("tiny-imagenet-200/wnids.txt", b"ssl" * 1000)
+    (home / "a.zip").write_bytes(hurt(listed))
+    with pytest.raises(BadInput, match="a.zip (is locked|is packed|cannot be read)"):
+        catalogue._tiny_text(home, "wnids.txt")
+
+
+ENCODED = {"BOM": "utf-8-sig", "UTF-16": "utf-16", "UTF-8": "utf-8"}
+
+
+@pytest.mark.parametrize("lines", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ENCODED.values(), ids=ENCODED)
+def test_text_files_of_other_encodings_are_read(tmp_path, encoding, lines):
+    def write(file, text):
+        file.write_bytes(text.replace("\n", lines).encode(encoding))
+
+    trees.mask_folder(tmp_path)
+    write(tmp_path / "street" / "classes.txt", "stra\u00dfe\nh\u00e4user\n\n")
+    assert datasets.class_names("street", "segmentation", str(tmp_path)) == ("stra\u00dfe", "h\u00e4user")
+    trees.depth_folder(tmp_path)
+    write(tmp_path / "sevenscenes" / "meta.json", '{"depth_scale":\n 1000}')
+    assert (_subset(tmp_path, "sevenscenes", "depth")[0][1][2:] == 2.5).all()
+    for make, name, task, files in (
+        (trees.voc, "voc2012", "segmentation", ["VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"]),
+        (trees.ade20k, "ade20k", "segmentation", ["ADEChallengeData2016/objectInfo150.txt"]),
+        (trees.tiny_imagenet, "tiny_imagenet", "classification",
+         [f"tiny-imagenet-200/{f}" for f in ("wnids.txt", "words.txt", "val/val_annotations.txt")]),
+    ):  # fmt: skip
+        make(tmp_path)
+        before = _subset(tmp_path, name, task)
+        for file in files:
+            write(tmp_path / file, (tmp_path / file).read_text())
+        after = _subset(tmp_path, name, task)
+        assert (after.ids, after.classes) == (before.ids, before.classes)
+        assert [i.target for i in after.items] == [i.target for i in before.items]
+
+
+@pytest.mark.parametrize("content", ["h\u00e4user\n".encode("latin-1"), "road\n".encode("utf-16-le"), b"\xff\xfe\0"])
+def test_text_of_an_encoding_that_is_not_said_is_refused(tmp_path, content):
+    trees.mask_folder(tmp_path)
+    (tmp_path / "street" / "classes.txt").write_bytes(content)
+    with pytest.raises(BadInput, match=f"{tmp_path}/street/classes.txt is not text in UTF-8; save it in that encoding"):
+        datasets.class_names("street", "segmentation", str(tmp_path))
+
+
+@pytest.mark.parametrize("count", [0, 256])
+def test_as_many_classes_as_a_mask_can_hold(tmp_path, count):
+    trees.mask_folder(tmp_path)
+    (tmp_path / "street" / "classes.txt").write_text("\n".join(f"class {i}" for i in range(count)))
+    with pytest.raises(BadInput, match=f"street/classes.txt lists {count} classes; list 1 to 255, one a line"):
+        datasets.class_names("street", "segmentation", str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"", b"[" * 100_000])
+def test_a_broken_meta_json_is_to_be_corrected(tmp_path, content):
+    trees.depth_folder(tmp_path)
+    (tmp_path / "sevenscenes" / "meta.json").write_bytes(content)
+    _refused(tmp_path, "sevenscenes", "depth", "sevenscenes/meta.json is not .*; (correct it|save it)")
+
+
+@pytest.mark.parametrize("content", ["[1000]", "1000", "null", '{"depth_scale": true}'])
+def test_a_meta_json_without_a_scale_is_refused(tmp_path, content):
+    trees.depth_folder(tmp_path)
+    (tmp_path / "sevenscenes" / "meta.json").write_text(content)
+    _refused(tmp_path, "sevenscenes", "depth", "sevenscenes/meta.json has no positive 'depth_scale'; write one")
+
+
+def test_palettes_are_no_depth(tmp_path):
+    trees.depth_folder(tmp_path)
+    subset = _subset(tmp_path, "sevenscenes", "depth")
+    file = subset.items[0].target.file
+    catalogue.Image.fromarray(np.zeros((20, 26), np.uint8)).convert("P").save(file)
+    with pytest.raises(BadInput, match=f"{file} is a colour picture .mode P.; store one number a pixel"):
+        subset[0]
+
+
 @pytest.mark.parametrize("scale", [0, -1, "1000", None, float("inf")])
 def test_depth_scales_that_cannot_be(tmp_path, scale):
     trees.depth_folder(tmp_path, scale=scale)

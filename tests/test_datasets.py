@@ -2,6 +2,10 @@
 
 import dataclasses
 import hashlib
+import os
+import re
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,8 @@ import torch
 import trees
 from PIL import Image
 
-from ssl_robust import datasets
-from ssl_robust.catalogue import CIFAR10_CLASSES
+from ssl_robust import catalogue, datasets, heads, plan, records
+from ssl_robust.catalogue import CIFAR10_CLASSES, Part
 from ssl_robust.datasets import IGNORE, Item, Subset
 from ssl_robust.settings import BadInput
 
@@ -87,6 +91,169 @@ def test_gray_images_become_colour(tmp_path):
     trees.picture(tmp_path / "g.png", mode="L")
     image, _ = datasets.read(Item("g", tmp_path / "g.png", 0), "classification")
     assert image.shape == (3, 20, 26) and torch.equal(image[0], image[2])
+
+
+RAMP = np.tile(np.arange(64, dtype=np.uint16) * 1040, (16, 1))  # 0 .. 65520 of 16 bits
+GRAY = (RAMP >> 8).astype(np.uint8)
+
+
+def _looks(path):
+    return datasets.read(Item("i", path, 0), "classification")[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_gray_keeps_its_upper_bits(tmp_path, suffix):
+    trees.stored(tmp_path / f"a.{suffix}", RAMP)
+    assert np.array_equal(_looks(tmp_path / f"a.{suffix}"), np.dstack([GRAY] * 3))
+
+
+def test_16_bit_tiff_may_count_from_white(tmp_path):
+    Image.fromarray(RAMP).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    assert np.array_equal(_looks(tmp_path / "a.tif")[..., 1], 255 - GRAY)
+
+
+def test_48_bit_colour_keeps_its_upper_bits(tmp_path):
+    rows = np.stack([RAMP, RAMP[:, ::-1], RAMP], -1).astype(">u2")
+    (tmp_path / "a.png").write_bytes(trees.png_of_48_bits(rows))
+    assert np.array_equal(_looks(tmp_path / "a.png"), np.dstack([GRAY, GRAY[:, ::-1], GRAY]))
+    (tmp_path / "a.png").write_bytes(trees.png_of_48_bits(rows // 16))
+    with pytest.raises(BadInput, match="a.png has 16 bits a value of which it uses the lower ones only; save it with"):
+        _looks(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (RAMP // 16, "uses the lower ones only; save it with 8"),  # 12 bits
+        (RAMP // 4, "uses the lower ones only; save it with 8"),  # 14 bits
+        (RAMP // 257, "uses the lower ones only; save it with 8"),  # 8 bits in 16
+        (RAMP.astype(np.int32), "stores 32-bit numbers, of which white is unknown; save it as 8-bit gray or RGB"),
+        (RAMP / np.float32(65535), "stores 32-bit numbers, of which white is unknown"),
+        (RAMP / np.float32(257), "stores 32-bit numbers, of which white is unknown"),
+    ],
+)
+def test_pictures_whose_white_is_unknown_are_refused(tmp_path, pixels, words):
+    trees.stored(tmp_path / "a.tif", pixels)
+    with pytest.raises(BadInput, match=f"^{tmp_path}/a.tif .*{words}") as refusal:
+        _looks(tmp_path / "a.tif")
+    assert not isinstance(refusal.value, datasets.Unreadable)  # damaged: skip does not pass over it
+
+
+def test_black_is_black_in_16_bits_too(tmp_path):
+    trees.stored(tmp_path / "a.png", RAMP * 0)
+    assert not _looks(tmp_path / "a.png").any()
+
+
+COLOURS = np.dstack([np.tile(np.arange(32, dtype=np.uint8) * 8, (16, 1))] * 2 + [np.full((16, 32), 200, np.uint8)])
+FADING = np.tile(np.arange(32, dtype=np.uint8) * 8, (16, 1))
+
+
+def _with_alpha(mode):
+    picture = Image.fromarray(np.dstack([COLOURS, FADING]))
+    return picture if mode == "RGBA" else picture.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("picture", "seen"),
+    [
+        (Image.fromarray(COLOURS), COLOURS),
+        (_with_alpha("RGBA"), COLOURS),
+        (Image.fromarray(np.dstack([GRAY, GRAY[:, ::-1]]), "LA"), np.dstack([GRAY] * 3)),
+        (Image.fromarray(GRAY > 99), np.dstack([255 * (GRAY > 99)] * 3)),
+        (Image.fromarray(COLOURS).convert("CMYK"), COLOURS),
+    ],
+    ids=["RGB", "RGBA", "LA", "1", "CMYK"],
+)
+def test_pictures_of_other_modes(tmp_path, picture, seen):
+    picture.save(tmp_path / "a.tif")
+    assert np.array_equal(_looks(tmp_path / "a.tif"), seen)
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "HSV", "YCbCr"])
+def test_pictures_of_rare_modes(mode):
+    smooth = Image.fromarray(np.dstack([GRAY] * 3))
+    whole = smooth.convert({"La": "LA", "RGBa": "RGBA"}.get(mode, "RGB"))
+    rare = smooth.convert("L").convert("P").convert("PA") if mode == "PA" else whole.convert(mode)
+    rare.tile = ()  # as a picture that was opened has
+    assert np.abs(catalogue.rgb(rare, "it").astype(int) - GRAY[..., None]).max() <= 2  # YCbCr rounds
+
+
+def test_palettes_with_transparent_entries(tmp_path):
+    picture = Image.fromarray((GRAY > 99).astype(np.uint8), "P")
+    picture.putpalette([10, 20, 30, 200, 100, 0])
+    picture.save(tmp_path / "a.png", transparency=bytes([0, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seen = _looks(tmp_path / "a.png")
+    assert np.array_equal(seen, np.where((GRAY > 99)[..., None], [200, 100, 0], [10, 20, 30]))
+
+
+def test_pictures_that_are_all_in_their_transparency_are_refused(tmp_path):
+    Image.fromarray(np.dstack([0 * COLOURS, FADING])).save(tmp_path / "a.png")
+    with pytest.raises(BadInput, match="a.png has one colour and its picture in the transparency; save it without"):
+        _looks(tmp_path / "a.png")
+
+
+def test_lab_is_refused_by_name(tmp_path):
+    Image.fromarray(COLOURS, "LAB").save(tmp_path / "a.tif")
+    with pytest.raises(BadInput, match="a.tif stores colours as LAB; save it as 8-bit gray or RGB"):
+        _looks(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("size", [(12_000, 12_000), (20_000, 20_000)])
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_read(tmp_path, size):
+    (tmp_path / "a.png").write_bytes(trees.png_of_size(*size))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(BadInput, match=f"{tmp_path}/a.png has .* to read; make it smaller"):
+            _looks(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("stored", ["uint16", "float32"])
+def test_arrays_of_images_that_are_not_of_8_bits_are_refused(tmp_path, stored):
+    part = Part(lambda path, key: np.zeros((4, 4, 3), stored), tmp_path / "images.mat")
+    with pytest.raises(BadInput, match=f"images.mat is {stored} .4, 4, 3.; get the file whose images are uint8"):
+        datasets.read(Item("i", part, 0), "classification")
+
+
+def _turned(path, pixels, tag):
+    exif = Image.Exif()
+    exif[274] = tag
+    trees.stored(path, pixels, exif=exif)
+
+
+TURNS = {  # what a viewer shows of stored pixels, by orientation tag
+    1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: np.swapaxes(x, 0, 1),
+    6: lambda x: np.rot90(x, -1), 7: lambda x: np.swapaxes(np.rot90(x, 2), 0, 1), 8: np.rot90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tag", TURNS)
+def test_pictures_stand_upright(tmp_path, tag):
+    _turned(tmp_path / "a.png", COLOURS, tag)
+    assert np.array_equal(_looks(tmp_path / "a.png"), TURNS[tag](COLOURS))
+
+
+@pytest.mark.parametrize("tag", TURNS)
+def test_a_turned_picture_and_its_mask_match_or_are_refused(tmp_path, tag):
+    image, mask = tmp_path / "a.png", tmp_path / "m.png"
+    _turned(image, COLOURS, tag)
+    for drawn_on in (COLOURS, TURNS[tag](COLOURS)):
+        trees.stored(mask, drawn_on[..., 0].copy())
+        if 1 < tag < 5:  # either may be meant, as both are of one size
+            with pytest.raises(BadInput, match=f"a.png is to be turned .EXIF orientation {tag}.*; save both upright"):
+                datasets.read(Item("i", image, mask), "segmentation")
+            continue
+        seen, target = datasets.read(Item("i", image, mask), "segmentation")
+        assert torch.equal(seen[0], target)
+
+
+def test_a_turned_tiff_with_a_mask_is_refused(tmp_path):
+    Image.fromarray(COLOURS).save(tmp_path / "a.tif", tiffinfo={274: 3})
+    trees.stored(tmp_path / "m.png", COLOURS[..., 0].copy())
+    assert np.array_equal(_looks(tmp_path / "a.tif"), TURNS[3](COLOURS))
+    with pytest.raises(BadInput, match="a.tif is to be turned .orientation 3.; save it upright"):
+        datasets.read(Item("i", tmp_path / "a.tif", tmp_path / "m.png"), "segmentation")
 
 
 def test_scenes_serve_all_tasks_with_their_own_splits(root):
@@ -482,6 +649,280 @@ def test_scrambled_images_never_raise_anything_else(tmp_path):
         except BadInput:
             refused += 1
     assert refused > 5
+
+
+@pytest.mark.parametrize("kind", [b"iCCP", b"tRNS", b"gAMA", b"PLTE", b"zTXt", b"eXIf", b"acTL"])
+@pytest.mark.parametrize("content", [b"", b"\0", b"a\0\0\xff\xff"])
+@pytest.mark.parametrize("role", ["image", "mask"])
+def test_chunks_without_sense_never_raise_anything_else(tmp_path, kind, content, role):
+    trees.picture(tmp_path / "good.png", (16, 16))
+    trees.picture(tmp_path / "x.png", (16, 16), "L" if role == "mask" else "RGB")
+    whole = (tmp_path / "x.png").read_bytes()
+    end = whole.index(b"IEND") - 4
+    chunk = len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+    for place in (33, end):
+        (tmp_path / "x.png").write_bytes(whole[:place] + chunk + whole[place:])
+        parts = ("good.png", "x.png") if role == "mask" else ("x.png", "good.png")
+        item = Item("i", tmp_path / parts[0], tmp_path / parts[1] if role == "mask" else 0)
+        try:
+            datasets.read(item, "segmentation" if role == "mask" else "classification")
+        except datasets.Unreadable as problem:
+            assert problem.file == tmp_path / "x.png"
+
+
+@pytest.mark.parametrize("error", [IndexError("x"), EOFError(), RuntimeError("x"), AttributeError("x")])
+def test_whatever_the_library_raises_is_a_damaged_image(tmp_path, root, monkeypatch, error):
+    trees.voc(tmp_path)
+    settings = _settings(tmp_path, size="original").model_copy(update={"damaged": "skip"})
+    victim, rgb = datasets.load("segmentation", "voc2012", "test", settings, 8).items[0].image, catalogue.rgb
+
+    def broken(picture, place, shape=()):
+        if place == victim:
+            raise error
+        return rgb(picture, place, shape)
+
+    monkeypatch.setattr(catalogue, "rgb", broken)
+    victim.touch()
+    left = datasets.load("segmentation", "voc2012", "test", settings, 8)
+    assert left.damaged == [str(victim)] and len(left) == 2
+
+
+def test_files_that_may_not_be_read_are_said(tmp_path, monkeypatch):
+    trees.voc(tmp_path)
+    subset = _load("segmentation", "test", tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "VOCdevkit"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", refuse)
+        with pytest.raises(BadInput, match=f"{subset.items[0].target} cannot be read .Permission denied.; replace"):
+            subset[0]
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(BadInput, match="VOCdevkit cannot be read .Permission denied.; make it readable for 'voc2012'"):
+        _load("segmentation", "test", tmp_path)
+
+
+def test_folders_that_may_not_be_read_are_not_passed_over(tmp_path, monkeypatch):
+    trees.mask_folder(tmp_path)
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("val"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(BadInput, match="street/images/val cannot be read .Permission denied.; make it readable"):
+        datasets.list_items("street", "segmentation", "test", 0, str(tmp_path))
+
+
+def test_folder_names_that_are_too_long_are_said():
+    with pytest.raises(BadInput, match="^a{100,200}.. cannot be read .File name too long."):
+        datasets.list_items("street", "segmentation", "test", 0, "a" * 5000)
+
+
+def test_names_need_not_be_utf_8(tmp_path, root):
+    for split in ("train", "test"):
+        for label in (b"caf\xe9", b"th\xe9"):
+            folder = tmp_path / os.fsdecode(b"drinks") / split / os.fsdecode(label)
+            for i in range(6):
+                trees.picture(folder / os.fsdecode(b"\xe9%d.png" % i), (8, 8))
+    settings = planted.settings(data_root=str(tmp_path), classification={"datasets": ["drinks"]}, deacl=None,
+                                segmentation=None, depth=None, damaged="skip")  # fmt: skip
+    test = datasets.load("classification", "drinks", "test", settings, 8)
+    assert len({datasets.image_seed(0, i) for i in test.ids}) == len(test) == 8
+    assert test.classes == ("caf\ufffd", "th\ufffd") and test[0][0].shape == (3, 8, 8) and len(test.hash) == 16
+    assert datasets.overview(settings)["images"].tolist() == [6, 6, 8]
+
+
+# --- targets that cannot be meant ---
+
+
+def _segmentation(root, name="street", **section):
+    section = {"datasets": [name], "n_val": 2, "n_train": 6, "n_test": 4, **section}
+    return planted.settings(data_root=str(root), segmentation=section, classification=None, depth=None, deacl=None)
+
+
+def _depth(root, **section):
+    section = {"datasets": ["sevenscenes"], "n_val": 2, "n_train": 6, "n_test": 4, **section}
+    return planted.settings(data_root=str(root), depth=section, classification=None, segmentation=None, deacl=None)
+
+
+def _refused_everywhere(settings, task, name, words):
+    """In 00_data, by --check, and before a head is trained."""
+    with pytest.raises(BadInput, match=words) as refusal:
+        datasets.overview(settings)
+    assert "\n" not in str(refusal.value)
+    (wrong,), remarks = datasets.look(settings)
+    assert re.search(words, wrong) and remarks == [] and wrong in plan.problems(settings)[0]
+    with pytest.raises(BadInput, match=words):
+        heads.fitted(task, name, planted.encoder(), settings)
+    assert not [*Path(records.runs_dir(settings.profile)).rglob("*.safetensors")]
+
+
+def _masks(root, make, splits=("train", "val")):
+    for split in splits:
+        for i, path in enumerate(sorted((root / "street" / "masks" / split).iterdir())):
+            trees.stored(path, np.asarray(make(i)))
+
+
+def test_masks_of_0_and_255_are_refused(tmp_path, root):
+    trees.mask_folder(tmp_path, classes=("background", "object"))
+    half = np.zeros((20, 26), np.uint8)
+    half[:, 13:] = 255
+    _masks(tmp_path, lambda i: half)
+    words = "masks of street that were read hold 0 and 255 only, .* has no class; store class 1, 'object', as 1"
+    _refused_everywhere(_segmentation(tmp_path), "segmentation", "street", words)
+    _masks(tmp_path, lambda i: half // 255)
+    assert datasets.look(_segmentation(tmp_path)) == ([], [])
+    _masks(tmp_path, lambda i: half > 0)  # 1 bit: black and white are 0 and 1
+    assert datasets.look(_segmentation(tmp_path)) == ([], [])
+
+
+def test_one_object_anywhere_makes_0_and_255_possible(tmp_path, root):
+    trees.mask_folder(tmp_path, classes=("background", "object"))
+    rare = np.zeros((20, 26), np.uint8)
+    rare[0] = 255
+    for i in range(8, 40):
+        trees.picture(tmp_path / "street" / "images" / "train" / f"{i}.png")
+        trees.stored(tmp_path / "street" / "masks" / "train" / f"{i}.png", rare)
+    settings = _segmentation(tmp_path, n_train=38)
+    _masks(tmp_path, lambda i: rare)
+    assert "hold 0 and 255 only" in datasets.look(settings)[0][0]
+    with_object = rare.copy()
+    with_object[5, 5] = 1
+    last = datasets.load("segmentation", "street", "train", settings, 8).items[-1].target
+    trees.stored(last, with_object)
+    assert datasets.look(settings) == ([], [])
+
+
+def test_one_class_needs_no_second_one(tmp_path, root):
+    trees.mask_folder(tmp_path, classes=("road",))
+    assert datasets.look(_segmentation(tmp_path)) == ([], [])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_without_a_labelled_pixel_are_refused(tmp_path, root, split):
+    trees.mask_folder(tmp_path)
+    _masks(tmp_path, lambda i: np.full((20, 26), 255, np.uint8), [split])
+    part = {"val": "test"}.get(split, split)
+    words = f"No pixel of the [46] masks of street .{part}. that were read has a class, all are 255, .*; store class"
+    _refused_everywhere(_segmentation(tmp_path), "segmentation", "street", words)
+
+
+def test_classes_that_occur_in_no_mask_are_remarked_on(tmp_path, root, capsys):
+    trees.mask_folder(tmp_path, classes=("sky", "road", "car"))
+    _masks(tmp_path, lambda i: np.full((20, 26), 2 * (i % 2), np.uint8))
+    settings = _segmentation(tmp_path)
+    (remark,) = datasets.look(settings)[1]
+    assert remark == "No pixel of the 12 masks of street that were read is of class 1 (road)."
+    assert remark in plan.problems(settings)[1] and plan.problems(settings)[0] == []
+    datasets.overview(settings)
+    assert remark in capsys.readouterr().out
+    trees.voc(tmp_path)  # of official data sets the numbers are known, and a few images hold few classes
+    assert datasets.look(_segmentation(tmp_path, "voc2012").model_copy(update={"counts": "any"})) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("pixels", "value"),
+    [
+        (np.full((20, 26), -1, np.int32), "-1"),
+        (np.full((20, 26), 70_000, np.int32), "70000"),
+        (np.full((20, 26), -1, np.float32), "-1"),
+        (np.full((20, 26), np.nan, np.float32), "nan"),
+        (np.full((20, 26), np.inf, np.float32), "inf"),
+        (np.full((20, 26), 1.7, np.float32), "1.7"),
+    ],
+)
+def test_masks_of_other_numbers_are_refused(tmp_path, pixels, value):
+    trees.mask_folder(tmp_path)
+    settings = _segmentation(tmp_path)
+    path = datasets.load("segmentation", "street", "test", settings, 8).items[0].target
+    Image.fromarray(pixels).save(path, "tiff")  # PNG holds none of them
+    with pytest.raises(BadInput, match=f"mask {path} has the value {value}; store class numbers from 0 to 255"):
+        datasets.overview(settings)
+
+
+def test_masks_of_whole_floats_are_class_numbers(tmp_path):
+    trees.mask_folder(tmp_path)
+    subset = datasets.load("segmentation", "street", "test", _segmentation(tmp_path, size="original"), 8)
+    Image.fromarray(np.full((20, 26), 2, np.float32)).save(subset.items[0].target, "tiff")
+    assert (subset[0][1] == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "median"),
+    [(1, "2.5e.03"), (0.001, "2.5e.06"), (256, None), (100, "25"), (1e6, "0.0025"), (1000, None), (5000, None)],
+)
+def test_depths_in_other_units_are_refused(tmp_path, root, scale, median):
+    trees.depth_folder(tmp_path, scale=scale)  # 2500, stored
+    if median is None:
+        assert datasets.look(_depth(tmp_path)) == ([], [])
+        return
+    words = f"depths of sevenscenes are in other units.* {median} m, .*; correct depth_scale in sevenscenes/meta.json"
+    _refused_everywhere(_depth(tmp_path), "depth", "sevenscenes", words)
+
+
+def test_8_bit_depths_of_millimetres_are_refused(tmp_path, root):
+    trees.depth_folder(tmp_path)
+    for path in (tmp_path / "sevenscenes" / "depth").rglob("*.png"):
+        trees.stored(path, np.tile(np.arange(26, dtype=np.uint8) * 10, (20, 1)))
+    _refused_everywhere(_depth(tmp_path), "depth", "sevenscenes", "is 0.13 m, .*; correct depth_scale")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_splits_without_a_valid_depth_are_refused(tmp_path, root, split):
+    trees.depth_folder(tmp_path)
+    for path in (tmp_path / "sevenscenes" / "depth" / split).iterdir():
+        trees.stored(path, np.zeros((20, 26), np.uint16))
+    part = {"val": "test"}.get(split, split)
+    words = f"No pixel of the [46] depth maps of sevenscenes .{part}. that were read is valid, .*; correct depth_scale"
+    _refused_everywhere(_depth(tmp_path), "depth", "sevenscenes", words)
+
+
+def test_sparse_depths_are_remarked_on(tmp_path, root):
+    trees.depth_folder(tmp_path)
+    for path in (tmp_path / "sevenscenes" / "depth").rglob("*.png"):
+        sparse = np.zeros((20, 26), np.uint16)
+        sparse[3, 3] = 2500
+        trees.stored(path, sparse)
+    wrong, (remark,) = datasets.look(_depth(tmp_path))
+    assert wrong == [] and remark.startswith("Hardly a pixel of the depth maps of sevenscenes is valid")
+
+
+def test_damage_stops_the_look_unless_it_is_skipped(tmp_path, root):
+    trees.mask_folder(tmp_path)
+    settings = _segmentation(tmp_path)
+    victim = datasets.load("segmentation", "street", "train", settings, 8).items[0].image
+    victim.write_bytes(b"")
+    (wrong,), _ = datasets.look(settings)
+    assert f"{victim} cannot be read" in wrong
+    assert datasets.look(settings.model_copy(update={"damaged": "skip"})) == ([], [])
+    assert not (records.runs_dir(settings.profile)).exists()  # nothing is written by looking
+
+
+def test_rendered_scenes_are_not_looked_at(root, monkeypatch):
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("they are as they should be"))
+    assert datasets.remarks("depth", "scenes", planted.settings()) == []
+
+
+def test_pictures_are_looked_at_before_anything_long(tmp_path, root):
+    trees.image_folder(tmp_path, "deep", ("a", "b"))
+    for path in (tmp_path / "deep").rglob("*.png"):
+        trees.stored(path, np.full((8, 8), 4000, np.uint16))
+    settings = planted.settings(data_root=str(tmp_path), classification={"datasets": ["deep"]}, segmentation=None,
+                                depth=None, deacl=None)  # fmt: skip
+    (wrong,), _ = datasets.look(settings)
+    assert "has 16 bits a value of which it uses the lower ones only" in wrong
+
+
+def test_the_hash_names_the_labels(tmp_path):
+    trees.cifar(tmp_path)
+    items = datasets.list_items("cifar10", "classification", "test", 0, str(tmp_path))
+    first = Subset("cifar10", "classification", items, None)
+    other = Subset("cifar10", "classification", [item._replace(target=9 - item.target) for item in items], None)
+    assert other.ids == first.ids and other.hash != first.hash
 
 
 def test_missing_depth_files_are_named(tmp_path):

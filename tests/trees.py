@@ -4,6 +4,7 @@ import json
 import pickle
 import tarfile
 import zipfile
+import zlib
 from io import BytesIO
 from itertools import islice
 
@@ -22,9 +23,29 @@ def picture(path, size=(20, 26), mode="RGB"):
     Image.fromarray(RNG.integers(256, size=shape, dtype=np.uint8), mode).save(path)
 
 
-def stored(path, pixels):
+def stored(path, pixels, **more):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).save(path, **more)
+
+
+def _chunk(kind, content):
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def _png(width, height, bits, rows):
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([bits, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
+
+
+def png_of_48_bits(pixels):
+    """A PNG file of 16 bits in each of three colours, which the library reads and does not write."""
+    height, width, _ = pixels.shape
+    return _png(width, height, 16, b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels))
+
+
+def png_of_size(width, height):
+    """The beginning of a PNG file that says it has so many pixels."""
+    return _png(width, height, 8, b"\0" * 100)
 
 
 def image_folder(root, name="cifar10", classes=CIFAR10_CLASSES, test="test"):
@@ -157,17 +178,18 @@ def png(pixels, form="png"):
     return buffer.getvalue()
 
 
-def nyu_parquet(root, whole=False):
-    """Parquet files as the hub keeps them: float metres (TIFF), or whole millimetres (PNG)."""
+def nyu_parquet(root, whole=False, cell=None, image=lambda i: png(np.full((12, 16, 3), i, np.uint8))):
+    """Parquet files as the hub keeps them: float metres (TIFF), or whole millimetres (PNG); or what `cell` makes."""
+    cell = cell or (lambda d: png((d * 1000).astype(np.uint16)) if whole else png(d, "tiff"))
     import pyarrow
     import pyarrow.parquet
 
     (root / "nyuv2" / "data").mkdir(parents=True)
     for split, count in (("train", 5), ("validation", 3)):
         depth = [np.full((12, 16), 1.5 + i, np.float32) for i in range(count)]
-        cells = [png((d * 1000).astype(np.uint16)) if whole else png(d, "tiff") for d in depth]
+        cells = [cell(d) for d in depth]
         table = pyarrow.table({
-            "image": [{"bytes": png(np.full((12, 16, 3), i, np.uint8)), "path": None} for i in range(count)],
+            "image": [{"bytes": image(i), "path": None} for i in range(count)],
             "depth_map": [{"bytes": cell, "path": None} for cell in cells],
         })  # fmt: skip
         pyarrow.parquet.write_table(
