@@ -6,7 +6,6 @@ encoders that do no better than a constant prediction on clean images. RMSE coun
 is always an improvement.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -28,6 +27,13 @@ FEW = 6  # so many cases are listed with their numbers, more are counted
 EARLY = 10  # epochs; of a run shorter than twice that, the first half is looked at instead
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
 COLUMNS = ["claim", "task", "row", "verdict", "value", "low", "high", "threshold", "words"]
+TEXTS = {
+    "a": "EmbedAttack and the task's own attack both break every Standard encoder",
+    "b": "DeACL recovers much of what EmbedAttack takes",
+    "c": "DeACL hardly helps against the task's own attack",
+    "d": "DeACL costs clean performance",
+    "e": "Most of the gain against EmbedAttack comes early in DeACL",
+}
 RULES = (
     "A verdict needs the whole 95 % interval on one side of its threshold; otherwise it is undecided, as it is where "
     "an attack is flagged (†) or an encoder does no better on clean images than the majority or mean baseline. Of "
@@ -146,7 +152,7 @@ def _doubt(*used: Record | None, useful: tuple[Record | None, ...] = ()) -> str:
     for clean in filter(_no_better, useful):
         who = "Standard" if clean["defense"] == "standard" else "DeACL"
         return f": {who} is not clearly better than the baseline ({clean['value']:.2f}, baseline {clean['chance']:.2f})"
-    return "" if len(used) < 2 or paired.resampled(*used) is not None else ": its values are not of the same images"
+    return "" if len(used) < 2 or paired.comparable(*used) else ": its values are not of the same images, or of one"
 
 
 def _flagged(record: Record) -> list[str]:
@@ -252,55 +258,49 @@ def claims(records: list[Record], task: str) -> list[Claim]:
     attack.
     """
     cells = {(r["dataset"], r["encoder"], r["defense"], r["attack"]): r for r in records if r["task"] == task}
-    attack, worst = TASK_ATTACK[task], [key for key in cells if key[3] == "worst"]
+    worst = [key for key in cells if key[3] == "worst"]
     for key in worst:
         others = (name for other, r in cells.items() if other[:3] == key[:3] for name in _flagged(r))
         cells[key] = cells[key] | {"rests_on": list(dict.fromkeys(others))}
-
-    def again(judge: Callable[[str], list[Row]]) -> list[Row]:
-        return judge("worst") if worst else []
-
-    found = [
-        Claim("a", f"EmbedAttack and {attack} both break every Standard encoder", _breaks(cells, ("embed", "task")),
-              again(lambda kind: _breaks(cells, ("embed", kind)))),
-        Claim("b", "DeACL recovers much of what EmbedAttack takes", _recovers(cells, "embed", much=True), []),
-        Claim("c", f"DeACL hardly helps against {attack}", _recovers(cells, "task", much=False),
-              again(lambda kind: _recovers(cells, kind, much=False))),
-        Claim("d", "DeACL costs clean performance", _costs(cells), []),
-        Claim("e", "Most of the gain against EmbedAttack comes early in DeACL", _early(cells), []),
-    ]  # fmt: skip
-    return [claim for claim in found if claim.rows]
+    rows = {
+        "a": _breaks(cells, ("embed", "task")), "b": _recovers(cells, "embed", much=True),
+        "c": _recovers(cells, "task", much=False), "d": _costs(cells), "e": _early(cells),
+    }  # fmt: skip
+    again = {"a": _breaks(cells, ("embed", "worst")), "c": _recovers(cells, "worst", much=False)} if worst else {}
+    texts = {letter: text.replace("the task's own attack", TASK_ATTACK[task]) for letter, text in TEXTS.items()}
+    return [Claim(letter, texts[letter], found, again.get(letter, [])) for letter, found in rows.items() if found]
 
 
-def numbers(records: list[Record]) -> pd.DataFrame:
+Judged = dict[str, list[Claim]]  # by task
+
+
+def judge(records: list[Record]) -> Judged:
+    """The claims of every task that there are rows of."""
+    found = {task: claims(records, task) for task in TASKS}
+    return {task: of_task for task, of_task in found.items() if of_task}
+
+
+def numbers(judged: Judged) -> pd.DataFrame:
     """Every judged case, COLUMNS: the quantity with its interval and threshold, or the reason why there is none.
 
     Claims with the worst case in the task attack's place are called 'a, worst' and 'c, worst'.
     """
     rows = []
-    for task in TASKS:
-        for claim in claims(records, task):
-            for name, judged in ((claim.letter, claim.rows), (f"{claim.letter}, worst", claim.worst)):
-                for row in judged:
-                    place = {"claim": name, "task": task, "row": row.name, "verdict": verdict([row])}
-                    values = row.found._asdict() if row.found else {}
-                    rows.append(place | values | {"threshold": row.threshold, "words": row.words.lstrip(" :")})
+    for task, claim in ((task, claim) for task, of_task in judged.items() for claim in of_task):
+        cases = [(claim.letter, row) for row in claim.rows] + [(f"{claim.letter}, worst", row) for row in claim.worst]
+        for name, row in cases:
+            place = {"claim": name, "task": task, "row": row.name, "verdict": verdict([row])}
+            values = row.found._asdict() if row.found else {}
+            rows.append(place | values | {"threshold": row.threshold, "words": row.words.lstrip(" :")})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def matrix(records: list[Record]) -> pd.DataFrame:
+def matrix(judged: Judged) -> pd.DataFrame:
     """Claim x task as text: the verdict, and below it the number behind it or how the rows divide; '–': no row."""
-    found = {task: {claim.letter: claim for claim in claims(records, task)} for task in TASKS}
-    texts = {
-        "a": "(a) EmbedAttack and the task's own attack both break every Standard encoder",
-        "b": "(b) DeACL recovers much of what EmbedAttack takes",
-        "c": "(c) DeACL hardly helps against the task's own attack",
-        "d": "(d) DeACL costs clean performance",
-        "e": "(e) Most of the gain against EmbedAttack comes early in DeACL",
-    }
+    found = {task: {claim.letter: claim for claim in of_task} for task, of_task in judged.items()}
     rows = [
-        {"Claim": text} | {task.capitalize(): _cell(found[task].get(letter)) for task in TASKS if found[task]}
-        for letter, text in texts.items() if any(letter in of_task for of_task in found.values())
+        {"Claim": f"({letter}) {text}"} | {task.capitalize(): _cell(found[task].get(letter)) for task in judged}
+        for letter, text in TEXTS.items() if any(letter in of_task for of_task in found.values())
     ]  # fmt: skip
     return pd.DataFrame(rows)
 

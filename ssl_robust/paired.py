@@ -51,7 +51,8 @@ def _draws(n: int) -> np.ndarray:
     return np.concatenate([np.ones((1, n)), drawn])
 
 
-def _same_images(records: tuple[Record, ...]) -> bool:
+def comparable(*records: Record) -> bool:
+    """Whether records have statistics of the same images, of more than one."""
     counts = {len(r.get("statistics", ())) for r in records}
     return len(counts) == 1 and counts.pop() > 1 and len({r["hashes"].get("data") for r in records}) == 1
 
@@ -73,7 +74,7 @@ def _ratios(record: Record) -> tuple[np.ndarray, bool]:
 def _values(record: Record) -> np.ndarray:
     """A record's metric on all its images (first) and on RESAMPLES resamples of them, (1 + RESAMPLES,)."""
     sums, root = _ratios(record)
-    over, under = np.moveaxis((_draws(len(sums)) @ sums.reshape(len(sums), -1)).reshape(-1, *sums.shape[1:]), 2, 0)
+    over, under = (_draws(len(sums)) @ sums[:, :, i] for i in (0, 1))  # (1 + RESAMPLES, C) each
     mean = (over / np.maximum(under, 1)).sum(1) / np.maximum((under > 0).sum(1), 1)
     return np.sqrt(mean) if root else mean
 
@@ -81,9 +82,9 @@ def _values(record: Record) -> np.ndarray:
 def resampled(*records: Record) -> np.ndarray | None:
     """Each record's metric on all its images (first row) and on the same RESAMPLES resamples, (1 + RESAMPLES, k).
 
-    None if the records have no statistics of the same images, or of a single one.
+    None if they are not `comparable`.
     """
-    return np.stack([_values(record) for record in records], 1) if _same_images(records) else None
+    return np.stack([_values(record) for record in records], 1) if comparable(*records) else None
 
 
 def _change(before: np.ndarray, after: np.ndarray, record: Record) -> np.ndarray:

@@ -15,6 +15,7 @@ from . import claims, evidence, layout, paired, timing
 from . import records as disk
 from .claims import TASK_ATTACK
 from .evidence import read_skipped as read_skipped
+from .progress import any_terminal
 from .settings import TASKS, BadInput
 from .tables import (
     ATTACKS,
@@ -136,11 +137,11 @@ def write_claims(profile: str, folder: Path | None = None) -> str:
     Returns the Markdown. Without a row that a claim concerns it is empty, there are no such files, and old ones are
     removed.
     """
-    records, path = in_order(read(profile, folder)[0]), disk.figures_dir(profile) / "claims.md"
-    if _write_or_remove(claims.numbers(records), path.with_suffix(".csv")).empty:
+    judged, path = claims.judge(in_order(read(profile, folder)[0])), disk.figures_dir(profile) / "claims.md"
+    if _write_or_remove(claims.numbers(judged), path.with_suffix(".csv")).empty:
         path.unlink(missing_ok=True)
         return ""
-    text = layout.markdown("The paper's claims", claims.matrix(records), {"How to read it": claims.RULES})
+    text = layout.markdown("The paper's claims", claims.matrix(judged), {"How to read it": claims.RULES})
     disk.write_bytes(text.encode(), path)
     return text
 
@@ -308,7 +309,7 @@ def write_index(profile: str, folder: Path | None = None) -> Path:
     The records are those of `profile`, or those below `folder`. Raises BadInput if there are none.
     """
     (records, skipped), times = read(profile, folder), _times(profile, folder)
-    sections, verdicts = _figures(profile, records), claims.matrix(in_order(records))
+    sections, verdicts = _figures(profile, records), claims.matrix(claims.judge(in_order(records)))
     if len(verdicts):
         rules = {"How to read it": claims.RULES}
         sections.insert(0, layout.html_table("The paper's claims", verdicts, rules, "words"))
@@ -378,6 +379,7 @@ def main(profile: str) -> str:
 
 
 if __name__ == "__main__":
+    any_terminal()
     try:
         print(main(sys.argv[1] if len(sys.argv) > 1 else "demo"))
     except BadInput as error:
