@@ -38,7 +38,8 @@ ul.notes { padding-left: 1.1rem; margin: 0; } ul.notes li { margin: .25rem 0; ov
 table { border-collapse: collapse; font-size: .92rem; min-width: 100%; font-variant-numeric: tabular-nums;
   border-top: 2px solid var(--ink); border-bottom: 2px solid var(--ink); }
 th, td { text-align: left; padding: .4rem .9rem .4rem .3rem; vertical-align: top; }
-td small { color: var(--soft); font-size: .82em; } .words td + td::first-line { font-weight: 600; } td small b { color: #882255; font-size: 1.25em; line-height: 1; }
+.words td + td::first-line { font-weight: 600; }
+td small { color: var(--soft); font-size: .82em; } td small b { color: #882255; font-size: 1.25em; line-height: 1; }
 thead th { border-bottom: 1px solid var(--ink); } tbody tr:nth-child(even) { background: var(--tint); }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .3rem .9rem; font-size: .92rem; }
 .bars div { display: flex; background: var(--tint); min-height: 1.1rem; align-self: center; }

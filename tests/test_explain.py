@@ -12,14 +12,14 @@ CELL = "table1/scenes/embedded_vit/deacl/task"
 
 
 def record(value=0.25, attack="task", defense="deacl", **changes):
-    per_image = [float(i < value * 8) for i in range(8)]
+    statistics = [int(i < value * 8) for i in range(8)]
     return {
         "schema": 1, "key": "0" * 16, "task": "classification", "dataset": "scenes", "encoder": "embedded_vit",
         "defense": defense, "epoch": 3, "attack": attack, "attack_name": "PGD", "metric": "accuracy", "value": value,
         "se": 0.0125, "n": 8, "chance": 0.1, "protocol": "paper", "precision": "bf16", "batch": 32,
         "settings": {"attack": {"eps": 8 / 255, "steps": 20}, "task": {"n_test": 8}}, "seed": 0,
         "hashes": {"weights": "w" * 16, "data": "d" * 16}, "max_perturbation": 8 / 255, "nonfinite": 0,
-        "per_image": per_image, "seconds": 2.0, "notebook": "runs/demo/03_attack_classification.ipynb", "git": "abc",
+        "statistics": statistics, "seconds": 2.0, "notebook": "runs/demo/03_attack_classification.ipynb", "git": "abc",
         "versions": {"torch": "2"}, "device": "cpu (x86_64)", "threads": 1, "made": "2025-01-01", **changes,
     }  # fmt: skip
 

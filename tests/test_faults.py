@@ -162,7 +162,7 @@ def no_privileges():
         os.seteuid(user)
 
 
-BIG = {"value": 1, "per_image": list(range(20_000))}
+BIG = {"value": 1, "statistics": list(range(20_000))}
 WRITERS = {
     "record": lambda path: records.write_record(BIG, path),
     "tensors": lambda path: records.write_tensors({"w": torch.ones(30_000)}, {}, path),
@@ -273,7 +273,7 @@ RECORD = {
     "schema": records.SCHEMA,
     "key": "k",
     "value": 0.4375,
-    "per_image": [0.25, 1e-9, 3],
+    "statistics": [0.25, 1e-9, 3],
     "settings": {"eps": 0.03},
 }
 
@@ -482,7 +482,7 @@ def test_reports_escape_every_name(root):
         "defense": "standard", "epoch": 0, "attack": "clean", "attack_name": HOSTILE, "protocol": "paper",
         "git": HOSTILE, "counts": "any", "settings": {"attack": None, "task": {}}, "max_perturbation": 0.0,
         "notebook": f"runs/{HOSTILE}.ipynb", "device": HOSTILE, "threads": 1, "versions": {HOSTILE: HOSTILE},
-        "nonfinite": 0, "per_image": [0, 0, 1, 1], "precision": "fp32", **about,
+        "nonfinite": 0, "statistics": [0, 0, 1, 1], "precision": "fp32", **about,
     }  # fmt: skip
     records.write_record(record, records.record_path("test", "classification", "a", "b", "standard", "clean"))
     lost = [{"dataset": "other", "encoder": HOSTILE, "defense": "deacl", "why": HOSTILE}]

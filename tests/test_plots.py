@@ -211,7 +211,7 @@ def test_figure2_draws_each_attack_in_its_colour_against_epoch():
     dotted = [line for line in fig.axes[0].lines if list(line.get_ydata()) == [0.25, 0.25]]
     assert len(dotted) == 1
     said = [text.get_text() for text in fig.legends[0].get_texts()]
-    assert said == ["clean", "EmbedAttack", "task attack", "best constant"]
+    assert said == ["clean", "EmbedAttack", "task attack", "majority or mean baseline"]
 
 
 def test_several_data_sets_differ_in_dashes_and_are_named_below_their_panel():

@@ -319,7 +319,7 @@ def test_the_picture_shows_every_curve_and_marks_flagged_rows(root):
     fig = sanity.draw(results, "toy")
     assert sorted(path.name for path in records.figures_dir("toy").iterdir()) == ["sanity.pdf", "sanity.png"]
     labels = [text.get_text() for text in fig.legends[0].get_texts()]
-    assert labels == ["planted Standard", "planted DeACL †", "best constant"]
+    assert labels == ["planted Standard", "planted DeACL †", "majority or mean baseline"]
     assert [ax.get_title() for ax in fig.axes] == ["Classification\ntoys", "Depth\ntoys"]
     assert not plt.get_fignums()
     four = [_result(task) for task in TASKS] + [_result() | {"dataset": "more"}]
