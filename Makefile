@@ -1,10 +1,19 @@
 # `make help` lists the targets. A stage is a notebook; make waits for the file results/<profile>/<notebook>.json, which
 # the notebook writes as its last act, so a killed notebook never counts as done. Executed copies lie in runs/<profile>.
+ifeq ($(wildcard ssl_robust/run.py),)
+$(error This Makefile works in its own folder; write for example make -C FOLDER paper)
+endif
+# What a user gives is taken letter by letter ('$' too), and reaches a shell only as a variable of the environment, never
+# as a part of a command.
+GIVEN := PROFILE DATA EXECUTOR CLUSTER AT_ONCE NAME CELL
+$(foreach name,$(GIVEN),$(if $(filter undefined,$(origin $(name))),,$(eval override $(name) := $$(value $(name)))))
+
 PROFILE ?= demo
 DATA    ?=
 # Where `make paper` computes: here, notebook by notebook; local or slurm: as jobs, see params/cluster/$(CLUSTER).yaml
 EXECUTOR ?=
 CLUSTER ?= $(EXECUTOR)
+export DATA CLUSTER NAME CELL
 PYTHON  ?= python3
 # Notebooks that run side by side where they do not depend on each other: while one starts or draws, the other computes.
 # One after the other where there is a GPU, whose memory each of them expects for itself.
@@ -14,22 +23,31 @@ PY      := .venv/bin/python
 STAMP   := .venv/.ready
 UV      := 0.13.9
 
-ifneq ($(words $(PROFILE))$(findstring /,$(PROFILE)),1)
-$(error PROFILE must be one name without a slash; write for example PROFILE=demo)
+DIGITS  := 0 1 2 3 4 5 6 7 8 9
+NAMES   := $(DIGITS) _ - a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
+# what is left of $(1) without the characters $(2)
+left     = $(if $(2),$(call left,$(subst $(firstword $(2)),,$(1)),$(wordlist 2,99,$(2))),$(1))
+ifneq ($(words $(PROFILE))$(filter -%,$(PROFILE))$(call left,$(PROFILE),$(NAMES)),1)
+$(error PROFILE must be one name of letters, digits, _ and -, without a slash; write for example PROFILE=demo)
 endif
-ifneq ($(filter-out local slurm,$(EXECUTOR)),)
+ifneq ($(filter-out local slurm,$(EXECUTOR))$(word 2,$(EXECUTOR)),)
 $(error EXECUTOR must be local or slurm, or nothing; write for example EXECUTOR=local)
 endif
-ifneq ($(shell test "$(AT_ONCE)" -ge 1 2>/dev/null && echo a number),a number)
+ifneq ($(words $(AT_ONCE))$(call left,$(AT_ONCE),$(DIGITS)),1)
 $(error AT_ONCE must be a number of notebooks; write for example AT_ONCE=1)
 endif
+ifeq ($(call left,$(AT_ONCE),0),)
+$(error AT_ONCE must be a number of notebooks above 0; write for example AT_ONCE=1)
+endif
+# a slash at its end makes no other folder
+override DATA := $(or $(subst //end//,,$(subst ///end//,,$(DATA)//end//)),$(DATA))
 ifeq ($(filter -j%,$(MAKEFLAGS))$(filter-out paper table1 table2 table3 fig1 fig2,$(MAKECMDGOALS)),)
 MAKEFLAGS += -j$(AT_ONCE)
 endif
 RESULTS := results/$(PROFILE)
 STAGES  := 00_data 01_heads 02_deacl 03_attack_classification 04_attack_segmentation 05_attack_depth 06_figures 07_sanity
 ATTACKS := 05_attack_depth 04_attack_segmentation 03_attack_classification# begun in this order, so the long ones first
-RUN      = $(PY) -m ssl_robust.run --profile $(PROFILE) --data "$(DATA)"
+RUN      = $(PY) -m ssl_robust.run --profile $(PROFILE) --data "$$DATA"
 stages   = $(patsubst %,$(RESULTS)/%.json,$(1))
 modules  = $(patsubst %,ssl_robust/%.py,$(1))
 # a table or figure that someone deleted is a reason to run its stage again
@@ -41,9 +59,9 @@ made     = $(if $(filter-out $(notdir $(wildcard figures/$(PROFILE)/*)),$(1)),FO
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9 ]+:.*## / { printf "make %-26s %s\n", $$1, $$2 }' Makefile
-	@echo 'Variables: PROFILE=$(PROFILE) (a file in params/), DATA=$(DATA) (folder of real images), PYTHON=$(PYTHON),'
+	@echo "Variables: PROFILE=$(PROFILE) (a file in params/), DATA=$$DATA (folder of real images), PYTHON=$(PYTHON),"
 	@echo '           AT_ONCE=$(AT_ONCE) (notebooks side by side), EXECUTOR=$(EXECUTOR) (of paper: local or slurm, jobs in place of'
-	@echo '           notebooks), CLUSTER=$(CLUSTER) (a file in params/cluster/)'
+	@echo '           notebooks), CLUSTER='"$$CLUSTER (a file in params/cluster/)"
 
 env: $(STAMP) ## the environment in .venv, alone
 
@@ -51,7 +69,7 @@ plan: $(STAMP) ## what PROFILE would do: rows, minutes, memory, disk, what is mi
 	@$(RUN) --plan
 
 data: $(STAMP) ## fetch the data sets of PROFILE into DATA (SMALL=1: the smaller training set where there are two)
-	@$(PY) -m ssl_robust.fetch --profile $(PROFILE) --data "$(DATA)" $(if $(SMALL),--small)
+	@$(PY) -m ssl_robust.fetch --profile $(PROFILE) --data "$$DATA" $(if $(SMALL),--small)
 
 ifeq ($(EXECUTOR),)
 paper: $(call stages,06_figures 07_sanity) ## Tables 1-3, Figures 1-2 and index.html in figures/PROFILE
@@ -59,7 +77,7 @@ paper: $(call stages,06_figures 07_sanity) ## Tables 1-3, Figures 1-2 and index.
 else
 # Results come from jobs, and the notebooks find them; jobs.json is there while jobs of the cluster wait or run.
 paper: $(call stages,00_data)
-	@$(PY) -m ssl_robust.grid --profile $(PROFILE) --data "$(DATA)" --executor $(EXECUTOR) --cluster "$(CLUSTER)" || [ $$? = 3 ]
+	@$(PY) -m ssl_robust.grid --profile $(PROFILE) --data "$$DATA" --executor $(EXECUTOR) --cluster "$$CLUSTER" || [ $$? = 3 ]
 	@[ -e runs/$(PROFILE)/grid/jobs.json ] || $(MAKE) --no-print-directory paper EXECUTOR=
 endif
 
@@ -71,13 +89,13 @@ table1 table2 table3 fig1 fig2:
 	@echo "made: $$(ls figures/$(PROFILE)/$@.* | tr '\n' ' ')"
 
 notebook: $(if $(NAME),$(STAMP) check) ## one notebook with PROFILE: NAME=appendix_protocols
-	@$(if $(NAME),$(RUN) $(NAME),echo 'NAME is empty; write for example: make notebook NAME=appendix_protocols' >&2; exit 2)
+	@$(if $(NAME),$(RUN) "$$NAME",echo 'NAME is empty; write for example: make notebook NAME=appendix_protocols' >&2; exit 2)
 
 explain: $(STAMP) ## how one table cell came about: CELL=table1/scenes/embedded_vit/standard/task
-	@$(if $(CELL),$(PY) -m ssl_robust.explain --profile $(PROFILE) "$(CELL)",echo 'CELL is empty; write for example: make explain CELL=table1/scenes/embedded_vit/standard/task' >&2; exit 2)
+	@$(if $(CELL),$(PY) -m ssl_robust.explain --profile $(PROFILE) "$$CELL",echo 'CELL is empty; write for example: make explain CELL=table1/scenes/embedded_vit/standard/task' >&2; exit 2)
 
 bench: $(STAMP) ## speed and strength of the attacks beside other implementations, in figures/bench
-	@$(PY) -m ssl_robust.run appendix_bench --profile bench --data "$(DATA)"
+	@$(PY) -m ssl_robust.run appendix_bench --profile bench --data "$$DATA"
 
 example: $(STAMP) ## for maintainers: what the last run of PROFILE made becomes the committed example
 	@$(PY) -m ssl_robust.committed $(PROFILE)
@@ -108,10 +126,10 @@ check: | $(STAMP)
 	@$(RUN) --check
 
 # Each stage names the earlier stages it reads and the modules it is the first to use; later ones inherit them.
-$(call stages,00_data):    $(call modules,settings records progress scenes catalogue datasets plots tiles paired claims)
+$(call stages,00_data):    $(call modules,settings records progress scenes catalogue datasets plots tiles paired evidence claims)
 $(call stages,01_heads 02_deacl): $(call stages,00_data) $(call modules,compute vit checkpoints callables encoders metrics released heads) $(wildcard ssl_robust/weights/*.safetensors)
 $(call stages,02_deacl):   $(call modules,attacks strong health deacl evaluate)
-$(call stages,$(ATTACKS)): $(call stages,01_heads 02_deacl) $(call modules,timing evidence tables report layout) ssl_robust/reported.csv
+$(call stages,$(ATTACKS)): $(call stages,01_heads 02_deacl) $(call modules,timing tables report layout) ssl_robust/reported.csv
 $(call stages,06_figures): $(call stages,$(ATTACKS))
 $(call stages,07_sanity):  $(call stages,$(ATTACKS)) $(call modules,sanity)
 
@@ -125,9 +143,12 @@ $(call stages,$(STAGES)): $(RESULTS)/%.json: notebooks/%.ipynb params/$(PROFILE)
 
 params/$(PROFILE).yaml: | check ; # if there is no such profile, check says so
 
-# DATA as it was in the last run, rewritten only when it changes ('+': looked at under `make -n` too)
-runs/$(PROFILE)/data_root: FORCE | check
-	+@mkdir -p $(@D); echo '$(DATA)' | cmp -s - $@ || echo '$(DATA)' > $@
+# DATA as it was in the last run, rewritten only when it changes
+ifneq ($(shell cat runs/$(PROFILE)/data_root 2>/dev/null),$(DATA))
+runs/$(PROFILE)/data_root: FORCE
+endif
+runs/$(PROFILE)/data_root: | check
+	@mkdir -p $(@D); printf '%s\n' "$$DATA" > $@
 
 # A stamp at the end, so that an interrupted installation is completed by the next call.
 .venv/.ready: requirements.lock

@@ -9,6 +9,7 @@ from typing import Any
 from . import evidence
 from . import records as disk
 from .explain import place_of
+from .progress import any_terminal
 from .settings import BadInput, DeACL, read_yaml
 
 Record = dict[str, Any]
@@ -130,6 +131,7 @@ def replace(profile: str) -> str:
 
 def main(profile: str) -> int:
     """Command line; returns the exit code."""
+    any_terminal()
     try:
         print(replace(profile))
     except BadInput as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 from . import evidence, paired, report
 from . import records as disk
+from .progress import any_terminal
 from .settings import TASKS, BadInput
 
 Record = dict[str, Any]
@@ -186,6 +187,7 @@ def _committed(record: Record, profile: str, folder: Path) -> list[Record]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
+    any_terminal()
     parser = argparse.ArgumentParser(prog="python -m ssl_robust.explain", description="How one table cell came about.")
     parser.add_argument("cell", metavar="CELL", help=FORM)
     parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")

@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 
 from . import datasets
 from .catalogue import DATASETS, Archive
-from .progress import track
+from .progress import any_terminal, track
 from .run import BAD_INPUT, INTERRUPTED, PARAMS, data_folder, read_profile
 from .settings import BadInput, Settings, check, read_params
 
@@ -269,6 +269,7 @@ def _settings(profile: str, data: str) -> Settings:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
+    any_terminal()
     parser = argparse.ArgumentParser(prog="python -m ssl_robust.fetch", description="Get a profile's data sets.")
     parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
     parser.add_argument("--data", default="", help="folder of the data sets, made if it is not there")

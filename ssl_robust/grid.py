@@ -37,6 +37,7 @@ from . import settings as schema
 from .datasets import Subset
 from .encoders import Encoder
 from .heads import TaskModel, skipping
+from .progress import any_terminal
 from .settings import TASKS, BadInput, Cluster, EncoderRow, Settings
 
 WAITING = 3
@@ -206,6 +207,7 @@ def _seeded(settings: Settings, seed: int) -> Settings:
 def work(job: Job, settings: Settings) -> str:
     """Compute one result; returns "", or with missing: skip why its row is skipped. Says in the log what failed."""
     os.register_at_fork(after_in_child=_deaf)
+    any_terminal()
     print(f"{job['name']} | profile {settings.profile}: started", flush=True)
     try:
         compute(job, settings)
@@ -592,6 +594,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     from . import run
 
+    any_terminal()
     arguments = _arguments(argv)
     run.prepare_children()
     logging.getLogger("submitit").setLevel(logging.ERROR)

@@ -13,6 +13,13 @@ T = TypeVar("T")
 QUIET_SECONDS = float(os.environ.get("SSL_ROBUST_QUIET_SECONDS", "3"))
 
 
+def any_terminal() -> None:
+    """Has what a terminal cannot show (±, †, names of data) printed as \\xb1 instead of ending the run; for mains."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's stream shows everything
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _in_jupyter() -> bool:
     """True in a kernel with a front end; run.py marks kernels without one by SSL_ROBUST_HEADLESS=1."""
     ipython = sys.modules.get("IPython")

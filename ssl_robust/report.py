@@ -356,7 +356,7 @@ def summary(profile: str) -> str:
     Raises BadInput if nothing has been made.
     """
     folder = disk.figures_dir(profile)
-    pictures, lists = (f"{name}.png" for name in PICTURES), ("reported.csv", "paired.csv")
+    pictures, lists = (f"{name}.png" for name in PICTURES), ("claims.md", "reported.csv", "paired.csv")
     names = ("index.html", *lists, *pictures, *(f"table{number}.md" for number in (1, 2, 3)))
     there = [(folder / name).relative_to(disk.ROOT).as_posix() for name in names if (folder / name).is_file()]
     if not there:

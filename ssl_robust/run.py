@@ -26,6 +26,7 @@ from papermill.iorw import LocalHandler, papermill_io  # noqa: E402
 from traitlets.config import Config  # noqa: E402
 
 from . import records  # noqa: E402
+from .progress import any_terminal  # noqa: E402
 from .settings import BadInput, Settings, check, read_params  # noqa: E402
 
 try:
@@ -116,9 +117,32 @@ def declared(notebook: Path) -> list[str]:
     sources = [c.source for c in cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
     if len(sources) != 1:
         raise BadInput(f"notebooks/{notebook.name} has {len(sources)} cells tagged 'parameters'; it must have one.")
-    # Read as code, because papermill's own reader goes by lines and stumbles over '=' inside values.
-    assigned = (node.targets for node in ast.parse(sources[0]).body if isinstance(node, ast.Assign))
-    return [target.id for targets in assigned for target in targets if isinstance(target, ast.Name)]
+    try:  # read as code, because papermill's own reader goes by lines and stumbles over '=' inside values
+        body = ast.parse(sources[0]).body
+    except SyntaxError as error:
+        raise BadInput(
+            f"The parameters cell of notebooks/{notebook.name} is not valid Python in line {error.lineno}; correct it."
+        ) from None
+    return [name for statement in body for name in _assigned(statement, notebook.name)]
+
+
+def _assigned(statement: ast.stmt, notebook: str) -> list[str]:
+    """Names that one statement of a parameters cell gives plain values to; raises BadInput if it does anything else.
+
+    Only such a cell can be run with other values: what is derived from a value stays as it is when that is replaced.
+    """
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):  # words about the cell
+        return []
+    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
+    parts = [part for target in targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    plain = isinstance(statement, ast.Assign | ast.AnnAssign) and all(isinstance(part, ast.Name) for part in parts)
+    if not plain or any(isinstance(node, ast.Name) for node in ast.walk(statement.value or ast.Constant(None))):
+        shown = ast.unparse(statement).splitlines()[0][:60]
+        raise BadInput(
+            f"The parameters cell of notebooks/{notebook} gives names plain values and nothing else, but line "
+            f"{statement.lineno} is '{shown}'; move that into another cell."
+        )
+    return [part.id for part in parts]
 
 
 def parameters_for(notebook: str, settings: Settings) -> dict[str, object]:
@@ -382,6 +406,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
+    any_terminal()
     arguments = _arguments(argv)
     try:
         if arguments.check or arguments.plan:

@@ -326,6 +326,34 @@ def test_make_rebuilds_what_was_deleted_or_got_other_data(tree: Path) -> None:
     assert would_run(tree, "table1", "DATA=images") == []
 
 
+ODD = ["my  data", "it's mine", 'a"b', "a;touch F", "50% off", "däta", "a$b", "$(shell touch F)", "`touch F`", "a,b)(c",
+       "a#b", "';touch F;'", '";touch F;"', "a|b", "a&b", "*", "~"]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", ODD)
+def test_data_with_any_name_is_passed_on_letter_by_letter(data: str, tree: Path) -> None:
+    (tree / "python").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    assert make(tree, "plan", f"DATA={data}").stdout.split("|--data|")[1].rpartition("|--plan")[0] == data
+    noted = tree / "runs/demo/data_root"
+    assert make(tree, "-n", "paper", f"DATA={data}").returncode == 0 and noted.read_text() == "\n"
+    before = set(tree.iterdir())
+    assert make(tree, "runs/demo/data_root", f"DATA={data}/").returncode == 0
+    assert noted.read_text() == f"{data}\n" and set(tree.iterdir()) == before
+    (tree / "python").write_text(FAKE_PYTHON)
+    assert make(tree, "paper", f"DATA={data}").returncode == 0
+    assert would_run(tree, "paper", f"DATA={data}") == would_run(tree, "paper", f"DATA={data}/") == []
+    assert would_run(tree, "paper") == [s[:2] for s in STAGES]
+
+
+def test_other_words_are_passed_on_letter_by_letter(tree: Path) -> None:
+    (tree / "python").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    odd = "a'b\"c;touch F$(touch F)"
+    assert make(tree, "explain", f"CELL={odd}").stdout.endswith(f"|demo|{odd}|")
+    assert make(tree, "notebook", f"NAME={odd}").stdout.endswith(f"||{odd}|")
+    assert f"|--cluster|{odd}|" in make(tree, "paper", "EXECUTOR=local", f"CLUSTER={odd}", f"DATA={odd}").stdout
+    assert not (tree / "F").exists()
+
+
 def test_make_in_parallel_and_after_a_failure(tree: Path) -> None:
     for stage in STAGES:
         (tree / f"results/demo/{stage}.json").unlink()
@@ -360,9 +388,10 @@ def test_two_notebooks_run_side_by_side_unless_a_number_says_otherwise(tree: Pat
     assert side_by_side(tree, "table1", "table3", "AT_ONCE=2") == 2
     assert side_by_side(tree, "paper", "AT_ONCE=1") == 1
     assert side_by_side(tree, "-j3", "paper", "AT_ONCE=1") == 3  # make's own option comes first
-    for wrong in ("x", "0", "-1"):
+    for wrong in ("x", "0", "00", "-1", "1 2", "", '"; touch F; "', "$(shell touch F)"):
         refused = make(tree, "paper", f"AT_ONCE={wrong}")
         assert refused.returncode == 2 and "AT_ONCE must be a number of notebooks" in refused.stderr
+    assert not (tree / "F").exists()
 
 
 JOBS = """case "$*" in *ssl_robust.grid*) echo "$@" >> log; exit $(cat code) ;; esac
@@ -377,12 +406,12 @@ def test_make_paper_by_jobs_goes_on_to_the_notebooks_when_all_are_there(tree: Pa
     for code, left, expected in (("3", True, 0), ("1", True, 2), ("2", False, 2)):
         (tree / "code").write_text(code)
         waiting.touch() if left else waiting.unlink()
-        done = make(tree, "paper", "EXECUTOR=slurm", "CLUSTER=mine", "DATA=my images")
+        done = make(tree, "paper", "EXECUTOR=slurm", "CLUSTER=mine", "DATA=my $images")
         assert done.returncode == expected and "attack_depth" not in log.read_text()
-    asked = "-m ssl_robust.grid --profile demo --data my images --executor slurm --cluster mine"
+    asked = "-m ssl_robust.grid --profile demo --data my $images --executor slurm --cluster mine"
     assert log.read_text().splitlines()[-1] == asked
     (tree / "code").write_text("0")
-    assert make(tree, "paper", "EXECUTOR=local", "DATA=my images", "AT_ONCE=1").returncode == 0
+    assert make(tree, "paper", "EXECUTOR=local", "DATA=my $images", "AT_ONCE=1").returncode == 0
     lines = log.read_text().splitlines()
     at = lines.index(f"{asked.partition(' slurm')[0]} local --cluster local")
     assert lines[at + 1] == "start 01_heads" and lines[-1] == "end 07_sanity"
@@ -408,11 +437,20 @@ def test_make_clean_asks(tree: Path) -> None:
     assert (tree / "results/other").is_dir() and (tree / "figures/demo").is_dir()
 
 
-@pytest.mark.parametrize("profile", ["", "a b", "../params", "demo/.."])
+@pytest.mark.parametrize(
+    "profile", ["", "a b", "../params", "demo/..", "-n", "%", "te*", "~", "a;b", "$(shell touch F)"]
+)
 def test_make_refuses_a_profile_that_is_no_name(profile: str, tree: Path) -> None:
     done = make(tree, "clean", "YES=1", f"PROFILE={profile}")
     assert done.returncode == 2 and "PROFILE must be one name" in done.stderr
-    assert (tree / "results/demo").is_dir()
+    assert (tree / "results/demo").is_dir() and not (tree / "F").exists()
+
+
+def test_make_works_in_its_own_folder(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    done = make(elsewhere, "-f", str(tree / "Makefile"), "paper")
+    assert done.returncode == 2 and "works in its own folder; write for example make -C FOLDER paper" in done.stderr
+    assert make(elsewhere, "-C", str(tree), "-n", "paper").returncode == 0 and not [*elsewhere.iterdir()]
 
 
 def test_make_help_is_the_default_and_lists_every_target(tree: Path) -> None:
