@@ -127,8 +127,9 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self.eval()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return tokens(self.backbone, self._normalised(x), self.patch)
+    def forward(self, x: Tensor, normed: bool = True) -> tuple[Tensor, Tensor]:
+        """CLS token and patch tokens; not `normed`: as they enter the backbone's final LayerNorm, if it has one."""
+        return tokens(self.backbone, self._normalised(x), self.patch, normed)
 
     def cls(self, x: Tensor) -> Tensor:
         """The CLS token (B, D) alone, the same as of forward up to rounding, for less work where that is possible."""
@@ -167,15 +168,16 @@ class Encoder(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "hash"}
 
 
-def tokens(backbone: nn.Module, x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+def tokens(backbone: nn.Module, x: Tensor, patch: int, normed: bool = True) -> tuple[Tensor, Tensor]:
     """CLS token (B, D) and patch tokens (B, D, h, w) of normalised images whose sides `patch` divides.
 
-    A model without a CLS token gives in its place what its own classifier would see: its pooled patch tokens.
+    A model without a CLS token gives in its place what its own classifier would see: its pooled patch tokens. Not
+    `normed`: tokens before the final LayerNorm; a callable's and a ResNet's are the same either way.
     """
     grid = (x.shape[-2] // patch, x.shape[-1] // patch)
     if isinstance(backbone, callables.Own):
         return backbone(x, grid)
-    features = vit.features(backbone, x) if vit.plain(backbone) else backbone.forward_features(x)
+    features = _features(backbone, x, normed)
     if features.ndim == 4:
         return _map_tokens(backbone, features, grid)
     prefix = backbone.num_prefix_tokens or 0  # CLS token, registers
@@ -183,6 +185,22 @@ def tokens(backbone: nn.Module, x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     if prefix and getattr(backbone, "cls_token", True) is not None:
         return features[:, 0], patches
     return backbone.forward_head(features, pre_logits=True), patches
+
+
+def _features(backbone: nn.Module, x: Tensor, normed: bool) -> Tensor:
+    """What timm's forward_features gives, or what enters the final norm in it."""
+    if vit.plain(backbone):
+        return vit.features(backbone, x, normed)
+    final = getattr(backbone, "norm", None)
+    if normed or not isinstance(final, nn.Module):
+        return backbone.forward_features(x)
+    entered: list[Tensor] = []
+    hook = final.register_forward_pre_hook(lambda module, given: entered.append(given[0]))
+    try:
+        after = backbone.forward_features(x)
+    finally:
+        hook.remove()
+    return entered[-1] if entered else after
 
 
 def _map_tokens(backbone: nn.Module, features: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
