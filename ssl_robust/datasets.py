@@ -306,7 +306,8 @@ def transform(
 ) -> v2.Compose:  # fmt: skip
     """Resizing by the short side to `size` (px, 'native' or 'original'), and for train the paper's augmentation.
 
-    A `size` (H, W) is the very size of images that are not smaller; those that are stay as they are. The flip of the tasks that are FLIPPED and no more is not part of it: see Subset.
+    A `size` (H, W) is the very size of images that are not smaller; those that are stay as they are. The flip of the
+    tasks that are FLIPPED and no more is not part of it: see Subset.
 
     Classification ends in a square of the short side. Segmentation trains on crops of `native` px, the window of the
     sliding-window evaluation; its held-out images are cropped alike. Masks and depth maps are resized by nearest value.
