@@ -444,16 +444,13 @@ def fitted(
 def training_targets(train: Subset) -> list[Tensor]:
     """What a constant prediction can know: the labels, or every few pixels of evenly spread masks or depth maps.
 
-    They are as stored, before any resizing and augmentation. Raises BadInput if none of them counts.
+    They are as stored, before any resizing and augmentation.
     """
     if train.task == "classification":
         return [torch.tensor([item.target for item in train.items])]
-    found = [train.read(i)[1] for i in datasets.spread(range(len(train)))]
-    found = [t[:: max(1, len(t) // COARSE), :: max(1, len(t) // COARSE)] for t in found]
-    what = "a depth within 10 m" if train.task == "depth" else "a labelled pixel"
-    if not any((metrics.valid_depth(t) if train.task == "depth" else t != IGNORE).any() for t in found):
-        raise BadInput(f"None of the training images of {train.name} has {what}; check its targets and their unit.")
-    return found
+    found = (train.read(i)[1] for i in datasets.spread(range(len(train))))
+    steps = ((t, max(1, len(t) // COARSE)) for t in found)
+    return [t[::step, ::step].clone() for t, step in steps]  # a view would keep the whole one in memory
 
 
 def fit_all(settings: Settings) -> pd.DataFrame:
@@ -495,10 +492,12 @@ def skipping(settings: Settings, lost: list[dict[str, str]], rows: list[dict[str
 
 
 def labels(task: str, prediction: Tensor) -> Tensor:
-    """What a prediction says: class (B,), mask uint8 (B, H, W), or depth (B, H, W) itself."""
+    """What a prediction says: class (B,), mask uint8 (B, H, W), or depth (B, H, W) itself; not finite: -1 or IGNORE."""
     if task == "depth":
         return prediction
-    return prediction.argmax(1) if task == "classification" else prediction.max(1).indices.to(torch.uint8)
+    if task == "classification":
+        return torch.where(metrics.finite(prediction), prediction.argmax(1), -1)
+    return torch.where(metrics.finite(prediction), prediction.max(1).indices.to(torch.uint8), IGNORE)
 
 
 def predictions(model: TaskModel, subset: Subset, count: int) -> dict[str, object]:

@@ -141,8 +141,8 @@ def _show_prediction(example: Example, kind: str, index: int, ax: Axes) -> AxesI
     if task == "segmentation":
         show_mask(prediction, image, ax, background_of(classes), _right(prediction, target))
         return None
-    right = int(prediction) == int(target)
-    show_image(image, ax, f"{classes[int(prediction)]} {'✓' if right else '✗'}", RIGHT if right else WRONG)
+    right, said = int(prediction) == int(target), classes[int(prediction)] if int(prediction) >= 0 else "no number"
+    show_image(image, ax, f"{said} {'✓' if right else '✗'}", RIGHT if right else WRONG)
     return None
 
 

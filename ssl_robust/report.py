@@ -273,6 +273,11 @@ def draw_figure1(profile: str) -> "Figure":
 
     paths = [disk.runs_dir(profile) / "examples" / f"{task}.safetensors" for task in TASKS]
     examples = {path.stem: plots.load_example(path) for path in paths if path.is_file()}
+    if not examples:
+        raise BadInput(
+            f"There are no images for Figure 1 in runs/{profile}/examples; delete results/{profile}/0[345]_*.json and "
+            "repeat 'make paper', which keeps the values."
+        )
     flagged = [(r["task"], r["attack"]) for r, _ in _flags_of_figure1(profile, read(profile)[0])]
     figure = plots.figure1(examples, flagged)
     plots.save(figure, disk.figures_dir(profile) / "fig1")

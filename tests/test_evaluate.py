@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, paired, plots, records, released
+from ssl_robust.datasets import IGNORE
 from ssl_robust.settings import TASKS, Attack, BadInput
 
 FIELDS = {
@@ -159,6 +160,23 @@ def test_what_a_constant_reaches_is_of_the_training_labels(task, tuned, monkeypa
     monkeypatch.setattr(datasets.Subset, "read", lambda s, i: reads.append(s.ids[i]) or original(s, i))
     again = evaluate.run_task(task, tuned, "n")  # with heads from disk: what they carry
     assert {record["chance"] for record in again} == {expected} and not any("train" in name for name in reads)
+
+
+def test_of_many_large_targets_a_few_pixels_are_looked_at(toys, monkeypatch):
+    train = datasets.load("segmentation", "toys", "train", planted.settings(), 16)
+    train.items, train.ids = train.items * 500, train.ids * 500
+    fine = torch.arange(1000)[:, None].div(500, rounding_mode="floor").expand(1000, 2000).to(torch.uint8)
+    monkeypatch.setattr(datasets.Subset, "read", lambda subset, i: (None, fine))
+    found = heads.training_targets(train)
+    assert 2000 <= len(found) < 4000 and found[0].shape == (143, 286)
+    assert metrics.constant_value("segmentation", found[:1], 3) == pytest.approx(0.25, abs=0.002)
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_a_prediction_that_is_no_number_is_no_class_in_pictures(task):
+    logits = torch.zeros(2, 3) if task == "classification" else torch.zeros(2, 3, 1, 1)
+    logits[:, 0], logits[1, 2] = 1, torch.nan
+    assert heads.labels(task, logits).flatten().tolist() == [0, -1 if task == "classification" else IGNORE]
 
 
 @pytest.mark.parametrize("protocol", ["paper", "released"])

@@ -177,6 +177,14 @@ def test_attack_panel_at_zero_radius():
     assert (plots.attack_panel(still, rows=1).axes[1].images[0].get_array() == 0.5).all()
 
 
+def test_a_prediction_that_is_no_number_is_drawn_as_wrong():
+    shown = example(k=1) | {"pred_task": torch.tensor([-1])}
+    assert "no number ✗" in captions(plots.attack_panel(shown, "task", rows=1))
+    masks = example("segmentation", 1)
+    masks["pred_task"] = torch.full_like(masks["target"], plots.IGNORED)
+    assert "0% right" in captions(plots.attack_panel(masks, "task", rows=1))
+
+
 @pytest.mark.parametrize("task", ["classification", "segmentation", "depth"])
 def test_prediction_panel_shows_image_truth_and_prediction(task):
     fig = plots.prediction_panel(example(task), columns=2)
