@@ -199,8 +199,10 @@ def segpgd_parts(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def comparable(loss: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
-    """`loss` (B,), a mean cross-entropy; where it is below TINY, which floating point soon takes for 0, its tangent there
-    in the logarithm, so that images of certain pixels can be compared, too. logits and mask as in pixel_cross_entropy."""
+    """`loss` (B,), a mean cross-entropy, continued below TINY by its logarithm, where floating point soon has but 0.
+
+    So images of certain pixels can be compared, too. logits and mask as in pixel_cross_entropy.
+    """
     small = loss < TINY
     if small.any():
         scores, seen = logits[small], mask[small] != IGNORE
@@ -235,8 +237,9 @@ def segpgd_loss(
 
 
 def depth_pgd_loss(
-    model: TaskModel, depth: Tensor, loss: Callable[[Tensor, Tensor, int], Tensor] = lambda d, truth, t: depth_loss(d, truth)
-) -> LossFn:
+    model: TaskModel, depth: Tensor,
+    loss: Callable[[Tensor, Tensor, int], Tensor] = lambda said, depth, t: depth_loss(said, depth),
+) -> LossFn:  # fmt: skip
     """DepthPGD: the training loss of the depth head, eq. 3 and 4."""
     return lambda adv, t: loss(model(adv), depth, t)
 
@@ -271,7 +274,7 @@ def attacked(
 
 
 def leaves(kind: str, model: TaskModel, attack: Attack) -> bool:
-    """Whether images leave this attack as soon as their class is lost: the last iterate of PGD is not better than that."""
+    """Whether images leave this attack once their class is lost, which is all that PGD on classes wants."""
     return kind == "task" and model.task == "classification" and attack.stop_when_broken and not model.protocol
 
 

@@ -128,7 +128,7 @@ class TaskModel(nn.Module):
             return predict(self.head, self.encoder, cls.float(), patches.float(), x.shape[-2:])
 
     def embed(self, x: Tensor) -> Tensor:
-        """The embedding that EmbedAttack moves, fp32 (B, F): what the head reads, of dense tasks the patch tokens alone.
+        """The embedding that EmbedAttack moves, fp32 (B, F): what the head reads, of dense tasks just the patch tokens.
 
         Segmentation: the patch tokens of all windows.
         """
@@ -290,8 +290,8 @@ def fit(
         loss = _epoch(task, head.train(), encoder, optimizer, training(order, section.batch))
         if not math.isfinite(loss):
             raise BadInput(
-                f"The {task} head of '{encoder.name}' on {train.name} diverged in epoch {epoch + 1} (loss {loss}); lower "
-                f"{task}.lr, which is {section.lr:g}."
+                f"The {task} head of '{encoder.name}' on {train.name} diverged in epoch {epoch + 1} (loss {loss}); "
+                f"lower {task}.lr, which is {section.lr:g}."
             )
         score = _held_out_metric(task, head.eval(), encoder, held_out(range(len(val)), 64), len(train.classes))
         history.append({"epoch": epoch + 1, "loss": loss, "held_out": score})

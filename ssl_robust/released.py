@@ -51,8 +51,9 @@ DIFFERENCES: dict[str, Difference] = {
         "tasks": ("classification",),
         "paper": "PGD makes the cross-entropy of the logits large.",
         "released": (
-            "Logits are first divided by their largest value where that is above 1, held constant. Of certain heads "
-            "(learning rate 0.5) cross-entropy has no gradient in floating point without that; here PGD climbs its margin."
+            "Logits are first divided by their largest value where that is above 1, held constant. Without that the "
+            "cross-entropy of certain heads (learning rate 0.5) has no gradient in floating point; here PGD climbs its "
+            "margin."
         ),
     },
     "segpgd_two_means": {
@@ -123,8 +124,8 @@ DIFFERENCES: dict[str, Difference] = {
         "tasks": ("classification", "segmentation"),
         "paper": "The text names no size; the profile does.",
         "released": (
-            "The short side of every image is resized to the encoder's native px, that of test images of segmentation by "
-            "nearest neighbour."
+            "The short side of every image is resized to the encoder's native px, that of test images of "
+            "segmentation by nearest neighbour."
         ),
     },
     "depth_480x640": {
@@ -226,13 +227,14 @@ def depth_loss(prediction: Tensor, depth: Tensor, t: int) -> Tensor:
     mean = g.flatten(1).sum(1) / pixels
     pixel = 0.15**0.5 * mean.abs()
     if t > WARM_UP:
-        spread = torch.where(valid, g - mean[:, None, None], 0.0).square().flatten(1).sum(1) / (pixels - 1).clamp(min=1)
-        pixel = (spread + 0.15 * mean.square()).clamp(min=1e-12).sqrt()
-    return pixel + 0.5 * sum(_between_rows(g[:, ::s], valid[:, ::s]) for s in SCALES)
+        squares = torch.where(valid, g - mean[:, None, None], 0.0).square().flatten(1).sum(1)
+        pixel = (squares / (pixels - 1).clamp(min=1) + pixel.square()).clamp(min=1e-12).sqrt()
+    rows = sum(_between_rows(g[:, ::s], valid[:, ::s]) for s in SCALES)
+    return pixel + 0.5 * rows
 
 
 def _between_rows(g: Tensor, valid: Tensor) -> Tensor:
-    """Sum of |differences| of rows two apart of g (B, H, W), where both are valid, divided by the valid pixels, (B,)."""
+    """Sum of |differences| of rows two apart of g (B, H, W) where both are valid, divided by the valid pixels, (B,)."""
     both = valid[:, :-2] & valid[:, 2:]
     steps = torch.where(both, (g[:, :-2] - g[:, 2:]).abs(), 0.0)
     return steps.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)

@@ -9,18 +9,21 @@ import argparse
 import ast
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 # Jupyter brings this check of addresses, which no notebook has; building its grammar takes longer than all else here.
 sys.modules.setdefault("rfc3987_syntax", None)
 
 import nbformat  # noqa: E402
 import papermill  # noqa: E402
+from jupyter_client.manager import AsyncKernelManager  # noqa: E402
 from papermill.exceptions import PapermillExecutionError  # noqa: E402
 from papermill.iorw import LocalHandler, papermill_io  # noqa: E402
 from traitlets.config import Config  # noqa: E402
@@ -179,6 +182,19 @@ class _Whole(LocalHandler):
         records.write_bytes(buf.encode(), Path(path))
 
 
+class _Kernel(AsyncKernelManager):
+    """Keeps how the kernel's process ended: its exit code, or minus the signal; None while it runs."""
+
+    ended: int | None = None
+
+    async def _async_is_alive(self) -> bool:
+        if self.has_kernel:
+            type(self).ended = await self.provisioner.poll()
+        return await super()._async_is_alive()
+
+    is_alive = _async_is_alive
+
+
 def executed_path(profile: str, notebook: str) -> Path:
     """The executed copy of a notebook, with its outputs or the full traceback of its failure."""
     return records.runs_dir(profile) / f"{notebook}.ipynb"
@@ -193,11 +209,18 @@ def alone(notebook: str, profile: str) -> Iterator[float]:
     path = executed_path(profile, notebook).with_name(f".{notebook}.lock")
     start = time.monotonic()
     records.make_folder(path.parent)
-    with path.open("w") as lock:
+    with _opened(path) as lock:
         if fcntl and not _free(lock.fileno()):
             print(f"{notebook} | profile {profile}: waiting, as another process runs this notebook", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield time.monotonic() - start
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("w")
+    except OSError as error:  # another user's, say
+        raise BadInput(records.disk_problem(error, path)) from None
 
 
 def _free(lock: int) -> bool:
@@ -241,7 +264,8 @@ def execute(notebook: str, settings: Settings) -> float:
         try:
             _papermill(notebook, parameters, target)
         except BaseException:
-            stage.unlink(missing_ok=True)
+            for stale in (stage, target.with_suffix(".time.json")):
+                stale.unlink(missing_ok=True)
             raise
         if _stamp(stage) == before and not notebook.startswith("appendix"):
             stage.unlink(missing_ok=True)
@@ -271,6 +295,7 @@ def _papermill(notebook: str, parameters: dict[str, object], target: Path) -> No
             progress_bar=False,
             stdout_file=_Terminal(notebook),
             start_timeout=180,
+            kernel_manager_class=_Kernel,
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else a warning about plain TCP
             extra_arguments=["--IPKernelApp.log_level=50"],  # else an error message when a kernel is told to stop
         )
@@ -328,14 +353,27 @@ def _fail(sentence: str, code: int) -> int:
 
 def _failed_cell(error: PapermillExecutionError, notebook: str, profile: str) -> int:
     """Says what a notebook's exception was: BadInput speaks for itself, others point at the traceback."""
-    message = " ".join(error.evalue.split()).rstrip(".")
+    message = " ".join(error.evalue.split()).rstrip(".") or _last_said(notebook, profile)
     if error.ename == BadInput.__name__:
         return _fail(f"{message}.", BAD_INPUT)
     if error.ename == "OutOfMemoryError":  # torch's, of a GPU; what is computed so far is kept
         remedy = f"lower attack_batch, which changes no result, or batch in params/{profile}.yaml and repeat"
         return _fail(f"The GPU has too little memory for notebook {notebook}; {remedy}.", 1)
+    if _memory_lacks(f"{error.ename}: {message}"):
+        return _fail(f"This machine has too little memory for notebook {notebook} ({message}); {_less(profile)}.", 1)
     place = _shown(executed_path(profile, notebook))
     return _fail(f"Notebook {notebook} failed by {error.ename}: {message}; the full traceback is in {place}.", 1)
+
+
+def _last_said(notebook: str, profile: str) -> str:
+    """The last line of what an executed notebook wrote to stderr; where memory lacks, IPython leaves no more."""
+    cells = nbformat.read(executed_path(profile, notebook), as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", ()) if output.get("name") == "stderr"]
+    return outputs[-1].text.strip().rpartition("\n")[2].rstrip(".") if outputs else "no message"
+
+
+def _memory_lacks(said: str) -> bool:
+    return any(words in said for words in ("MemoryError", "failed to map segment", "allocate memory"))
 
 
 def prepare_children() -> None:
@@ -343,6 +381,18 @@ def prepare_children() -> None:
     for name, value in CHILDREN.items():
         os.environ.setdefault(name, value)
     os.environ["SSL_ROBUST_HEADLESS"] = "1"  # lines instead of bars, see progress.py
+
+
+def _end(code: int | None, profile: str) -> str:
+    """How a kernel's process ended, and the remedy."""
+    if code == -signal.SIGKILL:  # as systems do where memory lacks
+        return f"died, probably for lack of memory; {_less(profile)}"
+    how = f"ended with exit code {code}" if code is None or code >= 0 else f"was ended by {signal.Signals(-code).name}"
+    return f"{how}; repeat, what was computed before is kept"
+
+
+def _less(profile: str) -> str:
+    return f"ask for fewer images or a smaller attack_batch in params/{profile}.yaml and repeat"
 
 
 def _run(notebook: str, settings: Settings) -> int:
@@ -357,8 +407,7 @@ def _run(notebook: str, settings: Settings) -> int:
     except RuntimeError as error:
         if "Kernel died" not in str(error):
             raise
-        remedy = f"ask for fewer images or a smaller attack_batch in params/{settings.profile}.yaml and repeat"
-        return _fail(f"The kernel of notebook {notebook} died, probably for lack of memory; {remedy}.", KERNEL_DIED)
+        return _fail(f"The kernel of notebook {notebook} {_end(_Kernel.ended, settings.profile)}.", KERNEL_DIED)
     print(f"{notebook} | profile {settings.profile}: done in {seconds:.0f} s", flush=True)
     return 0
 
@@ -414,6 +463,10 @@ def main(argv: list[str] | None = None) -> int:
         return _run(arguments.notebook, read_profile(arguments.profile, arguments.data))
     except BadInput as error:
         return _fail(str(error), BAD_INPUT)
+    except (ImportError, MemoryError) as error:
+        said = f"{type(error).__name__}: {error}"
+        remedy = "give it more memory" if _memory_lacks(said) else "delete .venv and have 'make env' make it anew"
+        return _fail(f"What this needs cannot be loaded ({said}); {remedy}.", 1)
     except KeyboardInterrupt:
         return _fail("Interrupted; repeat the command to go on from what is computed.", INTERRUPTED)
 

@@ -374,7 +374,7 @@ def read_yaml(path: Path, shown: str) -> Any:
     """What a YAML file holds, which sentences call `shown`; BadInput if it cannot be read or cannot be meant so."""
     try:
         data = path.read_bytes()
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
         return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
     except OSError as error:
         raise BadInput(f"{shown} cannot be read ({error.strerror}); make it readable.") from None

@@ -48,7 +48,7 @@ def plain(backbone: nn.Module) -> bool:
 
 
 def features(backbone: VisionTransformer, x: Tensor, normed: bool = True) -> Tensor:
-    """All tokens (B, prefix + h * w, D) of normalised images: backbone.forward_features, or that before its LayerNorm."""
+    """All tokens (B, prefix + h * w, D) of normalised images: forward_features, or what enters its last LayerNorm."""
     out = backbone.blocks(_embedded(backbone, x))
     return backbone.norm(out) if normed else out
 

@@ -10,7 +10,7 @@ import planted
 import pytest
 import torch
 
-from ssl_robust import attacks, bench, bench_page, choices, encoders, records
+from ssl_robust import bench, bench_page, choices, encoders, records
 from ssl_robust.heads import ClassificationHead, TaskModel
 from ssl_robust.settings import Attack, BadInput, EncoderRow, check
 

@@ -81,7 +81,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_sentence(monkeypatch):
     run = _tuning(DeACL(batch=4, lr=0.5, gamma=3.0, epochs=2))
     train, stored = datasets.load("deacl", "scenes", "val", planted.settings(deacl={"n_val": 4}), 16), []
     monkeypatch.setattr(deacl, "train_step", lambda *args: torch.tensor([math.nan, -1.0]))
-    with pytest.raises(BadInput, match=r"DeACL diverged in epoch 2 .*lower deacl.lr, which is 0.5, or .*gamma, which is 3"):
+    with pytest.raises(BadInput, match=r"DeACL diverged in epoch 2 .*deacl.lr, which is 0.5, or .*gamma, which is 3"):
         deacl.train_epoch(run, train, 1, store=lambda *args: stored.append(args))
     monkeypatch.setattr(deacl, "SAVE_SECONDS", 0)
     with pytest.raises(BadInput, match="DeACL diverged"):

@@ -231,6 +231,34 @@ def test_a_project_folder_that_is_read_only_is_one_sentence(notebooks, capfd):
     assert "cannot be written to (Permission denied); make it writable or use a copy of the project" in said
 
 
+def test_a_lock_of_another_user_is_one_sentence(notebooks, capfd):
+    write_notebook(notebooks, "raise SystemExit")
+    for folder in (notebooks, notebooks / "runs", notebooks / "runs/tiny", notebooks / "runs/.home"):
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o777)
+    lock = notebooks / "runs/tiny/.00_try.lock"
+    lock.touch()
+    lock.chmod(0o600)
+    with no_privileges():
+        code = run.main(["00_try", "--profile", "tiny"])
+    said = capfd.readouterr().err
+    assert code == 2 and said.count("\n") == 1
+    assert "runs/tiny cannot be written to (Permission denied); make it writable or use a copy of the project" in said
+
+
+def test_a_failed_run_does_not_make_its_copy_look_changed(notebooks, capfd):
+    write_notebook(notebooks, "from ssl_robust import records", "records.finish(profile, '00_try')")
+    assert run.main(["00_try", "--profile", "tiny"]) == 0
+    write_notebook(notebooks, "1 / 0")
+    assert run.main(["00_try", "--profile", "tiny"]) == 1 and run.damaged_copies("tiny") == []
+
+
+def test_images_of_figure_1_that_were_deleted_are_named(root):
+    records.write_record(RECORD, records.record_path("p", "depth", "scenes", "vit", "standard", "embed"))
+    with pytest.raises(BadInput, match=r"no images for Figure 1 in runs/p/examples; delete results/p/0\[345\]_\*.json"):
+        report.draw_figure1("p")
+
+
 def test_a_data_folder_that_is_read_only_is_enough(root):
     data = root / "data"
     data.mkdir()

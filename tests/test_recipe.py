@@ -1,4 +1,4 @@
-"""The paper's own recipe for classification heads (Adam, learning rate 0.5) on a real pretrained ViT and real images."""
+"""The paper's own recipe for classification heads (Adam, learning rate 0.5) on a pretrained ViT and real images."""
 
 from pathlib import Path
 

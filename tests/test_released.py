@@ -116,7 +116,8 @@ def test_native_input():
 
 
 @pytest.mark.parametrize(
-    ("stored", "shown"), [((480, 640), (480, 640)), ((768, 1280), (480, 640)), ((64, 64), (64, 64)), ((500, 600), (500, 600))]
+    ("stored", "shown"),
+    [((480, 640), (480, 640)), ((768, 1280), (480, 640)), ((64, 64), (64, 64)), ((500, 600), (500, 600))],
 )
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_depth_is_always_480_by_640_whatever_the_encoder(stored, shown, split):
@@ -226,7 +227,7 @@ def test_averages_of_probabilities_by_hand():
 
 
 def _their_depth_loss(prediction, depth, t):
-    """The released loss of one image by loops, depths (H, W): lists of rows, as it slices (1, H, W) by its first axes."""
+    """The released loss of one image by loops, depths (H, W): of rows, as it slices (1, H, W) by its first axes."""
     height, width = depth.shape
     g = {
         (r, c): math.log(float(prediction[r, c]) + 0.001) - math.log(float(depth[r, c]) + 0.001)

@@ -1,5 +1,7 @@
 """The runner, the progress lines, the Makefile: bad input in one sentence, failures lose nothing, what is rebuilt."""
 
+import importlib
+import io
 import os
 import subprocess
 import sys
@@ -43,8 +45,8 @@ def write_profile(root: Path, parameters: dict, name: str = "tiny") -> None:
     (root / "params" / f"{name}.yaml").write_text(yaml.safe_dump(parameters))
 
 
-def write_notebook(root: Path, *sources: str, name: str = "00_try") -> None:
-    cells = [v4.new_code_cell(source) for source in (PARAMETERS, *sources)]
+def write_notebook(root: Path, *sources: str, name: str = "00_try", parameters: str = PARAMETERS) -> None:
+    cells = [v4.new_code_cell(source) for source in (parameters, *sources)]
     cells[0].metadata["tags"] = ["parameters"]
     spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(v4.new_notebook(cells=cells, metadata={"kernelspec": spec}), root / "notebooks" / f"{name}.ipynb")
@@ -95,6 +97,27 @@ FAILURES = {
         138,
         "The kernel of notebook 00_try died, probably for lack of memory; "
         "ask for fewer images or a smaller attack_batch in params/tiny.yaml and repeat.",
+    ),
+    "told to end": (
+        "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGTERM)",
+        138,
+        "The kernel of notebook 00_try was ended by SIGTERM; repeat, what was computed before is kept.",
+    ),
+    "left": (
+        "import os; os._exit(7)",
+        138,
+        "The kernel of notebook 00_try ended with exit code 7; repeat, what was computed before is kept.",
+    ),
+    "no memory": (
+        "raise MemoryError('Unable to allocate 4 TiB')",
+        1,
+        "This machine has too little memory for notebook 00_try (Unable to allocate 4 TiB); "
+        "ask for fewer images or a smaller attack_batch in params/tiny.yaml and repeat.",
+    ),
+    "no words": (
+        "raise KeyError",
+        1,
+        "Notebook 00_try failed by KeyError: no message; the full traceback is in runs/tiny/00_try.ipynb.",
     ),
     "no stage file": (
         "pass",
@@ -148,6 +171,95 @@ def test_unknown_or_damaged_notebook_is_refused(project: Path) -> None:
     nbformat.write(v4.new_notebook(), run.NOTEBOOKS / "03_bare.ipynb")
     with pytest.raises(BadInput, match="0 cells tagged"):
         run.declared(run.NOTEBOOKS / "03_bare.ipynb")
+
+
+@pytest.mark.parametrize(
+    ("cell", "names"),
+    [
+        ("seed = 0\nattack = {'eps': 1.0}", ["seed", "attack"]),
+        ("seed: int = 0\nattack: dict[str, float] = {'eps': 1.0}\ndata_root: str", ["seed", "attack", "data_root"]),
+        ("seed, attack = 0, {'eps': 1.0}\n(strong, device) = True, 'cpu'", ["seed", "attack", "strong", "device"]),
+        ("seed = zero = 0", ["seed", "zero"]),
+        ("'What they are.'\n# seed = 1\nseed = -1  # = 2\nattack = {'eps': 8 / 255}", ["seed", "attack"]),
+        ("", []),
+    ],
+)
+def test_names_of_a_parameters_cell(cell: str, names: list[str], project: Path) -> None:
+    write_notebook(project, parameters=cell)
+    assert run.declared(run.NOTEBOOKS / "00_try.ipynb") == names
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        ("import os", "line 1 is 'import os'; move that into another cell"),
+        ("seed = 0\nprint(seed)", "line 2 is 'print(seed)'"),
+        ("seed = 0\nif seed:\n    attack = {}", "line 2 is 'if seed:'"),
+        ("attack = {}\nattack['eps'] = 1.0", "line 2 is 'attack['eps'] = 1.0'"),
+        ("seed = 0\nseed += 1", "line 2 is 'seed += 1'"),
+        ("eps = 0.1\nstep = eps / 4", "line 2 is 'step = eps / 4'"),
+        ("seed = int(0)", "line 1 is 'seed = int(0)'"),
+        ("(seed, *rest) = 0, 1", "line 1 is 'seed, *rest = (0, 1)'"),
+        ("def f():\n    pass", "line 1 is 'def f():'"),
+        ("seed = 0\n%matplotlib inline", "is not valid Python in line 2; correct it"),
+        ("seed = ", "is not valid Python in line 1"),
+    ],
+)
+def test_a_parameters_cell_that_does_more_is_refused(
+    cell: str, words: str, project: Path, capfd: pytest.CaptureFixture
+) -> None:
+    write_notebook(project, parameters=cell)
+    code, _, err = outcome(capfd, "00_try", "--profile", "tiny")
+    assert code == 2 and err.startswith("The parameters cell of notebooks/00_try.ipynb ") and words in err, err
+    assert err.count("\n") == 1
+
+
+def test_annotated_parameters_reach_the_notebook(project: Path, capfd: pytest.CaptureFixture) -> None:
+    cell = "profile: str = 'demo'\nseed: int = 0\nattack: dict = {'eps': 1.0, 'steps': 1}"
+    write_notebook(project, LAST, parameters=cell)
+    assert outcome(capfd, "00_try", "--profile", "tiny")[0] == 0
+    stored = records.stage_path("tiny", "00_try").read_text()
+    assert stored == str(["tiny", 7, ATTACK | {"best": False, "stop_when_broken": True}])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_terminal_that_lacks_signs_does_not_end_the_run(encoding: str, project: Path) -> None:
+    write_notebook(project, "print('0.84 ± 0.05 †')", LAST)
+    program = (
+        "import pathlib, sys; from ssl_robust import run; here = pathlib.Path(sys.argv[1])\n"
+        "run.NOTEBOOKS, run.PARAMS = here / 'notebooks', here / 'params'\n"
+        "sys.exit(run.main(['00_try', '--profile', 'tiny']))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", program, project], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = "0.84 ± 0.05 †".encode(encoding, errors="backslashreplace")
+    assert b"00_try | " + written + b"\n" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("module", ["run", "grid", "fetch", "deacl", "explain", "committed"])
+def test_every_command_prints_what_the_terminal_lacks_in_another_way(
+    module: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    command = importlib.import_module(f"ssl_robust.{module}")
+    arguments = {"run": ["--check"], "grid": ["--executor", "local"], "explain": ["table1/a/b/c/d"]}.get(module, [])
+    command.main("nope" if module == "committed" else ["--profile", "nope", *arguments])
+    assert stream.errors == "backslashreplace"
+
+
+def test_what_cannot_be_loaded_is_one_sentence(
+    project: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, remedy in (
+        (ImportError("libtorch.so: failed to map segment from shared object"), "give it more memory"),
+        (ImportError("No module named 'torch'"), "delete .venv and have 'make env' make it anew"),
+        (MemoryError(), "give it more memory"),
+    ):
+        monkeypatch.setattr(run, "everything_wrong", lambda settings, error=error: (_ for _ in ()).throw(error))
+        code, _, err = outcome(capfd, "--check", "--profile", "tiny")
+        assert code == 1 and err.endswith(f"; {remedy}.\n") and err.count("\n") == 1
 
 
 def test_data_folder_is_made_absolute(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
