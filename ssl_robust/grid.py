@@ -8,10 +8,12 @@ made. Exit codes: 0 every result is there, 1 a job failed, 2 bad input, 3 jobs a
 """
 
 import argparse
+import getpass
 import logging
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +31,7 @@ import psutil
 import submitit
 import torch
 from pydantic import ValidationError
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 
 from . import deacl, encoders, evaluate, records
@@ -43,7 +45,7 @@ from .settings import TASKS, BadInput, Cluster, EncoderRow, Settings
 WAITING = 3
 EXECUTORS = ("local", "slurm")
 ORDER = ("deacl", "head", "cell", "checks", "examples")
-SLURM = ("sbatch", "srun", "squeue")
+SLURM = ("sbatch", "srun", "squeue", "scancel")
 # Slurm's states of jobs that still come to an end by themselves
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "RESIZING", "SUSPENDED", "SIGNALING"}
 HANDLES = {"local": submitit.LocalJob, "slurm": submitit.SlurmJob}
@@ -289,7 +291,10 @@ def _entry(handle: submitit.Job, executor: str, needs: list[str]) -> dict[str, A
 
 
 def _states(book: Book) -> dict[str, tuple[str, str]]:
-    """(state, why) of every job in the book: Slurm's states; 'LOST' if nothing is known of it any more."""
+    """(state, why) of every job in the book: Slurm's states; 'LOST' if nothing is known of it any more.
+
+    Raises BadInput if Slurm does not say which jobs it has: one that seems lost may still be waiting.
+    """
     handles = {}  # all before the first is asked, because submitit asks sacct for all of them at once
     for name, entry in book.items():
         handles[name] = HANDLES[entry["executor"]](records.ROOT / Path(entry["log"]).parent, entry["id"])
@@ -301,7 +306,7 @@ def _state(handle: submitit.Job, entry: dict[str, Any], queued: set[str]) -> tup
     outcome, why = _outcome(handle)
     if entry["executor"] == "local":
         return ("RUNNING" if _runs_here(handle) else outcome or "INTERRUPTED"), why
-    state = handle.state.split(" ")[0]  # 'CANCELLED by 1000'
+    state = _accounted(handle).split(" ")[0]  # 'CANCELLED by 1000'
     if state == "UNKNOWN":  # accounting is late, or there is none
         state = "PENDING" if entry["id"] in queued else outcome or "LOST"
     elif state == "PREEMPTED" and entry["id"] in queued:
@@ -309,13 +314,34 @@ def _state(handle: submitit.Job, entry: dict[str, Any], queued: set[str]) -> tup
     return state, why
 
 
-def _queued() -> set[str]:
-    """Numbers of this user's jobs that Slurm has yet to finish."""
-    command = ["squeue", "--noheader", "--me", "--format", "%i"]
+def _accounted(handle: submitit.Job) -> str:
+    """The state of a job in Slurm's accounting; 'UNKNOWN' where there is none, or it answers in another form."""
     try:
-        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    except (OSError, subprocess.CalledProcessError):
-        return set()
+        return handle.state
+    except (LookupError, ValueError):
+        return "UNKNOWN"
+
+
+def _queued() -> set[str]:
+    """Numbers of this user's jobs that Slurm has yet to finish; BadInput if squeue does not say."""
+    command = ["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%i"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        numbers, said = done.stdout.split(), done.stdout
+    except subprocess.CalledProcessError as error:
+        numbers, said = [], error.stderr or f"exit code {error.returncode}"
+    except OSError as error:
+        numbers, said = [], f"{error.strerror}: squeue"
+    if not all(re.match(r"\d+(\W|_|$)", number) for number in numbers) or (said and not numbers):
+        raise BadInput(
+            f"squeue does not say which jobs of earlier calls still wait or run ({_last_line(said)}); nothing was "
+            "submitted, repeat when it answers."
+        )
+    return set(numbers)
+
+
+def _last_line(said: str) -> str:
+    return (said.strip().splitlines() or ["no message"])[-1]
 
 
 def _runs_here(handle: submitit.Job) -> bool:
@@ -439,12 +465,7 @@ def submit(jobs: list[Job], settings: Settings, cluster: Cluster, book: Book) ->
     Jobs that need others start when those have succeeded; if one of them fails, Slurm cancels what waits for it. Raises
     BadInput if Slurm is not here or refuses a job.
     """
-    absent = [command for command in SLURM if shutil.which(command) is None]
-    if absent:
-        raise BadInput(
-            f"EXECUTOR=slurm needs the command {absent[0]}, which is not here; call it where jobs are submitted "
-            "(a login node), or use EXECUTOR=local."
-        )
+    _slurm_here()
     _recognised(settings, cluster)
     states, place = _states(book), _new_folder(settings.profile)
     alive = 0
@@ -457,6 +478,16 @@ def submit(jobs: list[Job], settings: Settings, cluster: Cluster, book: Book) ->
             _say(f"job {handle.job_id}", job["name"], "submitted", book[job["name"]]["log"])
         alive += job["name"] in book and not _skipped(states.get(job["name"]))
     return alive
+
+
+def _slurm_here() -> None:
+    """Raises BadInput if this is no machine from which jobs are submitted."""
+    absent = [command for command in SLURM if shutil.which(command) is None]
+    if absent:
+        raise BadInput(
+            f"EXECUTOR=slurm needs the command {absent[0]}, which is not here; call it where jobs are submitted "
+            "(a login node), or use EXECUTOR=local."
+        )
 
 
 def _recognised(settings: Settings, cluster: Cluster) -> None:
@@ -487,16 +518,33 @@ def _skipped(state: tuple[str, str] | None) -> bool:
     return state is not None and state[0] == "COMPLETED" and bool(state[1])
 
 
+class _Executor(submitit.SlurmExecutor):
+    """Takes the number of a job from the words that sbatch has for it, whatever else a site has it print."""
+
+    @staticmethod
+    def _get_job_id_from_submission_command(string: bytes | str) -> str:
+        said = string if isinstance(string, str) else string.decode(errors="replace")
+        found = re.search(r"^Submitted batch job (\d+)", said, re.MULTILINE)
+        if found is None:
+            raise FailedSubmissionError(_last_line(said))
+        return found[1]
+
+
 def _submitted(job: Job, place: Path, needs: list[str], settings: Settings, cluster: Cluster) -> submitit.Job:
-    executor = submitit.SlurmExecutor(place)
+    executor = _Executor(place)
     executor.update_parameters(**_request(job, needs, cluster))
     try:
         with redirect_stderr(None):  # submitit prints what the sentence below says
             return executor.submit(work, job, settings)
     except FailedJobError as error:
-        said = str(error).strip().splitlines()[-1]
+        said = _last_line(str(error))
+        busy = any(words in said.lower() for words in ("timed out", "unable to contact", "temporarily", "try again"))
+        remedy = "repeat when it answers" if busy else "correct the cluster file in params/cluster/"
+        raise BadInput(f"sbatch refused '{job['name']}' ({said}); {remedy}.") from None
+    except FailedSubmissionError as error:
         raise BadInput(
-            f"sbatch refused '{job['name']}' ({said}); correct the cluster file in params/cluster/."
+            f"sbatch took '{job['name']}' but named no job ({error}); see by squeue whether it waits, end it by "
+            "scancel, and have sbatch say 'Submitted batch job N'."
         ) from None
 
 
@@ -548,6 +596,8 @@ def _one_executor(book: Book, executor: str) -> None:
 
 def _grid(settings: Settings, executor: str, cluster: Cluster) -> int:
     book = _read_book(settings.profile)
+    if executor == "slurm" and any(entry["executor"] == "slurm" for entry in book.values()):
+        _slurm_here()
     _one_executor(book, executor)
     jobs, there, lost = missing(settings)
     for row in lost:

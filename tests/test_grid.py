@@ -261,6 +261,70 @@ def test_queue_is_asked_where_accounting_knows_nothing(
     assert ("LOST" in out) == (not queued)
 
 
+BUSY = 'echo "slurm_load_jobs error: Socket timed out on send/recv operation" >&2; exit 1'
+OLD = "echo \"squeue: unrecognized option '--me'\" >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "words"),
+    [
+        (BUSY, "(slurm_load_jobs error: Socket timed out on send/recv operation)"),
+        ("exit 3", "(exit code 3)"),
+        ('echo "Welcome to the cluster"', "(Welcome to the cluster)"),
+    ],
+)
+def test_nothing_is_submitted_while_the_queue_is_not_known(
+    squeue: str, words: str, slurm: Path, wanted: list[dict], capfd: pytest.CaptureFixture
+) -> None:
+    outcome(capfd, "slurm")
+    before = book()
+    (slurm / "sacct").write_text("#!/bin/sh\nexit 1\n")  # no accounting
+    (slurm / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    for executor in grid.EXECUTORS:
+        code, _, err = outcome(capfd, executor)
+        assert code == 2 and words in err and err.endswith("; nothing was submitted, repeat when it answers.\n")
+        assert err.count("\n") == 1
+    assert book() == before and len(list(slurm.glob("*.sh"))) == 5
+    (slurm / "squeue").write_text(f"#!/bin/sh\ncase \"$*\" in *--me*) {OLD} ;; esac\nseq 101 105\necho '7_[1-3]'\n")
+    code, out, _ = outcome(capfd, "slurm")
+    assert code == 3 and out.count("| PENDING |") == 5 and len(list(slurm.glob("*.sh"))) == 5
+
+
+@pytest.mark.parametrize("sacct", ["echo Hello; echo World", "echo 'accounting storage is disabled' >&2; exit 1", ""])
+def test_accounting_that_answers_otherwise_is_none(
+    sacct: str, slurm: Path, wanted: list[dict], capfd: pytest.CaptureFixture
+) -> None:
+    wanted[:] = jobs("head 1", "cell 1")
+    outcome(capfd, "slurm")
+    (slurm / "sacct").write_text(f"#!/bin/sh\n{sacct}\n")
+    (slurm / "queue").write_text("102\n")
+    code, out, _ = outcome(capfd, "slurm")
+    assert code == 3 and "job 101 | head 1 | LOST | " in out and "job 102 | cell 1 | PENDING | " in out
+    assert book()["head 1"]["id"] == "103"
+
+
+def test_number_of_a_job_is_found_among_other_words(
+    slurm: Path, wanted: list[dict], capfd: pytest.CaptureFixture
+) -> None:
+    wanted[:] = jobs("head 1")
+    script = (slurm / "sbatch").read_text()
+    (slurm / "sbatch").write_text(script + 'echo "on cluster big; your job 7 of last week is over"\n')
+    (slurm / "sbatch").write_text((slurm / "sbatch").read_text().replace("cp ", "echo Last job 9 used 3 hours; cp ", 1))
+    assert outcome(capfd, "slurm")[0] == 3 and book()["head 1"]["id"] == "101"
+    wanted[:] = jobs("deacl a")
+    (slurm / "sbatch").write_text("#!/bin/sh\necho Stapelauftrag 12\n")
+    code, _, err = outcome(capfd, "slurm")
+    assert code == 2 and err.startswith("sbatch took 'deacl a' but named no job (Stapelauftrag 12); see by squeue")
+    for said, remedy in (
+        ("Socket timed out on send/recv operation", "repeat when it answers"),
+        ("", "correct the cluster file in params/cluster/"),
+    ):
+        (slurm / "sbatch").write_text(f"#!/bin/sh\necho '{said}' >&2; exit 1\n")
+        code, _, err = outcome(capfd, "slurm")
+        assert code == 2 and err.startswith("sbatch refused 'deacl a' (") and err.endswith(f"; {remedy}.\n"), err
+        assert err.count("\n") == 1
+
+
 def test_job_that_waits_for_a_failed_one_is_replaced(
     slurm: Path, wanted: list[dict], capfd: pytest.CaptureFixture
 ) -> None:
@@ -309,6 +373,8 @@ def test_refusals_of_slurm_are_one_sentence_and_lose_no_job(
     assert code == 2 and "write precision: bf16 or fp32 in params/tiny.yaml" in err and err.count("\n") == 1
     for name in ("squeue", "sacct"):
         (slurm / name).unlink()
+    code, _, err = outcome(capfd, "local")  # what was submitted may still wait
+    assert code == 2 and err.startswith("squeue does not say which jobs of earlier calls still wait or run (")
     monkeypatch.setenv("PATH", str(slurm))
     code, _, err = outcome(capfd, "slurm")
     assert code == 2 and err.startswith("EXECUTOR=slurm needs the command squeue, which is not here; call it where")
