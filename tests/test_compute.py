@@ -1,11 +1,12 @@
 """Precision, batch sizes and memory of attack steps."""
 
+import planted
 import pytest
 import torch
-from planted import images, model
+from planted import images, model, target
 
-from ssl_robust import attacks, compute
-from ssl_robust.settings import Attack
+from ssl_robust import attacks, compute, deacl, evaluate, metrics, records
+from ssl_robust.settings import TASKS, Attack
 
 
 def test_bf16_is_chosen_where_it_is_fast(monkeypatch):
@@ -32,6 +33,52 @@ def test_steps_in_bf16_stay_in_the_ball_and_predictions_stay_fp32():
     assert (adv - x).abs().max() <= Attack().eps + 1e-7 and planted(adv).dtype == torch.float32
     attacks.pgd(x, loss, Attack(steps=1), precision="fp32")
     assert seen[-1] == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["embed", "task"])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attacks_move_the_embedding_within_the_ball_in_both_precisions(precision, task, kind):
+    x, planted_model = images(4), model(task)
+    ids = [str(i) for i in range(4)]
+    adv = attacks.attacked(kind, planted_model, x, target(task, x), ids, Attack(steps=3), 0, precision)
+    assert adv.dtype == torch.float32 and adv.isfinite().all() and adv.min() >= 0 and adv.max() <= 1
+    assert (adv - x).abs().max() <= Attack().eps + 1e-7
+    moved = (planted_model.embed(adv) - planted_model.embed(x)).flatten(1).norm(dim=1)
+    noise = x + Attack().eps * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).sign()
+    chance = (planted_model.embed(noise.clamp(0, 1)) - planted_model.embed(x)).flatten(1).norm(dim=1)
+    assert (moved > 0).all() and (kind == "task" or (moved > chance).all())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_cells_agree_in_both_precisions_and_say_which(task, toys):
+    cells = {}
+    for precision in ("fp32", "bf16"):
+        row = {"name": "planted", "timm": "embedded_vit", "native": 24}
+        settings = planted.settings(profile=precision, precision=precision, encoders=[row])
+        model_, test = evaluate.prepare(task, "toys", settings.encoders[0], settings)
+        for kind in ("clean", "embed", "task"):
+            cells[precision, kind] = evaluate.cell(model_, test, ("standard", 0), kind, settings, "a_notebook")
+    clean = cells["fp32", "clean"]
+    assert cells["bf16", "clean"]["value"] == clean["value"] and cells["bf16", "clean"]["precision"] == "fp32"
+    for kind in ("embed", "task"):
+        exact, rounded = cells["fp32", kind], cells["bf16", kind]
+        assert (exact["precision"], rounded["precision"]) == ("fp32", "bf16") and exact["key"] != rounded["key"]
+        assert exact["nonfinite"] == rounded["nonfinite"] == 0
+        assert abs(exact["value"] - rounded["value"]) <= 0.15 * max(1, clean["chance"])
+    for precision in ("fp32", "bf16"):
+        loss = clean["value"] - cells[precision, "task"]["value"]
+        assert metrics.BETTER[clean["metric"]] * loss > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_deacl_trains_in_both_precisions(precision, toys):
+    settings, teacher = planted.settings(precision=precision), planted.encoder()
+    index = deacl.finetune(settings.encoders[0], teacher, settings)
+    assert all(torch.tensor([*map(float, epoch.values())]).isfinite().all() for epoch in index["history"])
+    tuned = records.read_tensors(deacl.checkpoint_path("toy", "planted", 3))[0]
+    before = teacher.backbone.state_dict()
+    assert all(tuned[name].dtype == torch.float32 and not torch.equal(tuned[name], before[name]) for name in before)
 
 
 def test_a_batch_fills_the_device_unless_a_number_is_given():
