@@ -570,7 +570,7 @@ def read_cluster(name: str) -> Cluster:
     from . import run  # here and in main, because papermill takes seconds that no job needs
 
     path = run.PARAMS / "cluster" / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise BadInput(f"There is no cluster file '{name}' in params/cluster/; choose one of: {known}.")
     parameters = schema.read_yaml(path, f"params/cluster/{path.name}") or {}

@@ -110,8 +110,8 @@ def wrong_parameters(profile: str) -> list[str]:
 
 def declared(notebook: Path) -> list[str]:
     """Names that the notebook's parameters cell assigns; raises BadInput if there is no such notebook or cell."""
-    if not notebook.is_file():
-        known = ", ".join(sorted(p.stem for p in notebook.parent.glob("*.ipynb")))
+    if not os.path.isfile(notebook) or notebook.parent != NOTEBOOKS:
+        known = ", ".join(sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))
         raise BadInput(f"There is no notebook '{notebook.stem}' in notebooks/; choose one of: {known}.")
     try:
         cells = nbformat.read(notebook, as_version=4).cells

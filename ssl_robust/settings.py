@@ -1,6 +1,7 @@
 """The schema of params/*.yaml and of every notebook's parameters cell; each refusal of a bad parameter is made here."""
 
 import math
+import os
 import re
 import reprlib
 from pathlib import Path
@@ -395,7 +396,7 @@ def read_yaml(path: Path, shown: str) -> Any:
 
 def read_params(path: Path) -> dict[str, Any]:
     """The raw parameters of one YAML file; raises BadInput if it is missing or not a mapping of parameters."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's own, it takes a name of any length
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise BadInput(f"There is no profile '{path.stem}': {path.name} is not in params/; choose one of: {known}.")
     parameters = read_yaml(path, f"params/{path.name}")

@@ -211,6 +211,10 @@ CASES = {
     "unknown profile": ({}, (*RUN, "--profile", "tinny"), "no profile 'tinny'"),
     "profile outside": ({}, (*CHECK, "--profile", "../params/tiny"), "cannot be a profile"),
     "unknown notebook": ({}, ("03_attack",), "no notebook '03_attack'"),
+    "notebook outside": ({}, (f"../notebooks/{RUN[0]}",), "no notebook '03_attack_classification' in notebooks/"),
+    "notebook of 5000 letters": ({}, ("x" * 5000,), "no notebook 'xxx"),
+    "profile of 5000 letters": ({}, (*CHECK, "--profile", "x" * 5000), "no profile 'xxx"),
+    "profile that is a pattern": ({}, (*CHECK, "--profile", "ti*"), "no profile 'ti*'"),
     "damaged notebook": (notebook(lambda path: path.write_text('{"cells": [')), RUN, "is damaged"),
     "notebook without parameters": (
         notebook(lambda path: nbformat.write(nbformat.v4.new_notebook(), path)), RUN, "0 cells tagged",
