@@ -10,7 +10,7 @@ from . import evidence
 from . import records as disk
 from .explain import place_of
 from .progress import any_terminal
-from .settings import BadInput, DeACL, read_yaml
+from .settings import BadInput, DeACL, read_params, read_yaml
 
 Record = dict[str, Any]
 Pair = tuple[Record, Record]  # of the same cell: the new record, the committed one
@@ -23,10 +23,14 @@ def params_path(profile: str) -> Path:
     return disk.committed_dir(profile) / "params.yaml"
 
 
+def _own_params(profile: str) -> Path:
+    return disk.ROOT / "params" / f"{profile}.yaml"
+
+
 def _tuning(path: Path) -> dict[str, Any]:
     """DeACL's settings in a parameter file, which records do not have; empty without them."""
     found = read_yaml(path, path.name) if path.is_file() else {}
-    return DeACL(**found["deacl"]).model_dump() if found.get("deacl") else {}
+    return DeACL().model_dump() | found["deacl"] if found.get("deacl") else {}
 
 
 def _cells(folder: Path, tuning: dict[str, Any]) -> dict[tuple[str, ...], Record]:
@@ -38,7 +42,7 @@ def _cells(folder: Path, tuning: dict[str, Any]) -> dict[tuple[str, ...], Record
 
 def _both(profile: str) -> tuple[dict[tuple[str, ...], Record], dict[tuple[str, ...], Record]]:
     """The cells of the new run and of the committed one."""
-    tunings = [_tuning(path) for path in (disk.ROOT / "params" / f"{profile}.yaml", params_path(profile))]
+    tunings = [_tuning(path) for path in (_own_params(profile), params_path(profile))]
     tunings = tunings if all(tunings) else [{}, {}]
     folders = disk.results_dir(profile), disk.committed_dir(profile) / "records"
     here, there = (_cells(folder, tuning) for folder, tuning in zip(folders, tunings, strict=True))
@@ -110,7 +114,8 @@ def replace(profile: str) -> str:
 
     Pages that show images of others stay out. Raises BadInput without a run, or if changed code made its records.
     """
-    source, target = disk.figures_dir(profile), disk.committed_dir(profile)
+    source, target, params = disk.figures_dir(profile), disk.committed_dir(profile), _own_params(profile)
+    read_params(params)  # for what it raises
     found = disk.read_records(source / "records")
     if not source.is_dir():
         raise BadInput(f"There is nothing in figures/{profile}; run 'make paper PROFILE={profile}' first.")
@@ -122,7 +127,7 @@ def replace(profile: str) -> str:
     left_out = PAGES if any(r["dataset"] != "scenes" for r in found) else ()
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*left_out))
-    shutil.copy(disk.ROOT / "params" / f"{profile}.yaml", params_path(profile))
+    shutil.copy(params, params_path(profile))
     if (page := target / "index.html").is_file():  # its links to executed notebooks: this folder lies one deeper
         disk.write_bytes(page.read_bytes().replace(b'href="../../', b'href="../../../'), page)
     kept = f", without {' and '.join(left_out)}, which show images of others" if left_out else ""
@@ -141,4 +146,4 @@ def main(profile: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "demo"))

@@ -207,6 +207,8 @@ def test_pages_with_images_of_others_are_not_committed(root):
 
 def test_records_of_changed_code_are_not_committed(root, capsys):
     commit(root, record())
+    assert committed.main("demo") == 2 and "There is no profile 'demo'" in capsys.readouterr().err
+    demo_params(root)
     assert committed.main("demo") == 2 and "There is nothing in figures/demo" in capsys.readouterr().err
     run_of(root, record(), record(attack="clean", git="abc+"))
     assert committed.main("demo") == 2
