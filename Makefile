@@ -105,7 +105,7 @@ lab: $(STAMP) ## JupyterLab on the notebooks
 
 test: $(STAMP) ## ruff, unit tests, notebook rules, nbval
 	@$(PY) -m ruff check ssl_robust tests notebooks
-	@$(PY) -m pytest
+	@env -u DATA -u CLUSTER -u NAME -u CELL $(PY) -m pytest
 
 reference: $(STAMP) ## the notebooks that nbval compares with, made anew
 	@$(PY) tests/make_reference.py

@@ -40,6 +40,8 @@ except ImportError:  # Windows has no flock: two runs at once are not kept apart
 NOTEBOOKS = records.PACKAGE.parent / "notebooks"
 PARAMS = records.PACKAGE.parent / "params"
 BAD_INPUT, INTERRUPTED, KERNEL_DIED = 2, 130, 138
+# A kernel that is told to stop may find its sockets closed, and would print a traceback (on a busy machine often).
+QUIET_END = "__import__('logging').getLogger('tornado').setLevel(60)"
 CHILDREN = {
     # Idle threads spin a little and then sleep. Endless spinning makes small steps many times slower on a machine with
     # other work; no spinning at all (OMP_WAIT_POLICY=PASSIVE) made them twice as slow on one without.
@@ -297,7 +299,7 @@ def _papermill(notebook: str, parameters: dict[str, object], target: Path) -> No
             start_timeout=180,
             kernel_manager_class=_Kernel,
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else a warning about plain TCP
-            extra_arguments=["--IPKernelApp.log_level=50"],  # else an error message when a kernel is told to stop
+            extra_arguments=["--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={QUIET_END}"],
         )
     finally:
         tempfile.tempdir = before
@@ -398,7 +400,8 @@ def _less(profile: str) -> str:
 def _run(notebook: str, settings: Settings) -> int:
     prepare_children()
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what a full disk interrupts would be said a second time
+    for name in ("asyncio", "tornado"):  # what a full disk or an ended kernel interrupts would be said a second time
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     print(f"{notebook} | profile {settings.profile}: started", flush=True)
     try:
         seconds = execute(notebook, settings)

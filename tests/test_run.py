@@ -381,7 +381,8 @@ def tree(tmp_path: Path) -> Path:
 
 def make(tree: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
     command = ["make", "PY=./python", "STAMP=.venv/.ready", *arguments]
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "PROFILE", "DATA")}
+    outer = ("MAKEFLAGS", "MAKELEVEL", "PROFILE", "DATA", "CLUSTER", "NAME", "CELL")  # of `make test` itself
+    environment = {k: v for k, v in os.environ.items() if k not in outer}
     return subprocess.run(command, cwd=tree, env=environment, input=stdin, capture_output=True, text=True, check=False)
 
 
