@@ -221,13 +221,19 @@ def notebooks(root, monkeypatch):
     gc.collect()  # what is left of an interrupted papermill goes now, not while another test reads code
 
 
-def test_a_project_folder_that_is_read_only_is_one_sentence(notebooks, capfd):
-    write_notebook(notebooks, "raise SystemExit")
-    notebooks.chmod(0o555)
+def _refused_without_privileges(capfd):
+    """What the runner says, in one sentence, as a user who may not write there."""
     with no_privileges():
         code = run.main(["00_try", "--profile", "tiny"])
     said = capfd.readouterr().err
     assert code == 2 and said.count("\n") == 1
+    return said
+
+
+def test_a_project_folder_that_is_read_only_is_one_sentence(notebooks, capfd):
+    write_notebook(notebooks, "raise SystemExit")
+    notebooks.chmod(0o555)
+    said = _refused_without_privileges(capfd)
     assert "cannot be written to (Permission denied); make it writable or use a copy of the project" in said
 
 
@@ -239,10 +245,7 @@ def test_a_lock_of_another_user_is_one_sentence(notebooks, capfd):
     lock = notebooks / "runs/tiny/.00_try.lock"
     lock.touch()
     lock.chmod(0o600)
-    with no_privileges():
-        code = run.main(["00_try", "--profile", "tiny"])
-    said = capfd.readouterr().err
-    assert code == 2 and said.count("\n") == 1
+    said = _refused_without_privileges(capfd)
     assert "runs/tiny cannot be written to (Permission denied); make it writable or use a copy of the project" in said
 
 
