@@ -31,6 +31,21 @@ PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pyautoatta
 THREADING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
+# What computes numbers, each with a version that is raised whenever its numbers change; every key holds those that its
+# result was made by. versions.py holds golden numbers of each, which fail where they move and the version does not.
+VERSIONS = {
+    "scenes": 1,  # rendering
+    "data": 1,  # reading, resizing, augmenting
+    "encoders": 1,  # from pixels to tokens
+    "heads": 1,  # from tokens to predictions, the sliding window
+    "training": 1,  # of heads
+    "metrics": 1,
+    "pgd": 1,  # the loop of all attacks, the random start, the precision of steps
+    "embed": 1, "task": 1, "strong": 1,  # losses of EmbedAttack, of the tasks' own attacks; strong.py
+    "deacl": 1,
+    "released": 1,  # what the released code does differently
+    "checks": 1,  # of 07_sanity
+}  # fmt: skip
 LEFT_BEHIND = 3600  # seconds after which an unfinished file belongs to a process that was killed
 
 
