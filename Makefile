@@ -1,5 +1,5 @@
-# `make help` lists the targets. A stage is a notebook; make waits for the file results/<profile>/<notebook>.json, which
-# the notebook writes as its last act, so a killed notebook never counts as done. Executed copies lie in runs/<profile>.
+# `make help` lists the targets. A stage is a notebook; which stages are run is no matter of times of files: stages.py
+# says which are not done, by the keys of their results, and why. Executed copies lie in runs/<profile>.
 ifeq ($(wildcard ssl_robust/run.py),)
 $(error This Makefile works in its own folder; write for example make -C FOLDER paper)
 endif
@@ -41,21 +41,19 @@ $(error AT_ONCE must be a number of notebooks above 0; write for example AT_ONCE
 endif
 # a slash at its end makes no other folder
 override DATA := $(or $(subst //end//,,$(subst ///end//,,$(DATA)//end//)),$(DATA))
-ifeq ($(filter -j%,$(MAKEFLAGS))$(filter-out paper table1 table2 table3 fig1 fig2,$(MAKECMDGOALS)),)
-MAKEFLAGS += -j$(AT_ONCE)
-endif
 RESULTS := results/$(PROFILE)
 STAGES  := 00_data 01_heads 02_deacl 03_attack_classification 04_attack_segmentation 05_attack_depth 06_figures 07_sanity
 ATTACKS := 05_attack_depth 04_attack_segmentation 03_attack_classification# begun in this order, so the long ones first
 RUN      = $(PY) -m ssl_robust.run --profile $(PROFILE) --data "$$DATA"
-stages   = $(patsubst %,$(RESULTS)/%.json,$(1))
-modules  = $(patsubst %,ssl_robust/%.py,$(1))
-# a table or figure that someone deleted is a reason to run its stage again
-made     = $(if $(filter-out $(notdir $(wildcard figures/$(PROFILE)/*)),$(1)),FORCE)
+stages   = $(addprefix run-,$(1))
+# Has the stages run that $(1) needs and that are not done; begun by '+', so that make -n says what they are.
+made     = +@stale="$$($(PY) -m ssl_robust.stages --profile $(PROFILE) --data "$$DATA")" && \
+  $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(AT_ONCE)) STALE="$$stale" $(1)
+STALE   ?= $(STAGES)
 
 .DELETE_ON_ERROR:
-.PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook explain bench example lab test reference encoder lock
-.PHONY: clean check FORCE
+.PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook explain keep bench example lab test reference
+.PHONY: encoder lock clean check $(STAGES:%=run-%)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9 ]+:.*## / { printf "make %-26s %s\n", $$1, $$2 }' Makefile
@@ -72,20 +70,27 @@ data: $(STAMP) ## fetch the data sets of PROFILE into DATA (SMALL=1: the smaller
 	@$(PY) -m ssl_robust.fetch --profile $(PROFILE) --data "$$DATA" $(if $(SMALL),--small)
 
 ifeq ($(EXECUTOR),)
-paper: $(call stages,06_figures 07_sanity) ## Tables 1-3, Figures 1-2 and index.html in figures/PROFILE
+paper: $(STAMP) ## Tables 1-3, Figures 1-2 and index.html in figures/PROFILE
+	$(call made,$(call stages,06_figures 07_sanity))
 	@$(PY) -m ssl_robust.report $(PROFILE)
 else
 # Results come from jobs, and the notebooks find them; jobs.json is there while jobs of the cluster wait or run.
-paper: $(call stages,00_data)
+paper: $(STAMP)
+	$(call made,$(call stages,00_data))
 	@$(PY) -m ssl_robust.grid --profile $(PROFILE) --data "$$DATA" --executor $(EXECUTOR) --cluster "$$CLUSTER" || [ $$? = 3 ]
 	@[ -e runs/$(PROFILE)/grid/jobs.json ] || $(MAKE) --no-print-directory paper EXECUTOR=
 endif
 
-table1: $(call stages,03_attack_classification) ## Table 1, classification
-table2: $(call stages,04_attack_segmentation) ## Table 2, segmentation
-table3: $(call stages,05_attack_depth) ## Table 3, depth
-fig1 fig2: $(call stages,06_figures) ## Figure 1, the attacks; Figure 2, along DeACL
-table1 table2 table3 fig1 fig2:
+table1: STAGE := 03_attack_classification
+table2: STAGE := 04_attack_segmentation
+table3: STAGE := 05_attack_depth
+fig1 fig2: STAGE := 06_figures
+table1: ## Table 1, classification
+table2: ## Table 2, segmentation
+table3: ## Table 3, depth
+fig1 fig2: ## Figure 1, the attacks; Figure 2, along DeACL
+table1 table2 table3 fig1 fig2: $(STAMP)
+	$(call made,$(call stages,$(STAGE)))
 	@echo "made: $$(ls figures/$(PROFILE)/$@.* | tr '\n' ' ')"
 
 notebook: $(if $(NAME),$(STAMP) check) ## one notebook with PROFILE: NAME=appendix_protocols
@@ -93,6 +98,9 @@ notebook: $(if $(NAME),$(STAMP) check) ## one notebook with PROFILE: NAME=append
 
 explain: $(STAMP) ## how one table cell came about: CELL=table1/scenes/embedded_vit/standard/task
 	@$(if $(CELL),$(PY) -m ssl_robust.explain --profile $(PROFILE) "$$CELL",echo 'CELL is empty; write for example: make explain CELL=table1/scenes/embedded_vit/standard/task' >&2; exit 2)
+
+keep: $(STAMP) ## keep results that other versions of the code made from the same inputs; their records say so
+	@$(PY) -m ssl_robust.stages --profile $(PROFILE) --data "$$DATA" --keep
 
 bench: $(STAMP) ## speed and strength of the attacks beside other implementations, in figures/bench
 	@$(PY) -m ssl_robust.run appendix_bench --profile bench --data "$$DATA"
@@ -117,38 +125,22 @@ lock: $(STAMP) ## requirements.lock made anew from pyproject.toml
 	@$(PY) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev \
 	  --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
 
-clean: ## delete results/PROFILE and runs/PROFILE; asks first (YES=1: does not)
-	@answer=$(if $(YES),y); test -n "$$answer" || { \
-	  printf 'Delete $(RESULTS) and runs/$(PROFILE)? [y/N] '; read -r answer || true; }; \
-	if [ "$$answer" = y ]; then rm -rf $(RESULTS) runs/$(PROFILE); else echo 'Nothing deleted.'; fi
+clean: ## delete results/PROFILE and runs/PROFILE, with all that was ever computed; asks first (YES=1: does not)
+	@du -sh $(RESULTS) runs/$(PROFILE)/* 2>/dev/null || true; \
+	answer=$(if $(YES),y); test -n "$$answer" || { \
+	  printf 'Delete these, $(RESULTS) and runs/$(PROFILE)? [y/N] '; read -r answer || true; }; \
+	if [ "$$answer" = y ]; then rm -rf $(RESULTS) runs/$(PROFILE); echo 'Deleted $(RESULTS) and runs/$(PROFILE).'; \
+	else echo 'Nothing deleted.'; fi
 
 check: | $(STAMP)
 	@$(RUN) --check
 
-# Each stage names the earlier stages it reads and the modules it is the first to use; later ones inherit them.
-$(call stages,00_data):    $(call modules,settings records progress scenes catalogue datasets plots tiles paired evidence claims)
-$(call stages,01_heads 02_deacl): $(call stages,00_data) $(call modules,compute vit checkpoints callables encoders metrics released heads) $(wildcard ssl_robust/weights/*.safetensors)
-$(call stages,02_deacl):   $(call modules,attacks strong health deacl evaluate)
-$(call stages,$(ATTACKS)): $(call stages,01_heads 02_deacl) $(call modules,timing tables report layout) ssl_robust/reported.csv
-$(call stages,06_figures): $(call stages,$(ATTACKS))
-$(call stages,07_sanity):  $(call stages,$(ATTACKS)) $(call modules,sanity)
-
-$(call stages,03_attack_classification): $(call made,table1.csv)
-$(call stages,04_attack_segmentation):   $(call made,table2.csv)
-$(call stages,05_attack_depth):          $(call made,table3.csv)
-$(call stages,06_figures):               $(call made,index.html fig1.png fig2.png)
-
-$(call stages,$(STAGES)): $(RESULTS)/%.json: notebooks/%.ipynb params/$(PROFILE).yaml runs/$(PROFILE)/data_root $(STAMP)
-	@$(RUN) $*
-
-params/$(PROFILE).yaml: | check ; # if there is no such profile, check says so
-
-# DATA as it was in the last run, rewritten only when it changes
-ifneq ($(shell cat runs/$(PROFILE)/data_root 2>/dev/null),$(DATA))
-runs/$(PROFILE)/data_root: FORCE
-endif
-runs/$(PROFILE)/data_root: | check
-	@mkdir -p $(@D); printf '%s\n' "$$DATA" > $@
+# What a stage waits for; of all these only those in STALE do anything.
+$(call stages,01_heads 02_deacl): $(call stages,00_data)
+$(call stages,$(ATTACKS)): $(call stages,01_heads 02_deacl)
+$(call stages,06_figures 07_sanity): $(call stages,$(ATTACKS))
+$(call stages,$(STAGES)): run-%:
+	$(if $(filter $*,$(STALE)),@$(RUN) $*)
 
 # A stamp at the end, so that an interrupted installation is completed by the next call.
 .venv/.ready: requirements.lock

@@ -184,6 +184,12 @@ class Subset(torch.utils.data.Dataset):
         return bool(image_seed(self.seed + self.view, self.ids[i]) % 2) if self.flip is None else self.flip
 
     @property
+    def loops(self) -> tuple[str, ...]:
+        """What makes its images, of records.VERSIONS: scenes are rendered, and stand for themselves in the hash."""
+        rendered = any(isinstance(item.image, Tensor) for item in self.items)
+        return ("data", "scenes") if rendered else ("data",)
+
+    @property
     def hash(self) -> str:
         """Short hash of identifiers, labels and the content of the images; of large subsets, of evenly spread ones."""
         labels = [item.target for item in self.items if isinstance(item.target, int)]
@@ -571,6 +577,20 @@ def overview(settings: Settings) -> pd.DataFrame:
             print(remark)
     found = pd.DataFrame(rows)
     return found if settings.damaged == "skip" else found.drop(columns="damaged", errors="ignore")
+
+
+def hashes(settings: Settings) -> dict[str, str]:
+    """Hash of the images of every task, data set and split, 'depth scenes test'; with missing: skip, why there is none.
+
+    Raises BadInput as `load` does.
+    """
+    found = {}
+    for task, name in wanted(settings):
+        absent = problems(task, name, settings) if settings.missing == "skip" else []
+        for split in SPLITS[:2] if task == "deacl" else SPLITS:
+            place = f"{task} {name} {split}"
+            found[place] = absent[0] if absent else load(task, name, split, settings, native=8).hash
+    return found
 
 
 def _held(target: int | Tensor, task: str) -> Tensor:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -43,7 +43,6 @@ from .settings import Attack, BadInput, DeACL, EncoderRow, Settings
 
 GIVEN = -1  # the epochs of a checkpoint that was made elsewhere: unknown
 SAVE_SECONDS = 600.0  # between the states stored within an epoch
-CODE = ("catalogue", "datasets", "scenes", "checkpoints", "encoders", "vit", "compute", "attacks", "deacl")
 
 
 # --- eq. 2 ---
@@ -233,9 +232,12 @@ def _part(subset: Subset, process: int, processes: int) -> Subset:
 # --- one row ---
 
 
-def folder(profile: str, encoder: str) -> Path:
-    """Folder of the DeACL checkpoints of one encoder."""
-    return records.runs_dir(profile) / "deacl" / encoder
+def home(profile: str, encoder: str, made: records.Made) -> Path:
+    """Folder of one DeACL run: its checkpoints, its state while it lasts, and deacl.json when it is finished.
+
+    It is named by the key of what the run is made from, so that another run never touches it.
+    """
+    return records.runs_dir(profile) / "deacl" / encoder / records.digest(made)
 
 
 def finetune_all(settings: Settings, only: str = "") -> dict[str, dict[str, Any]]:
@@ -259,6 +261,8 @@ def finetune_all(settings: Settings, only: str = "") -> dict[str, dict[str, Any]
         dataset = "" if row.deacl_checkpoint else settings.deacl.dataset
         with skipping(settings, lost, [{"dataset": dataset, "encoder": row.name, "defense": "deacl"}]):
             runs[row.name] = _made_elsewhere(row, settings) if row.deacl_checkpoint else _made_here(row, settings)
+            if not row.deacl_checkpoint and _first():  # what the attacks' notebooks evaluate
+                records.write_record(runs[row.name], current_path(settings.profile, row.name))
     if _first():
         records.write_skipped(settings.profile, "deacl", lost)
     return runs
@@ -277,15 +281,16 @@ def _made_here(row: EncoderRow, settings: Settings) -> dict[str, Any]:
     if count == 1:
         return finetune(row, teacher, settings)
     _launch(count, row, teacher, settings)
-    return records.read_record(folder(settings.profile, row.name) / "deacl.json")
+    return stored(row, teacher, settings)[0]
 
 
 def finetune(row: EncoderRow, teacher: Encoder, settings: Settings) -> dict[str, Any]:
     """Fine-tune `teacher` as settings.deacl says, alone or as one of several processes that all call this.
 
     Interrupted work goes on at the last stored state, also with another number of processes. The main process writes
-    epoch_N.safetensors for each of cfg.checkpoints and the last epoch, and deacl.json last, which is returned:
-    {"key", "epochs": [N, ...], "history": [{"epoch", "preserve", "robust", "held_out_cosine"}, ...], "processes"}.
+    epoch_N.safetensors for each of cfg.checkpoints and the last epoch, and deacl.json last, which is returned: {"key",
+    "made_from", "folder", "epochs": [N, ...], "history": [{"epoch", "preserve", "robust", "held_out_cosine"}, ...],
+    "processes"}, `folder` being the name of the run's folder.
     """
     cpu = records.pick_device(settings.device) == "cpu"
     # the same weights go unused in every step (of blocks that the CLS token needs no more); the main process may read
@@ -300,12 +305,11 @@ def finetune(row: EncoderRow, teacher: Encoder, settings: Settings) -> dict[str,
 
 
 def _finetune(row: EncoderRow, teacher: Encoder, settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    cfg, home = settings.deacl, folder(settings.profile, row.name)
-    precision = compute.precision(settings.precision, accelerator.device.type)
-    kept = sorted({*cfg.checkpoints, cfg.epochs})
-    key, done, state = _from_main(accelerator, lambda: _stored(home, kept, teacher, settings, precision))
+    cfg, precision = settings.deacl, compute.precision(settings.precision, accelerator.device.type)
+    done, state, place, made = _from_main(accelerator, lambda: stored(row, teacher, settings))
     if done:
         return done
+    key, epochs = records.digest(made), kept(cfg)
     with _all_or_none(accelerator):
         train, held_out = _images(settings, teacher)
         run = tuning(teacher, accelerator, cfg, precision)
@@ -313,7 +317,7 @@ def _finetune(row: EncoderRow, teacher: Encoder, settings: Settings, accelerator
 
         def store(batches: int = 0, sums: Tensor | None = None) -> None:
             if accelerator.is_main_process:
-                _save_state(home / "state.pt", key, run, history, batches, sums)
+                _save_state(place / "state.pt", key, run, history, batches, sums)
 
         if not history:
             history.append({"epoch": 0, "held_out_cosine": robustness(run, held_out, settings.seed)})
@@ -321,14 +325,14 @@ def _finetune(row: EncoderRow, teacher: Encoder, settings: Settings, accelerator
             preserve, robust = train_epoch(run, train, epoch, batches, sums, store)
             cosine, batches, sums = robustness(run, held_out, settings.seed), 0, None
             history.append({"epoch": epoch + 1, "preserve": preserve, "robust": robust, "held_out_cosine": cosine})
-            if epoch + 1 in kept and accelerator.is_main_process:
-                save_backbone(run.student, home / f"epoch_{epoch + 1}.safetensors")
+            if epoch + 1 in epochs and accelerator.is_main_process:
+                save_backbone(run.student, place / f"epoch_{epoch + 1}.safetensors")
             store()
-    index = {"key": records.digest([key, kept]), "epochs": kept, "history": history}
+    index = {"key": key, "made_from": made, "folder": place.name, "epochs": epochs, "history": history}
     index["processes"] = accelerator.num_processes
     index |= {"n_train": len(train), "n_train_asked": datasets.asked("deacl", cfg.dataset, settings)}
     if accelerator.is_main_process:
-        records.write_record(index, home / "deacl.json")
+        records.write_record(index, place / "deacl.json")
     accelerator.wait_for_everyone()
     return index
 
@@ -340,19 +344,66 @@ def _images(settings: Settings, teacher: Encoder) -> tuple[Subset, Subset]:
     return train, held_out
 
 
-def _stored(
-    home: Path, kept: list[int], teacher: Encoder, settings: Settings, precision: str
-) -> tuple[str, dict[str, Any] | None, dict[str, Any] | None]:
-    """Key of this work, its index if it is finished, and else the state that was stored last, if there is one."""
+def kept(cfg: DeACL) -> list[int]:
+    """The epochs whose checkpoints are kept."""
+    return sorted({*cfg.checkpoints, cfg.epochs})
+
+
+def made_from(teacher: Encoder, settings: Settings) -> records.Made:
+    """What a DeACL run is made from; the number of processes decides nothing but rounding, nor does what is kept."""
     train, held_out = _images(settings, teacher)
-    # the number of processes decides nothing but rounding
-    schedule = settings.deacl.model_dump(exclude={"checkpoints", "processes"})
-    made_from = [teacher.hash, train.hash, held_out.hash, precision, records.code_hash(*CODE)]
-    key = records.digest([schedule, settings.seed, *made_from])
-    done = records.reusable(home / "deacl.json", records.digest([key, kept]))
-    if done and _whole(home, kept):
-        return key, done, None
-    return key, None, _read_state(home, key, kept)
+    return records.made_from(
+        [*train.loops, "encoders", "pgd", "deacl"],
+        settings=settings.deacl.model_dump(exclude={"dataset", "n_train", "n_val", "checkpoints", "processes"}),
+        seed=settings.seed,
+        precision=compute.precision(settings.precision, records.pick_device(settings.device)),
+        hashes={"weights": teacher.hash, "training data": train.hash, "held-out data": held_out.hash},
+    )
+
+
+Found = tuple[dict[str, Any] | None, dict[str, Any] | None, Path, records.Made]
+
+
+def stored(row: EncoderRow, teacher: Encoder, settings: Settings) -> Found:
+    """What is there of a row: its index if finished, else the state stored last if any; its folder, and made_from.
+
+    A finished run that has not kept all epochs that are asked for now stays as it is; they are made in a folder beside
+    it. Nothing is computed.
+    """
+    made, epochs = made_from(teacher, settings), kept(settings.deacl)
+    place = home(settings.profile, row.name, made)
+    done = _finished(place, made)
+    if done and not set(epochs) <= set(done["epochs"]):
+        place = place.with_name(f"{place.name}-{records.digest(epochs)}")
+        done = _finished(place, made)
+    if done and _whole(place.with_name(done["folder"]), epochs):
+        return {**done, "epochs": epochs}, None, place, made
+    return None, _read_state(place, records.digest(made), epochs), place, made
+
+
+def others(place: Path) -> list[records.Made]:
+    """What the finished runs in the folders beside one were made from."""
+    return [index["made_from"] for index in _indices(place) if index.get("made_from")]
+
+
+def _indices(place: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(place.parent.glob("*/deacl.json")):
+        with suppress(BadInput):
+            yield records.read_record(path)
+
+
+def _finished(place: Path, made: records.Made) -> dict[str, Any] | None:
+    """The index in a folder; with 'make keep' that of a run that other versions of the code made from the same inputs.
+
+    Its checkpoints stay where they are.
+    """
+    found = records.reusable(place / "deacl.json", made)
+    for index in _indices(place) if records.keeping and not found else ():
+        if index["made_from"]["inputs"] == made["inputs"]:
+            found = records.accepted(index, made)
+            records.write_record(found, place / "deacl.json")
+            break
+    return found
 
 
 # --- several processes ---
@@ -480,9 +531,14 @@ def _all_or_none(accelerator: Accelerator) -> Iterator[None]:
 # --- files ---
 
 
-def checkpoint_path(profile: str, encoder: str, epoch: int) -> Path:
-    """File of the encoder after `epoch` epochs of DeACL."""
-    return folder(profile, encoder) / f"epoch_{epoch}.safetensors"
+def current_path(profile: str, encoder: str) -> Path:
+    """The index of the run that is current: the one that 02_deacl found or made last, and that tables show."""
+    return records.results_dir(profile) / "deacl" / encoder / "deacl.json"
+
+
+def checkpoint_path(profile: str, encoder: str, folder: str, epoch: int) -> Path:
+    """File of the encoder after `epoch` epochs of the DeACL run in `folder`."""
+    return records.runs_dir(profile) / "deacl" / encoder / folder / f"epoch_{epoch}.safetensors"
 
 
 def save_backbone(encoder: Encoder, path: Path) -> None:
@@ -491,11 +547,11 @@ def save_backbone(encoder: Encoder, path: Path) -> None:
     records.write_tensors(encoder.backbone.state_dict(), {checkpoints.CFG[0]: json.dumps(colours)}, path)
 
 
-def _whole(home: Path, kept: list[int]) -> bool:
+def _whole(place: Path, epochs: list[int]) -> bool:
     """Whether the checkpoints after these epochs are there and undamaged."""
     try:
-        for epoch in kept:
-            records.read_tensors(home / f"epoch_{epoch}.safetensors")
+        for epoch in epochs:
+            records.read_tensors(place / f"epoch_{epoch}.safetensors")
     except BadInput:
         return False
     return True
@@ -509,15 +565,15 @@ def _save_state(path: Path, key: str, run: Tuning, history: list[dict], batches:
     records.write_sealed(buffer.getvalue(), path)
 
 
-def _read_state(home: Path, key: str, kept: list[int]) -> dict[str, Any] | None:
+def _read_state(place: Path, key: str, kept: list[int]) -> dict[str, Any] | None:
     """The state of interrupted work; None if there is none that fits."""
     try:
-        content = io.BytesIO(records.read_sealed(home / "state.pt") or b"")
+        content = io.BytesIO(records.read_sealed(place / "state.pt") or b"")
         state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception:  # missing, truncated or foreign: whatever the reason, the remedy is to start anew
         return None
     passed = [n for n in kept if n < len(state.get("history", []))]
-    fits = state.get("key") == key and _whole(home, passed)
+    fits = state.get("key") == key and _whole(place, passed)
     return state if fits else None
 
 
@@ -541,15 +597,22 @@ def variants(row: EncoderRow, profile: str, data_root: str = "") -> list[tuple[s
         return found
     if row.deacl_checkpoint:
         return [*found, ("deacl", GIVEN, checkpoints.locate(row.deacl_checkpoint, data_root))]
-    epochs = _index(row, profile)["epochs"]
+    return [*found, *tuned(row, profile, _index(row, profile))]
+
+
+def tuned(row: EncoderRow, profile: str, index: dict[str, Any]) -> list[tuple[str, int, Path]]:
+    """The variants that the DeACL run with this index has left of a row, or will leave."""
+    epochs = index["epochs"]
     names = [f"deacl-epoch{n}" for n in epochs[:-1]] + ["deacl"]
-    return found + [(d, n, checkpoint_path(profile, row.name, n)) for d, n in zip(names, epochs, strict=True)]
+    paths = [checkpoint_path(profile, row.name, index["folder"], n) for n in epochs]
+    return list(zip(names, epochs, paths, strict=True))
 
 
 def _index(row: EncoderRow, profile: str) -> dict[str, Any]:
-    """What finetune left of a row."""
-    path = folder(profile, row.name) / "deacl.json"
-    for lost in records.read_skipped(records.skipped_path(profile, "deacl")):
+    """What finetune left of a row: of a lab profile that has not run it itself, of the profile it belongs to."""
+    places = [profile] if current_path(profile, row.name).is_file() else [profile.partition("/")[0]]
+    path = current_path(*places, row.name)
+    for lost in records.read_skipped(records.skipped_path(*places, "deacl")):
         if lost["encoder"] == row.name:
             raise BadInput(lost["why"])
     if not path.is_file():

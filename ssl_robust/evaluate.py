@@ -20,9 +20,8 @@ from .progress import track
 from .settings import TASKS, Attack, BadInput, EncoderRow, Settings
 
 KINDS = ("clean", "embed", "task")
+EXAMPLES = 4  # images of Figure 1, of each task
 WORST, CHECKS = "worst", "checks"  # what the first may be made of besides the attacks of the table
-NOTEBOOK = dict(zip(TASKS, ("03_attack_classification", "04_attack_segmentation", "05_attack_depth"), strict=True))
-CODE = tuple(dict.fromkeys((*heads.CODE, "attacks", "strong", "released", "health", "evaluate")))
 Loader = Callable[[EncoderRow, str], Encoder]  # (row, data folder) -> its Standard encoder
 Variant = tuple[str, int, Path | None]  # defense, epochs of DeACL, weight file
 
@@ -159,61 +158,55 @@ def _attack(kind: str, settings: Settings) -> dict[str, Any] | None:
     return settings.attack.model_dump()
 
 
-# --- one cell on disk: its record, and beside it the statistics of its images, from which `worst` is made ---
+# --- one cell on disk: its record, and beside it the statistics of its images, from which `worst` is made; both under
+# its key in runs/<profile>/cells, and a copy of the record where tables find those of the current settings ---
 
 
 def cell(
-    model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, settings: Settings, notebook: str,
-    part: str = "",
-) -> dict[str, Any]:  # fmt: skip
+    model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, settings: Settings, part: str = ""
+) -> dict[str, Any]:
     """The record of one table cell: read if it was made from exactly these inputs, else evaluated and written.
 
     `variant`: the defense and its epochs of DeACL; `part`: a folder within the profile's, for what no table shows.
     Raises BadInput if an attack is asked for without settings of it.
     """
-    about = _about(model, test, variant, kind, settings, notebook)
-    path = _path(about, settings, part)
-    found = _read(path, about["key"])
-    if found:
-        return found[0]
-    numbers, stats = measured(model, test, kind, settings)
-    return _write(path, about | numbers, stats, settings)
+    about = _about(model, test, variant, kind, settings)
+    found = _read(about, settings)
+    if found is None:
+        numbers, stats = measured(model, test, kind, settings)
+        found = _write(about | numbers, stats, settings)
+    return _show(found[0], settings, part)
 
 
 def stored(
     model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, settings: Settings
 ) -> tuple[dict[str, Any], Tensor] | None:
     """The record of a cell and its images' statistics (N, ..), in the order of `test`; None if `cell` would compute."""
-    about = _about(model, test, variant, kind, settings, "")
-    return _read(_path(about, settings), about["key"])
+    return _read(_about(model, test, variant, kind, settings), settings)
 
 
-def key_of(model: TaskModel, test: Subset, kind: str, settings: Settings) -> str:
-    """Hash of all that the numbers of a cell depend on."""
-    return _about(model, test, ("", 0), kind, settings, "")["key"]
+def place(
+    model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, settings: Settings
+) -> tuple[Path, records.Made]:
+    """Where the record of a cell is stored, and what it is made from."""
+    about = _about(model, test, variant, kind, settings)
+    return _path(about, settings), about["made_from"]
 
 
-def worst(
-    model: TaskModel, test: Subset, variant: tuple[str, int], settings: Settings, notebook: str
-) -> dict[str, Any] | None:
+def worst(model: TaskModel, test: Subset, variant: tuple[str, int], settings: Settings) -> dict[str, Any] | None:
     """The record of the worst case: each image under that of the attacks run on this row that hurts it most.
 
     Made from what `cell` left; None while one of the attacks is not there. Where the row has had its sanity checks, the
     attacks inside the table's ball that these made on its first images (noise, more steps and starts, transfer) count
     as one more.
     """
-    names, start = kinds(model.task, settings), time.perf_counter()
-    abouts = {kind: _about(model, test, variant, kind, settings, notebook) for kind in names}
-    about, attacked = (_about(model, test, variant, kind, settings, notebook) for kind in (WORST, "task"))
-    checked = _checked(attacked, settings)
-    about["key"] = records.digest([about["key"], *(a["key"] for a in abouts.values()), checked and checked[0]])
-    path = _path(about, settings)
-    found = _read(path, about["key"])
-    if found:
-        return found[0]
-    cells = {kind: _read(_path(a, settings), a["key"]) for kind, a in abouts.items()}
+    about, start = worst_place(model, test, variant, settings), time.perf_counter()
+    if found := _read(about, settings):
+        return _show(found[0], settings)
+    cells = {kind: stored(model, test, variant, kind, settings) for kind in kinds(model.task, settings)}
     if not all(cells.values()):
         return None
+    checked = _checked(model, test, variant, settings)
     stats = {kind: stats for kind, (_, stats) in cells.items()}
     if checked:
         rest = next(reversed(stats.values()))  # of images that were not checked one of the others, which is no news
@@ -226,17 +219,35 @@ def worst(
         "chosen": {kind: int((chosen == i).sum()) for i, kind in enumerate(stats)},
         "checked": len(checked[1]) if checked else 0, "seconds": round(time.perf_counter() - start, 2),
     }  # fmt: skip
-    return _write(path, about, taken, settings)
+    return _show(_write(about, taken, settings)[0], settings)
 
 
-def _checked(about: dict[str, Any], settings: Settings) -> tuple[str, Tensor] | None:
+def worst_place(model: TaskModel, test: Subset, variant: tuple[str, int], settings: Settings) -> dict[str, Any]:
+    """What the record of the worst case says before it is made: it follows from cells, and from checks if any."""
+    cells = {k: records.digest(place(model, test, variant, k, settings)[1]) for k in kinds(model.task, settings)}
+    checked = _checked(model, test, variant, settings)
+    about = _about(model, test, variant, WORST, settings)
+    about["made_from"] = records.made_from((), cells=cells | ({CHECKS: checked[0]} if checked else {}))
+    return about | {"key": records.digest(about["made_from"])}
+
+
+def _checked(model: TaskModel, test: Subset, variant: tuple[str, int], settings: Settings) -> tuple[str, Tensor] | None:
     """Key and statistics (n, ..) of the sanity checks of the task attack's cell, None without them."""
-    row = (about[name] for name in ("task", "dataset", "encoder", "defense"))
     try:
-        parts, found = records.read_tensors(evidence.checks_path(settings.profile, *row).with_suffix(".safetensors"))
+        names = model.task, test.name, model.encoder.name, variant[0]
+        result = records.read_record(evidence.checks_path(settings.profile, *names))
     except BadInput:
         return None
-    return (found["key"], unpacked(parts)) if found["cell"] == about["key"] else None
+    if result["cell"] != records.digest(place(model, test, variant, "task", settings)[1]):
+        return None
+    found = records.reusable_tensors(checks_place(settings.profile, result, ".safetensors"), result["made_from"])
+    return found and (result["key"], unpacked(found[0]))
+
+
+def checks_place(profile: str, about: dict[str, Any], suffix: str = ".json") -> Path:
+    """Where the sanity checks of a row are stored, or the statistics of their images."""
+    name = "__".join(about[key] for key in ("task", "dataset", "encoder", "defense"))
+    return records.place(records.runs_dir(profile) / "checks", name, about["made_from"], suffix)
 
 
 def _worst(model: TaskModel, test: Subset, found: list[Tensor]) -> Tensor:
@@ -255,43 +266,56 @@ def _worst(model: TaskModel, test: Subset, found: list[Tensor]) -> Tensor:
     return chosen[min(range(len(chosen)), key=lambda i: sign * values[i])]
 
 
-def _about(
-    model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, settings: Settings, notebook: str
-) -> dict[str, Any]:
+def _about(model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, settings: Settings) -> dict[str, Any]:
     """What a record says of its cell before anything is computed, and the key of all that its numbers depend on."""
     task, (defense, epoch), attack = model.task, variant, _attack(kind, settings)
     section, protocol = released.adjusted(settings, model.encoder.native).task(task), released.label(model.protocol)
     device = records.pick_device(settings.device)
     precision = "fp32" if kind in ("clean", *strong.ALWAYS_FP32) else compute.precision(settings.precision, device)
     hashes = {
-        "weights": model.encoder.hash,
-        "head": records.state_hash(model.head.state_dict()),
-        "data": test.hash,
-        "code": records.code_hash(*CODE),
-    }
-    used = section.model_dump(include={"size", "n_test", "crop"}) | {"stride": model.stride}
+        "weights": model.encoder.hash, "head": records.state_hash(model.head.state_dict()), "data": test.hash,
+    }  # fmt: skip
+    used = section.model_dump(include={"size", "crop"}) | {"stride": model.stride}
+    made = records.made_from(
+        loops(model, test, kind), task=task, attack=kind, settings={"attack": attack, "task": used},
+        protocol=protocol, seed=settings.seed, precision=precision, hashes=hashes,
+    )  # fmt: skip
     return {
-        "schema": records.SCHEMA,
-        "key": records.digest([task, kind, attack, used, protocol, settings.seed, precision, hashes]),
+        "schema": records.SCHEMA, "key": records.digest(made), "made_from": made,
         "task": task, "dataset": test.name, "encoder": model.encoder.name,
         "defense": defense, "epoch": epoch, "attack": kind, "attack_name": attack_name(task, kind),
         "metric": metrics.METRIC[task], "protocol": protocol, "counts": settings.counts, "precision": precision,
         "settings": {"attack": attack, "task": section.model_dump()}, "seed": settings.seed, "hashes": hashes,
         "n_train": model.trained[0], "n_train_asked": model.trained[1],
-        "notebook": f"runs/{settings.profile.partition('/')[0]}/{notebook}.ipynb",
+        "notebook": records.notebook(),
     }  # fmt: skip
 
 
-def _path(about: dict[str, Any], settings: Settings, part: str = "") -> Path:
-    names = (about[key] for key in ("task", "dataset", "encoder", "defense", "attack"))
-    return records.record_path(f"{settings.profile}/{part}", *names)
+def loops(model: TaskModel, test: Subset, kind: str) -> list[str]:
+    """What computes a cell, of records.VERSIONS."""
+    attack = [] if kind == "clean" else ["pgd", kind if kind in KINDS else "strong"]
+    return [*test.loops, "encoders", "heads", "metrics", *attack, *(["released"] if model.protocol else [])]
 
 
-def _write(path: Path, record: dict[str, Any], stats: Tensor, settings: Settings) -> dict[str, Any]:
+def _path(about: dict[str, Any], settings: Settings, suffix: str = ".json") -> Path:
+    name = "__".join(about[key] for key in ("task", "dataset", "encoder", "defense", "attack"))
+    return records.place(records.runs_dir(settings.profile) / "cells", name, about["made_from"], suffix)
+
+
+def _write(record: dict[str, Any], stats: Tensor, settings: Settings) -> tuple[dict[str, Any], Tensor]:
     """Writes statistics first and the record last, so that a record never lacks them."""
     record |= records.provenance(records.pick_device(settings.device))
-    records.write_tensors(packed(stats), {"key": record["key"]}, path.with_suffix(".safetensors"))
-    records.write_record(record, path)
+    records.write_tensors(packed(stats), records.about(record["made_from"]), _path(record, settings, ".safetensors"))
+    records.write_record(record, _path(record, settings))
+    return record, stats
+
+
+def _show(record: dict[str, Any], settings: Settings, part: str = "") -> dict[str, Any]:
+    """Put a copy of a record where the tables of the current settings find it."""
+    names = (record[key] for key in ("task", "dataset", "encoder", "defense", "attack"))
+    path, content = records.record_path(f"{settings.profile}/{part}", *names), _path(record, settings).read_bytes()
+    if not path.is_file() or path.read_bytes() != content:
+        records.write_bytes(content, path)
     return record
 
 
@@ -308,16 +332,11 @@ def unpacked(parts: dict[str, Tensor]) -> Tensor:
     return stats
 
 
-def _read(path: Path, key: str) -> tuple[dict[str, Any], Tensor] | None:
-    """Record and statistics at `path` if both are whole and were made from exactly what `key` hashes, else None."""
-    record = records.reusable(path, key)
-    try:
-        parts, about = records.read_tensors(path.with_suffix(".safetensors"))
-    except BadInput:
-        return None
-    if not record or about.get("key") != key:
-        return None
-    return record, unpacked(parts)
+def _read(about: dict[str, Any], settings: Settings) -> tuple[dict[str, Any], Tensor] | None:
+    """Record and statistics of a cell if both are whole and were made from exactly what it says, else None."""
+    record = records.reusable(_path(about, settings), about["made_from"])
+    found = records.reusable_tensors(_path(about, settings, ".safetensors"), about["made_from"])
+    return (record, unpacked(found[0])) if record and found else None
 
 
 # --- all cells of a task ---
@@ -330,26 +349,27 @@ def wanted_cells(task: str, settings: Settings, row: EncoderRow, variant: Varian
     return [Cell(dataset, row, variant, kind) for dataset in places for kind in kinds(task, settings)]
 
 
-def run_task(task: str, settings: Settings, notebook: str) -> list[dict[str, Any]]:
+def run_task(task: str, settings: Settings) -> list[dict[str, Any]]:
     """All records of one task: each data set, encoder, defense and attack, and for Figure 2 the DeACL epochs between.
 
-    Cells already on disk that were made from the same settings, weights, data and code are kept. With settings.seeds
-    everything but the DeACL fine-tuning is repeated, into results/<profile>/seeds/<seed>; the records of settings.seed
-    are returned. Raises BadInput if something that an earlier notebook makes is missing, or a data set or weights;
-    with missing: skip, such rows are left out instead, see records.read_skipped.
+    Cells on disk that were made from the same settings, weights, data and versions of the code are kept, and
+    results/<profile> shows those that are asked for and no others. With settings.seeds everything but the DeACL
+    fine-tuning is repeated, into results/<profile>/seeds/<seed>; the records of settings.seed are returned. Raises
+    BadInput if something that an earlier notebook makes is missing, or a data set or weights; with missing: skip, such
+    rows are left out instead, see records.read_skipped.
     """
     _attack("task", settings)
     records.pick_device(settings.device)
-    found = _run_seed(task, settings, settings.profile, notebook)
+    found = _run_seed(task, settings, settings.profile)
     for seed in settings.more_seeds:
-        _run_seed(task, settings.again(seed), settings.profile, notebook)
+        _run_seed(task, settings.again(seed), settings.profile)
     for path in (records.results_dir(settings.profile) / "seeds").glob(f"*/{task}"):
         if path.parent.name not in map(str, settings.more_seeds):
             shutil.rmtree(path)
     return found
 
 
-def _run_seed(task: str, settings: Settings, profile: str, notebook: str) -> list[dict[str, Any]]:
+def _run_seed(task: str, settings: Settings, profile: str) -> list[dict[str, Any]]:
     """All records of one task and seed; `profile`: whose DeACL checkpoints are evaluated."""
     names, found, lost = settings.task(task).datasets, [], []
     for row in settings.encoders:
@@ -357,9 +377,9 @@ def _run_seed(task: str, settings: Settings, profile: str, notebook: str) -> lis
             only = row.model_copy(update={"defenses": [defense]})
             with skipping(settings, lost, [_place(dataset, row, defense) for dataset in names]):
                 for variant in deacl.variants(only, profile, settings.data_root):
-                    found += _variant(task, row, variant, settings, notebook, lost)
+                    found += _variant(task, row, variant, settings, lost)
     found.sort(key=lambda record: names.index(record["dataset"]))
-    remove_other(task, found, settings.profile)
+    show_only(task, found, settings.profile)
     records.write_skipped(settings.profile, task, lost)
     return found
 
@@ -369,7 +389,7 @@ def _place(dataset: str, row: EncoderRow, defense: str) -> dict[str, str]:
 
 
 def _variant(
-    task: str, row: EncoderRow, variant: Variant, settings: Settings, notebook: str, lost: list[dict[str, str]]
+    task: str, row: EncoderRow, variant: Variant, settings: Settings, lost: list[dict[str, str]]
 ) -> list[dict[str, Any]]:
     """Records of one variant of a row on all its data sets; the encoder is loaded once."""
     (defense, epoch, weights), found = variant, []
@@ -379,8 +399,8 @@ def _variant(
         with skipping(settings, lost, [_place(dataset, row, defense)]):
             made = prepared(task, dataset, encoder, settings, defense)
             chosen = [c.kind for c in cells if c.dataset == dataset]
-            found += [cell(*made, (defense, epoch), kind, settings, notebook) for kind in chosen]
-            found.append(worst(*made, (defense, epoch), settings, notebook))
+            found += [cell(*made, (defense, epoch), kind, settings) for kind in chosen]
+            found.append(worst(*made, (defense, epoch), settings))
     return found
 
 
@@ -401,36 +421,58 @@ def prepared(task: str, dataset: str, encoder: Encoder, settings: Settings, defe
     return model, released.test_images(test, model.protocol)
 
 
-def remove_other(task: str, kept: list[dict[str, Any]], profile: str) -> None:
-    """Delete records of rows that the settings no longer ask for, so that tables show one set of settings."""
+def show_only(task: str, shown: list[dict[str, Any]], profile: str) -> None:
+    """Take rows that the settings no longer ask for out of results/<profile>; they stay where they are stored."""
     names = [
-        records.record_path(profile, task, *(r[k] for k in ("dataset", "encoder", "defense", "attack"))) for r in kept
+        records.record_path(profile, task, *(r[k] for k in ("dataset", "encoder", "defense", "attack"))) for r in shown
     ]
     for path in records.results_dir(profile).glob(f"{task}/*__*__*__*.json"):
         if path not in names:
             path.unlink()
-            path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def examples(task: str, settings: Settings, count: int = 4, load: Loader | None = None) -> list[Path]:
+def examples(task: str, settings: Settings, count: int = EXAMPLES) -> list[Path]:
     """Attack `count` test images of the first data set on the first encoder (Standard) and keep them for pictures.
 
     With missing: skip, these are the first that can be used. Those that were made from the same inputs are kept. Raises
-    BadInput without attack settings. `load`: what loads an encoder in place of encoders.load.
-    Returns [runs/<profile>/examples/<task>.safetensors], which plots.load_example reads and Figure 1 is drawn from, or
-    [] if every row is skipped. In the file:
+    BadInput without attack settings. Returns the file in runs/<profile>/examples, which plots.load_example reads and
+    Figure 1 is drawn from, or [] if every row is skipped; results/<profile>/examples/<task>.json names it. In the file:
     images, adv_embed, adv_task (k, 3, H, W) in [0,1]; target, pred_clean, pred_embed, pred_task as in datasets.py.
     """
-    _attack("task", settings)
-    path = records.runs_dir(settings.profile) / "examples" / f"{task}.safetensors"
-    found = _first_usable(task, settings, load or encoders.load)
+    found, pointer = _first_usable(task, settings, encoders.load), evidence.examples_path(settings.profile, task)
     if found is None:
-        path.unlink(missing_ok=True)  # no old pictures either
+        pointer.unlink(missing_ok=True)  # no old pictures either
         return []
-    model, test = found
-    key = records.digest([count, *(key_of(model, test, kind, settings) for kind in KINDS)])
-    if made_from(path, key):
-        return [path]
+    path, made = examples_place(*found, settings, count)
+    if not records.reusable_tensors(path, made):
+        _make_examples(*found, settings, count, path, made)
+    records.write_json(path.name, pointer)
+    return [path]
+
+
+def examples_stored(task: str, settings: Settings, load: Loader) -> tuple[Path, records.Made, bool] | None:
+    """Where the examples of a task lie, what they are made from and whether they are there; None: every row is skipped.
+
+    `load`: what loads an encoder in place of encoders.load.
+    """
+    found = _first_usable(task, settings, load)
+    if found is None:
+        return None
+    path, made = examples_place(*found, settings, EXAMPLES)
+    return path, made, records.reusable_tensors(path, made) is not None
+
+
+def examples_place(model: TaskModel, test: Subset, settings: Settings, count: int) -> tuple[Path, records.Made]:
+    """Where examples lie, and what they are made from: that of the cells of their attacks."""
+    cells = {kind: place(model, test, ("", 0), kind, settings)[1] for kind in KINDS}
+    used = dict.fromkeys(name for made in cells.values() for name in made["loops"])
+    made = records.made_from(used, count=count, cells={kind: made["inputs"] for kind, made in cells.items()})
+    return records.place(records.runs_dir(settings.profile) / "examples", model.task, made, ".safetensors"), made
+
+
+def _make_examples(
+    model: TaskModel, test: Subset, settings: Settings, count: int, path: Path, made: records.Made
+) -> None:
     device = records.pick_device(settings.device)
     indices, x, target = next(datasets.batches(test, count))
     x, target, ids = x.to(device), target.to(device), [test.ids[i] for i in indices]
@@ -438,25 +480,15 @@ def examples(task: str, settings: Settings, count: int = 4, load: Loader | None 
     for kind in KINDS:
         adv = attacks.attacked(kind, model, x, target, ids, settings.attack, settings.seed, precision)
         with torch.no_grad():
-            shown |= {f"adv_{kind}": adv, f"pred_{kind}": heads.labels(task, judged(kind, model, adv))}
+            shown |= {f"adv_{kind}": adv, f"pred_{kind}": heads.labels(model.task, judged(kind, model, adv))}
     del shown["adv_clean"]
-    about = {
-        "key": key,
+    about = records.about(made) | {
         "classes": json.dumps(test.classes),
         "eps": str(settings.attack.eps),
         "dataset": test.name,
         "encoder": model.encoder.name,
     }
     records.write_tensors(shown, about, path)
-    return [path]
-
-
-def made_from(path: Path, key: str) -> bool:
-    """Whether the tensors at `path` are whole and were made from exactly what `key` hashes."""
-    try:
-        return records.read_tensors(path)[1].get("key") == key
-    except BadInput:
-        return False
 
 
 def _first_usable(task: str, settings: Settings, load: Loader) -> tuple[TaskModel, Subset] | None:
@@ -470,7 +502,7 @@ def _first_usable(task: str, settings: Settings, load: Loader) -> tuple[TaskMode
     return None
 
 
-def effects(settings: Settings, notebook: str) -> pd.DataFrame:
+def effects(settings: Settings) -> pd.DataFrame:
     """What each difference of the released code does, on the first data set of each task and the first encoder.
 
     One row for the paper's protocol, each difference that concerns the task, and all together ('released'): task,
@@ -483,14 +515,14 @@ def effects(settings: Settings, notebook: str) -> pd.DataFrame:
         paper: dict[str, dict[str, Any]] = {}
         concerned = [name for name, d in released.DIFFERENCES.items() if task in d["tasks"]]
         for protocol in ("paper", *concerned, "released"):
-            cells = _in_protocol(task, protocol, settings, notebook, paper)
+            cells = _in_protocol(task, protocol, settings, paper)
             paper = paper or cells
             rows.append(_effect(protocol, cells))
     return pd.DataFrame(rows)
 
 
 def _in_protocol(
-    task: str, protocol: str, settings: Settings, notebook: str, paper: dict[str, dict[str, Any]]
+    task: str, protocol: str, settings: Settings, paper: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Records by attack; those that a single difference cannot touch are taken from `paper`."""
     whole = protocol in ("paper", "released")
@@ -499,7 +531,7 @@ def _in_protocol(
     model, test = prepare(task, settings.task(task).datasets[0], settings.encoders[0], settings, defense)
     touched = released.TOUCHES.get(protocol, KINDS)
     place = (f"standard-{protocol}", 0)
-    return paper | {kind: cell(model, test, place, kind, settings, notebook, "protocols") for kind in touched}
+    return paper | {kind: cell(model, test, place, kind, settings, "protocols") for kind in touched}
 
 
 def _effect(protocol: str, cells: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from . import records as disk
-from .settings import TASKS
+from .settings import TASKS, BadInput
 
 Record = dict[str, Any]
 
@@ -89,3 +89,24 @@ def sanity_flags(folder: Path) -> dict[str, list[str]]:
     """
     rows = [disk.read_record(path) for path in sorted(folder.glob("sanity/*/*.json"))]
     return {row["cell"]: row["flags"] for row in rows if row["flags"] and "cell" in row}
+
+
+def examples_path(profile: str, task: str) -> Path:
+    """File that names the images of Figure 1 that are the current ones of a task."""
+    return disk.results_dir(profile) / "examples" / f"{task}.json"
+
+
+def current_examples(profile: str) -> dict[str, Path]:
+    """The images of Figure 1 that there are, task -> file in runs/<profile>/examples.
+
+    Raises BadInput if what names them is damaged.
+    """
+    found = {}
+    for task in TASKS:
+        pointer, folder = examples_path(profile, task), disk.runs_dir(profile) / "examples"
+        if pointer.is_file():
+            name = disk.read_json(pointer)
+            if name not in {path.name for path in folder.glob("*.safetensors")}:  # and so in no other folder
+                raise BadInput(f"{pointer} names no file of {folder}; delete it and run its notebook again.")
+            found[task] = folder / name
+    return found

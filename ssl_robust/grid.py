@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import redirect_stderr
 from datetime import UTC, datetime
@@ -34,173 +33,34 @@ from pydantic import ValidationError
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 
-from . import deacl, encoders, evaluate, records
+from . import deacl, evaluate, records
 from . import settings as schema
-from .datasets import Subset
-from .encoders import Encoder
-from .heads import TaskModel, skipping
 from .progress import any_terminal
-from .settings import TASKS, BadInput, Cluster, EncoderRow, Settings
+from .settings import BadInput, Cluster, Settings
+from .wanted import STEPS, Job, results, seeded
 
 WAITING = 3
 EXECUTORS = ("local", "slurm")
-ORDER = ("deacl", "head", "cell", "checks", "examples")
 SLURM = ("sbatch", "srun", "squeue", "scancel")
 # Slurm's states of jobs that still come to an end by themselves
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "RESIZING", "SUSPENDED", "SIGNALING"}
 HANDLES = {"local": submitit.LocalJob, "slurm": submitit.SlurmJob}
 
-# One job: "name"; "step", one of ORDER; "needs", names of jobs that come before it; and what work() is told:
-# "encoder", and for heads, cells and checks "task", "dataset", "defense", "epoch", "weights", "seed", for cells "kind";
-# for examples "task" alone.
-Job = dict[str, Any]
 # What was submitted, by job name: "id", "executor", "log", "submitted", "needs" (ids). Kept until the result is there.
 Book = dict[str, dict[str, Any]]
-
-
-# --- which results are missing ---
-
-
-class _Computes(Exception):
-    """An encoder is asked for tokens: the result that was looked for is not on disk."""
-
-
-def _refuse(*_: Any) -> None:
-    raise _Computes
-
-
-def _refusing(encoder: Encoder) -> Encoder:
-    """An encoder that cannot compute. What the notebooks' functions return with it, they read from disk.
-
-    So what counts as made is decided by those functions themselves, by their own keys.
-    """
-    for module in encoder.modules():
-        module.register_forward_pre_hook(_refuse)
-    return encoder
-
-
-def _load_refusing(row: EncoderRow, data_root: str) -> Encoder:
-    return _refusing(encoders.load(row, data_root))
-
-
-def _on_disk(result: Callable[[], Any]) -> Any:
-    """What `result` returns without computing, else None."""
-    try:
-        return result()
-    except _Computes:
-        return None
 
 
 def missing(settings: Settings) -> tuple[list[Job], int, list[dict[str, str]]]:
     """Jobs of all missing results, each after those that it needs; how many results are there; rows that are skipped.
 
-    Raises BadInput if data or weights are missing; with missing: skip, their rows are skipped, each with a reason.
+    Raises BadInput as `results` does.
     """
-    tasks = [task for task in TASKS if getattr(settings, task)]
-    for name, used in (("attack", bool(tasks)), ("deacl", any(row.tuned for row in settings.encoders))):
-        if used and getattr(settings, name) is None:
-            raise BadInput(f"The settings have no section '{name}'; add one (params/demo.yaml shows how).")
-    lost: list[dict[str, str]] = []
-    found: list[tuple[Job, bool]] = []
-    for row in settings.encoders:
-        for defense in row.defenses:
-            only = row.model_copy(update={"defenses": [defense]})
-            with skipping(settings, lost, [{"what": f"{row.name} {defense}"}]):
-                found += _row(only, tasks, settings, lost)
-    found += [_examples(task, settings) for task in tasks]
-    absent = {job["name"] for job, there in found if not there}
-    jobs = [job | {"needs": [n for n in job["needs"] if n in absent]} for job, there in found if not there]
+    found, lost = results(settings)
+    absent = {w.job["name"] for w in found if not w.there}
+    jobs = [w.job | {"needs": [n for n in w.job["needs"] if n in absent]} for w in found if not w.there]
     # stable, so rows keep their order; what waits for DeACL comes last, when other jobs have nothing to wait for
-    jobs.sort(key=lambda job: (job.get("defense", "standard") != "standard", ORDER.index(job["step"])))
+    jobs.sort(key=lambda job: (job.get("defense", "standard") != "standard", STEPS.index(job["step"])))
     return jobs, len(found) - len(jobs), lost
-
-
-def _row(row: EncoderRow, tasks: list[str], settings: Settings, lost: list[dict[str, str]]) -> Iterator:
-    """(job, whether its result is there) of one encoder with one defense."""
-    before: list[str] = []
-    if row.tuned:
-        job = {"name": f"deacl {row.name}", "step": "deacl", "encoder": row.name, "needs": []}
-        there = _tuned(row, settings)
-        before = [] if there else [job["name"]]
-        yield job, there
-    for variant in _variants(row, settings):
-        # before there are weights of DeACL, the original's place is enough to see that the data are there
-        encoder = _refusing(encoders.load(row, settings.data_root, None if before else variant[2]))
-        for seed in (settings.seed, *settings.more_seeds):
-            for task in tasks:
-                cells = evaluate.wanted_cells(task, settings, row, variant)
-                for dataset in dict.fromkeys(cell.dataset for cell in cells):
-                    here = [cell for cell in cells if cell.dataset == dataset]
-                    with skipping(settings, lost, [{"what": _where(task, here[0], seed, settings)}]):
-                        yield from _head_and_cells(task, here, seed, encoder, settings, before)
-
-
-def _tuned(row: EncoderRow, settings: Settings) -> bool:
-    """Whether DeACL of a row is finished."""
-    teacher = _load_refusing(row, settings.data_root)
-    return _on_disk(lambda: deacl.finetune(row, teacher, settings)) is not None
-
-
-def _variants(row: EncoderRow, settings: Settings) -> list[evaluate.Variant]:
-    """As deacl.variants, but known before DeACL has run."""
-    if not row.tuned:
-        return deacl.variants(row, settings.profile, settings.data_root)
-    kept = sorted({*settings.deacl.checkpoints, settings.deacl.epochs})
-    names = [f"deacl-epoch{n}" for n in kept[:-1]] + ["deacl"]
-    return [(d, n, deacl.checkpoint_path(settings.profile, row.name, n)) for d, n in zip(names, kept, strict=True)]
-
-
-def _where(task: str, cell: evaluate.Cell, seed: int, settings: Settings) -> str:
-    """A row of a table in words: depth scenes embedded_vit deacl."""
-    again = "" if seed == settings.seed else f" seed {seed}"
-    return f"{task} {cell.dataset} {cell.row.name} {cell.variant[0]}{again}"
-
-
-def _head_and_cells(
-    task: str, cells: list[evaluate.Cell], seed: int, encoder: Encoder, settings: Settings, before: list[str]
-) -> Iterator:
-    """(job, whether its result is there) of one head and its cells; `before`: the DeACL job that both wait for."""
-    dataset, row, (defense, epoch, weights), _ = cells[0]
-    checked = settings.sanity is not None and seed == settings.seed and defense in row.defenses
-    where, settings = _where(task, cells[0], seed, settings), _seeded(settings, seed)
-    made = _on_disk(lambda: evaluate.prepared(task, dataset, encoder, settings, defense))
-    there = made is not None and not before
-    place = {"encoder": row.name, "defense": defense, "epoch": epoch, "weights": str(weights or "")}
-    place |= {"task": task, "dataset": dataset, "seed": seed}
-    head = {"name": f"head {where}", "step": "head", "needs": before, **place}
-    yield head, there
-    for kind in (cell.kind for cell in cells):
-        job = {"name": f"cell {where} {kind}", "step": "cell", "needs": [head["name"]], "kind": kind, **place}
-        yield job, there and evaluate.stored(*made, (defense, epoch), kind, settings) is not None
-    if checked:
-        from . import sanity  # here and in compute, because its pictures take seconds that other jobs do not need
-
-        others = [f"head {task} {dataset} {other.name} standard" for other in sanity.sources(row, settings)]
-        cells_of = [f"cell {where} {kind}" for kind in ("embed", "task")]
-        job = {"name": f"checks {where}", "step": "checks", "needs": [*cells_of, *others], **place}
-        yield job, there and _on_disk(lambda: _checks(made, row, defense, settings)) is not None
-
-
-def _checks(made: tuple[TaskModel, Subset], row: EncoderRow, defense: str, settings: Settings) -> dict[str, Any]:
-    """The sanity checks of one row, by encoders that cannot compute."""
-    from . import sanity
-
-    model, test = made
-    source = sanity.source_of(model.task, test.name, row, model, settings, _load_refusing)
-    return sanity.check_row(model, test, defense, source, settings)
-
-
-def _examples(task: str, settings: Settings) -> tuple[Job, bool]:
-    """The job of Figure 1's images of one task, and whether they are there."""
-    rows = [(dataset, row.name) for dataset in settings.task(task).datasets for row in settings.encoders]
-    needs = [f"head {task} {dataset} {name} standard" for dataset, name in rows]
-    there = _on_disk(lambda: evaluate.examples(task, settings, load=_load_refusing)) is not None
-    return {"name": f"examples {task}", "step": "examples", "task": task, "needs": needs}, there
-
-
-def _seeded(settings: Settings, seed: int) -> Settings:
-    """The settings of one seed, as evaluate.run_task repeats heads and attacks with settings.seeds."""
-    return settings if seed == settings.seed else settings.again(seed)
 
 
 # --- what a job does ---
@@ -246,11 +106,10 @@ def compute(job: Job, settings: Settings) -> None:
 
         sanity.check(job["task"], job["dataset"], row, job["defense"], settings)
         return
-    settings, weights = _seeded(settings, job["seed"]), Path(job["weights"]) if job["weights"] else None
+    settings, weights = seeded(settings, job["seed"]), Path(job["weights"]) if job["weights"] else None
     model, test = evaluate.prepare(job["task"], job["dataset"], row, settings, job["defense"], weights)
     if job["step"] == "cell":
-        notebook = evaluate.NOTEBOOK[job["task"]]  # where readers find the result
-        evaluate.cell(model, test, (job["defense"], job["epoch"]), job["kind"], settings, notebook)
+        evaluate.cell(model, test, (job["defense"], job["epoch"]), job["kind"], settings)
 
 
 def _deaf() -> None:

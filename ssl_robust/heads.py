@@ -22,8 +22,6 @@ from .progress import track
 from .settings import TASKS, BadInput, Settings, TaskSettings
 
 MIN_DEPTH, BINS = 0.001, 256
-# The modules that decide what a trained head is; what released.py changes in training is part of the settings.
-CODE = ("catalogue", "datasets", "scenes", "checkpoints", "compute", "vit", "encoders", "metrics", "heads")
 # Tokens up to this many bytes are kept for all epochs: hundreds of small images fit, while 20,000 images of 518 px
 # are 84 GB for DINOv2 ViT-B and would not fit any machine. Beyond it, images are encoded anew in every epoch.
 CACHE = 4 * 2**30
@@ -405,9 +403,10 @@ def _held_out_metric(task: str, head: nn.Module, encoder: Encoder, batches: Batc
     return metrics.value(task, torch.cat(stats))
 
 
-def head_path(profile: str, task: str, dataset: str, encoder: str, defense: str) -> Path:
-    """File of one trained head: weights, and as metadata the key of its inputs and its history."""
-    return records.runs_dir(profile) / "heads" / f"{task}__{dataset}__{encoder}__{defense}.safetensors"
+def head_path(profile: str, task: str, dataset: str, encoder: str, defense: str, made: records.Made) -> Path:
+    """File of one trained head: weights, and as metadata what it was made from, its history and its chances."""
+    name = f"{task}__{dataset}__{encoder}__{defense}"
+    return records.place(records.runs_dir(profile) / "heads", name, made, ".safetensors")
 
 
 def fitted(
@@ -419,26 +418,39 @@ def fitted(
     """
     settings = released.adjusted(settings, encoder.native)
     section, device = settings.task(task), records.pick_device(settings.device)
-    train, val = (datasets.load(task, dataset, split, settings, encoder.native) for split in ("train", "val"))
-    used = section.model_dump(exclude={"datasets", "n_test", "attack_batch", "stride", "crop"})
-    made_from = [encoder.hash, train.hash, val.hash, train.classes, records.code_hash(*CODE)]
-    key = records.digest([used, settings.seed, *made_from])
-    path = head_path(settings.profile, task, dataset, encoder.name, defense)
-    found = read_head(path, key)
+    train, val, path, made = sources(task, dataset, encoder, settings, defense)
+    found = records.reusable_tensors(path, made)
     if found is None:
         datasets.remarks(task, dataset, settings)  # refuses targets, those of the test too, that cannot be meant
         chances = released.chances(task, training_targets(train), train.classes)
         head, history = fit(task, encoder.to(device), train, val, section, settings.seed, device)
-        metadata = {"key": key, "history": json.dumps(history), "chances": json.dumps(chances)}
-        records.write_tensors(head.state_dict(), metadata, path)
+        more = {"history": json.dumps(history), "chances": json.dumps(chances)}
+        records.write_tensors(head.state_dict(), records.about(made) | more, path)
     else:
-        state, history, chances = found
+        history, chances = (json.loads(found[1][name]) for name in ("history", "chances"))
         head = HEADS[task](encoder.dim, len(train.classes))
-        head.load_state_dict(state)
+        head.load_state_dict(found[0])
     stride = getattr(section, "stride", 1.0)
     model = TaskModel(task, encoder.to(device), head.to(device), stride, released.active(settings), chances)
     model.trained = len(train), datasets.asked(task, dataset, settings)
     return model, history
+
+
+def sources(
+    task: str, dataset: str, encoder: Encoder, settings: Settings, defense: str
+) -> tuple[Subset, Subset, Path, records.Made]:
+    """What a head is trained on and selected by, where it lies, and what it is made from; which images, hashes say."""
+    settings = released.adjusted(settings, encoder.native)
+    section, aside = settings.task(task), {"datasets", "n_train", "n_val", "n_test", "attack_batch", "stride", "crop"}
+    train, val = (datasets.load(task, dataset, split, settings, encoder.native) for split in ("train", "val"))
+    made = records.made_from(
+        [*train.loops, "encoders", "heads", "training", "metrics"],
+        task=task,
+        settings=section.model_dump(exclude=aside),
+        seed=settings.seed,
+        hashes={"weights": encoder.hash, "training data": train.hash, "held-out data": val.hash},
+    )
+    return train, val, head_path(settings.profile, task, dataset, encoder.name, defense, made), made
 
 
 def training_targets(train: Subset) -> list[Tensor]:
@@ -506,14 +518,3 @@ def predictions(model: TaskModel, subset: Subset, count: int) -> dict[str, objec
     with torch.no_grad():
         said = labels(model.task, model(x.to(model.encoder.mean.device)))
     return {"images": x, "target": target, "pred_clean": said.cpu(), "classes": list(subset.classes)}
-
-
-def read_head(path: Path, key: str) -> tuple[dict[str, Tensor], list[dict[str, float]], dict[str, float]] | None:
-    """Weights, history and chances of a stored head; None if it is not there, damaged or made from something else."""
-    try:
-        state, metadata = records.read_tensors(path)
-    except BadInput:
-        return None
-    if metadata.get("key") != key:
-        return None
-    return state, *(json.loads(metadata[name]) for name in ("history", "chances"))

@@ -5,10 +5,11 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -16,12 +17,11 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from . import attacks, catalogue, compute, cost, datasets, encoders, heads, records, released, strong
 from .cost import Cost, Device, Step, attack_step, encoder_of, image_size, reading, traced
-from .evaluate import KINDS, NOTEBOOK
-from .settings import TASKS, BadInput, EncoderRow, Settings, TaskSettings
+from .evaluate import EXAMPLES, KINDS
+from .settings import NOTEBOOK, TASKS, BadInput, EncoderRow, Settings, TaskSettings
 
 STAGES = ("00_data", "01_heads", "02_deacl", "03_attack_classification", "04_attack_segmentation",
           "05_attack_depth", "06_figures", "07_sanity")  # fmt: skip
-EXAMPLES = 4  # images of Figure 1, attacked once more
 START, DRAW = 9.0, 11.0  # seconds of a notebook for imports and pictures; more of them in 06_figures
 CELL = 0.1  # seconds of a table cell for its metric and its record
 SCENES_PER_SECOND = 30.0  # rendered on two CPU cores
@@ -116,6 +116,28 @@ def all_work(settings: Settings) -> list[Work]:
     stages = STAGES if settings.sanity else STAGES[:-1]
     lines += [Work(stage, "", "", "", "", "notebook", 0, fixed=START) for stage in stages]
     return [*lines, Work("06_figures", "", "", "", "", "notebook", 0, fixed=DRAW)]
+
+
+def remaining(settings: Settings, jobs: list[dict[str, Any]], stages: list[str]) -> float:
+    """Expected seconds on this machine for these jobs (wanted.Job) and for running the notebooks of these stages."""
+    device, times, seeds = cost.this_device(settings), Counter(map(_line_of, jobs)), 1 + len(settings.more_seeds)
+    total = 0.0
+    for w in all_work(settings):
+        what = {"tokens": "head", "Figure 1": "examples"}.get(w.defense if w.defense == "Figure 1" else w.what, w.what)
+        place = {"deacl": (w.encoder,), "examples": (w.task,)}.get(what, w[1:5])
+        many = {"deacl": 1, "sanity": 1, "examples": seeds, "strong": seeds * len(strong.NAMES.get(w.task, ""))}
+        share = w.stage in stages if what in ("notebook", "read") else times[what, *place] / many.get(what, seeds)
+        total += share * seconds([w], device)
+    return total
+
+
+def _line_of(job: dict[str, Any]) -> tuple[str, ...]:
+    """The lines of the plan that a job is one of."""
+    what = {"cell": job.get("kind"), "checks": "sanity"}.get(job["step"], job["step"])
+    if what in ("deacl", "examples"):
+        return what, job["encoder" if what == "deacl" else "task"]
+    what = what if what in (*KINDS, "head", "sanity") else "strong"
+    return what, *(job[name] for name in ("task", "dataset", "encoder", "defense"))
 
 
 def _with_seeds(w: Work, settings: Settings) -> Work:

@@ -1,7 +1,7 @@
 """Results on disk: where they lie, atomic writing, hashes that say what a result was made from, provenance."""
 
-import ast
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -9,9 +9,9 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,13 +206,118 @@ def write_skipped(profile: str, part: str, lost: list[dict[str, str]]) -> None:
         path.unlink(missing_ok=True)
 
 
-def reusable(path: Path, key: str) -> dict[str, Any] | None:
-    """The record at `path` if it is whole, of this version, and made from exactly what `key` hashes, else None."""
+# --- the one rule: a result is valid if its key is that of what it is asked to be made from ---
+
+# What a result is made from: {"inputs": {name: settings, hashes, ..}, "loops": {name: version}}; its digest is the key.
+Made = dict[str, Any]
+keeping = False  # 'make keep' sets it: a result that other versions of the code made from the same inputs is accepted
+
+
+def made_from(loops: Iterable[str], **inputs: Any) -> Made:
+    """What a result is made from, as JSON reads it back: named inputs, and versions of the loops that compute it."""
+    return json.loads(json.dumps({"inputs": inputs, "loops": {name: VERSIONS[name] for name in loops}}))
+
+
+def place(folder: Path, name: str, made: Made, suffix: str) -> Path:
+    """The file of a result: its key is part of the name, so that no result ever takes the place of another."""
+    return folder / f"{name}__{digest(made)}{suffix}"
+
+
+def reusable(path: Path, made: Made) -> dict[str, Any] | None:
+    """The record at `path` if it is whole, of this version, and made from exactly what `made` says, else None."""
     try:
-        record = read_record(path) if path.is_file() else {}
+        record = read_record(path) if _there(path, made) else {}
     except BadInput:
         return None
-    return record if record.get("key") == key and record.get("schema", SCHEMA) == SCHEMA else None
+    return record if record.get("key") == digest(made) and record.get("schema", SCHEMA) == SCHEMA else None
+
+
+def reusable_tensors(path: Path, made: Made) -> "tuple[dict[str, torch.Tensor], dict[str, str]] | None":
+    """Tensors and metadata at `path` if they are whole and were made from exactly what `made` says, else None."""
+    try:
+        tensors, metadata = read_tensors(path) if _there(path, made) else ({}, {})
+    except BadInput:
+        return None
+    return (tensors, metadata) if metadata.get("key") == digest(made) else None
+
+
+def about(made: Made) -> dict[str, str]:
+    """What metadata of tensors says of their making."""
+    return {"key": digest(made), "made_from": json.dumps(made, sort_keys=True)}
+
+
+def _there(path: Path, made: Made) -> bool:
+    """Whether there is such a file; `keeping`, one of the same inputs and other versions is copied to it first."""
+    if keeping and not path.is_file():
+        for old, before in _beside(path):
+            if before["inputs"] == made["inputs"]:
+                _accept(old, before, path, made)
+                break
+    return path.is_file()
+
+
+def _accept(old: Path, before: Made, path: Path, made: Made) -> None:
+    """Copy a result to the place of what `made` says; it says by which versions it was made."""
+    with suppress(BadInput):  # damaged: then it is not there
+        if old.suffix == ".json":
+            write_record(accepted(read_record(old), made), path)
+        else:
+            tensors, metadata = read_tensors(old)
+            kept = [*json.loads(metadata.get("kept", "[]")), {"loops": before["loops"]}]
+            write_tensors(tensors, {**metadata, **about(made), "kept": json.dumps(kept)}, path)
+
+
+def accepted(record: dict[str, Any], made: Made) -> dict[str, Any]:
+    """A record that other versions of the code made from the same inputs, as one of `made`; it says which they were."""
+    kept = [*record.get("kept", []), {"loops": record["made_from"]["loops"]}]
+    return {**record, "key": digest(made), "made_from": made, "kept": kept}
+
+
+def _beside(path: Path) -> list[tuple[Path, Made]]:
+    """Results of the same name and another key, each with what it was made from; the latest first."""
+    pattern = glob.escape(path.name.rpartition("__")[0]) + f"__{'[0-9a-f]' * 16}{path.suffix}"
+    found = sorted(path.parent.glob(pattern), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
+    return [(p, made) for p in found if p != path and (made := _made_of(p))]
+
+
+def _made_of(path: Path) -> Made | None:
+    try:
+        if path.suffix == ".json":
+            return read_record(path).get("made_from")
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("made_from", "null"))
+    except Exception:  # damaged, which is said where it is read
+        return None
+
+
+def why(path: Path, made: Made) -> list[str]:
+    """In what the result that `made` asks for differs from the nearest of those stored beside it; see nearest."""
+    return nearest([before for _, before in _beside(path)], made)
+
+
+def nearest(others: list[Made], made: Made) -> list[str]:
+    """In what `made` differs from that of `others` which is most like it, in words; [] if there are no others.
+
+    Settings say what they were and are: 'the setting attack.eps (0.0314, now 0.0627)'.
+    """
+    return min((_between(before, made) for before in others), key=len, default=[])
+
+
+def _between(before: Made, now: Made) -> list[str]:
+    flat, words = [_flat({**made["inputs"], "loops": made["loops"]}) for made in (before, now)], []
+    for name in dict.fromkeys([*flat[0], *flat[1]]):
+        one, other = (side.get(name) for side in flat)
+        if one != other:
+            top, _, rest = name.partition(".")
+            said = f"{SAID.get(top, f'the {top}')}{f' {rest}' if rest else ''}"
+            words.append(said if top == "hashes" else f"{said} ({_short(one)}, now {_short(other)})")
+    return words
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def digest(content: Any) -> str:
@@ -292,21 +397,6 @@ def read_sealed(path: Path) -> bytes | None:
     return data if hashlib.sha256(data).hexdigest().encode() == seal else None
 
 
-def _without_docstrings(tree: ast.AST) -> ast.AST:
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            node.body = body[1:]
-    return tree
-
-
-@cache
-def code_hash(*modules: str) -> str:
-    """Short hash of what these modules compute: comments, docstrings and layout do not count."""
-    return digest([ast.dump(_without_docstrings(ast.parse(SOURCES[module]))) for module in sorted(modules)])
-
-
 def _revision(project: Path) -> str:
     """Commit of the project, with '+' if what its numbers depend on differs from it; 'unknown' outside a checkout."""
     try:
@@ -322,8 +412,7 @@ def _git(project: Path, *words: str) -> str:
     return subprocess.run(run, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
-# As they are when the process starts, for that is what it computes with, whatever is edited while it runs.
-SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.py")}
+# As it is when the process starts, for that is what it computes with, whatever is edited while it runs.
 REVISION = _revision(PACKAGE.parent)
 
 
@@ -336,6 +425,14 @@ def pick_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("The setting device is 'cuda' but no CUDA GPU is usable here; write device: auto or cpu.")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def notebook() -> str:
+    """The executed copy of the notebook that computes in this process, 'runs/demo/05_attack_depth.ipynb'; '': none is.
+
+    Only those that run.py executes leave one, not those that are open in JupyterLab.
+    """
+    return os.environ.get("SSL_ROBUST_NOTEBOOK", "")
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -375,7 +472,8 @@ SAID = {  # how differences are called in sentences, in their order; what is not
     "defense": "the defense", "epoch": "the epochs of DeACL", "attack": "the attack", "protocol": "the protocol",
     "counts": "the setting counts", "settings": "the setting", "seed": "the seed", "seeds": "the seeds",
     "precision": "the precision", "batch": "the batch", "n": "the number of images", "hashes": "the hash of the",
-    "git": "the commit", "versions": "the version of", "device": "the device", "threads": "the number of threads",
+    "loops": "the code's version of", "git": "the commit", "versions": "the version of", "device": "the device",
+    "threads": "the number of threads",
     "numerics": "the CPU's or GPU's",
 }  # fmt: skip
 
@@ -403,6 +501,14 @@ def _flat(content: dict[str, Any], above: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
     return flat
+
+
+def shown(profile: str) -> str:
+    """Hash of which results the tables of `profile` show; the worst case follows from others and is left out."""
+    home = results_dir(profile)
+    paths = [p for p in sorted(home.glob("*/*__*__*__*.json")) if not p.stem.endswith("__worst")]
+    skipped = [p.read_text(encoding="utf-8") for p in sorted(home.glob("*/skipped.json"))]
+    return digest([[str(p.relative_to(home)), read_record(p)["key"]] for p in paths] + skipped)
 
 
 def stage_path(profile: str, notebook: str) -> Path:

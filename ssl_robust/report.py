@@ -246,10 +246,10 @@ def _facts(profile: str, records: list[Record], times: timing.Times) -> dict[str
 def _example_places(profile: str) -> list[tuple[str, str, str]]:
     """(task, dataset, encoder) of the images in Figure 1; those that are not there, or damaged, are left out."""
     found = []
-    for path in sorted((disk.runs_dir(profile) / "examples").glob("*.safetensors")):
+    for task, path in evidence.current_examples(profile).items():
         with suppress(OSError, SafetensorError), safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
-            found.append((path.stem, about.get("dataset", ""), about.get("encoder", "")))
+            found.append((task, about.get("dataset", ""), about.get("encoder", "")))
     return found
 
 
@@ -271,13 +271,9 @@ def draw_figure1(profile: str) -> "Figure":
     """
     from . import plots  # here, because matplotlib takes seconds that tables do not need
 
-    paths = [disk.runs_dir(profile) / "examples" / f"{task}.safetensors" for task in TASKS]
-    examples = {path.stem: plots.load_example(path) for path in paths if path.is_file()}
+    examples = {task: plots.load_example(path) for task, path in evidence.current_examples(profile).items()}
     if not examples:
-        raise BadInput(
-            f"There are no images for Figure 1 in runs/{profile}/examples; delete results/{profile}/0[345]_*.json and "
-            "repeat 'make paper', which keeps the values."
-        )
+        raise BadInput(f"There are no images for Figure 1 in runs/{profile}/examples; 'make paper' makes them.")
     flagged = [(r["task"], r["attack"]) for r, _ in _flags_of_figure1(profile, read(profile)[0])]
     figure = plots.figure1(examples, flagged)
     plots.save(figure, disk.figures_dir(profile) / "fig1")

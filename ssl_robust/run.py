@@ -7,6 +7,7 @@ wrong is said in one sentence on stderr.
 
 import argparse
 import ast
+import json
 import logging
 import os
 import signal
@@ -236,14 +237,48 @@ def _free(lock: int) -> bool:
 
 def _made_meanwhile(notebook: str, settings: Settings, waited: float) -> bool:
     """Whether the process that was waited for has run the notebook to its end with the same parameters."""
+    stage = records.stage_path(settings.profile, notebook)
+    return stage.is_file() and time.time() - stage.stat().st_mtime <= waited and not not_executed(notebook, settings)
+
+
+def not_executed(notebook: str, settings: Settings) -> str:
+    """Why a notebook's executed copy is not one of the notebook as it is now with these parameters; '' if it is.
+
+    Prose and outputs stored in the notebook do not count, nor does the place of the data, whose content keys hold.
+    """
     target, stage = executed_path(settings.profile, notebook), records.stage_path(settings.profile, notebook)
-    if not stage.is_file() or time.time() - stage.stat().st_mtime > waited:
-        return False
+    if not (target.is_file() and stage.is_file() and _times(target).is_file()):
+        return "it has not been run to its end"
     try:
-        used = nbformat.read(target, as_version=4).metadata.get("papermill", {}).get("parameters")
-    except (ValueError, OSError):
-        return False
-    return used == parameters_for(notebook, settings)
+        records.read_record(stage)
+        whole = records.read_json(_times(target)).get("notebook") == records.file_hash(target)
+        copy = nbformat.read(target, as_version=4)
+        code = _code(nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4))
+    except (ValueError, OSError):  # BadInput is one
+        return "what it left is damaged"
+    if not whole:
+        return "its executed copy was changed"
+    if _code(copy) != code:
+        return "the notebook was edited"
+    used, asked = copy.metadata.get("papermill", {}).get("parameters", {}), parameters_for(notebook, settings)
+    asked = json.loads(json.dumps(asked))
+    differing = [name for name in {**asked, **used} if used.get(name) != asked.get(name) and name != "data_root"]
+    return f"it was run with other parameters ({', '.join(sorted(differing))})" if differing else ""
+
+
+def _code(notebook: nbformat.NotebookNode) -> list[str]:
+    """The code cells of a notebook, without the one that papermill adds."""
+    cells = (c for c in notebook.cells if c.cell_type == "code")
+    return [c.source for c in cells if "injected-parameters" not in c.metadata.get("tags", [])]
+
+
+def _times(target: Path) -> Path:
+    return target.with_suffix(".time.json")
+
+
+def shown_by(notebook: str, profile: str) -> str:
+    """records.shown as it was when a notebook was executed."""
+    return records.read_json(_times(executed_path(profile, notebook))).get("shown", "")
 
 
 def execute(notebook: str, settings: Settings) -> float:
@@ -266,7 +301,7 @@ def execute(notebook: str, settings: Settings) -> float:
         try:
             _papermill(notebook, parameters, target)
         except BaseException:
-            for stale in (stage, target.with_suffix(".time.json")):
+            for stale in (stage, _times(target)):
                 stale.unlink(missing_ok=True)
             raise
         if _stamp(stage) == before and not notebook.startswith("appendix"):
@@ -274,7 +309,7 @@ def execute(notebook: str, settings: Settings) -> float:
             raise BadInput(f"Notebook {notebook} did not write {_shown(stage)}; let its last cell call records.finish.")
         seconds = round(time.monotonic() - start, 1)
         about = {"started": round(clock, 1), "seconds": seconds, "notebook": records.file_hash(target)}
-        records.write_json(about, target.with_suffix(".time.json"))
+        records.write_json({**about, "shown": records.shown(settings.profile)}, _times(target))
     return seconds
 
 
@@ -305,32 +340,27 @@ def _papermill(notebook: str, parameters: dict[str, object], target: Path) -> No
         tempfile.tempdir = before
 
 
-def damaged_copies(profile: str) -> list[str]:
-    """One sentence for each executed notebook or stage file that is not as it was written."""
-    found = []
-    for path in sorted(records.runs_dir(profile).glob("*.time.json")):
-        notebook = path.name.removesuffix(".time.json")
-        target, stage = executed_path(profile, notebook), records.stage_path(profile, notebook)
-        remedy = f"delete {_shown(stage)} and repeat 'make paper' to have it made again"
-        try:
-            expected = records.read_json(path).get("notebook")
-            if stage.is_file():
-                records.read_record(stage)
-        except BadInput:
-            found.append(f"{_shown(stage)} or {_shown(path)} is damaged; {remedy}.")
-            continue
-        if expected and records.file_hash(target) != expected:
-            found.append(f"{_shown(target)} was changed since it was executed; {remedy}.")
-    return found
-
-
 def everything_wrong(settings: Settings) -> tuple[list[str], list[str]]:
     """What keeps the profile from being run, and what is only worth a warning: one sentence each."""
     from . import plan  # here, because its imports take seconds that no notebook's run needs
 
     stop, warn = plan.problems(settings)
-    folder, warn = _data_problem(settings), [*warn, *damaged_copies(settings.profile)]
-    return [*([folder] if folder else []), *_missing_sections(settings), *stop], warn
+    folder = _data_problem(settings)
+    return [*([folder] if folder else []), *_missing_sections(settings), *stop, *_moved()], warn
+
+
+def _moved() -> list[str]:
+    """What versions.moved says, asked again only when a source has changed."""
+    from . import versions
+
+    sources = [path.read_bytes().hex() for path in sorted(records.PACKAGE.glob("*.py"))]
+    key, passed = records.digest([sources, records.VERSIONS]), records.home() / "golden"
+    if passed.is_file() and passed.read_text() == key:
+        return []
+    found = versions.moved()
+    if not found:
+        records.write_bytes(key.encode(), passed)
+    return found
 
 
 def _missing_sections(settings: Settings) -> list[str]:
@@ -403,6 +433,7 @@ def _run(notebook: str, settings: Settings) -> int:
     for name in ("asyncio", "tornado"):  # what a full disk or an ended kernel interrupts would be said a second time
         logging.getLogger(name).setLevel(logging.CRITICAL)
     print(f"{notebook} | profile {settings.profile}: started", flush=True)
+    os.environ["SSL_ROBUST_NOTEBOOK"] = _shown(executed_path(settings.profile, notebook))
     try:
         seconds = execute(notebook, settings)
     except PapermillExecutionError as error:
@@ -428,14 +459,16 @@ def _check(settings: Settings) -> int:
 
 
 def _plan(settings: Settings) -> int:
-    from . import plan
+    from . import plan, stages, wanted
 
     stop, warn = everything_wrong(settings)
+    if not stop:
+        print(stages.text(settings, wanted.results(settings)[0]) + "\n")
     print(plan.text(settings, [*stop, *warn]))
     return 0
 
 
-def _look(profile: str, data: str, answer: Callable[[Settings], int]) -> int:
+def look(profile: str, data: str, answer: Callable[[Settings], int]) -> int:
     """`answer` to the settings of a profile whose parameters are right; else all that is wrong with them."""
     wrong = wrong_parameters(profile)
     if wrong:
@@ -456,14 +489,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    any_terminal()
-    arguments = _arguments(argv)
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code of `work`, or that of what ended it, which is said in one sentence."""
     try:
-        if arguments.check or arguments.plan:
-            return _look(arguments.profile, arguments.data, _check if arguments.check else _plan)
-        return _run(arguments.notebook, read_profile(arguments.profile, arguments.data))
+        return work()
     except BadInput as error:
         return _fail(str(error), BAD_INPUT)
     except (ImportError, MemoryError) as error:
@@ -472,6 +501,15 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"What this needs cannot be loaded ({said}); {remedy}.", 1)
     except KeyboardInterrupt:
         return _fail("Interrupted; repeat the command to go on from what is computed.", INTERRUPTED)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    any_terminal()
+    asked = _arguments(argv)
+    if asked.check or asked.plan:
+        return guarded(lambda: look(asked.profile, asked.data, _check if asked.check else _plan))
+    return guarded(lambda: _run(asked.notebook, read_profile(asked.profile, asked.data)))
 
 
 if __name__ == "__main__":

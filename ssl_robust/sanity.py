@@ -26,7 +26,6 @@ from .progress import track
 from .settings import TASKS, Attack, BadInput, EncoderRow, Sanity, Settings
 from .tiles import CLASSES, STYLE
 
-CODE = (*evaluate.CODE, "sanity")
 KEYS = ["task", "dataset", "encoder", "defense"]
 SURE = 2  # standard errors by which one attack must be stronger than another to say so
 STRONGER = 0.1  # a longer attack must take this share more than the table's takes from the clean value
@@ -315,38 +314,48 @@ def check_row(model: TaskModel, test: Subset, defense: str, source: Source | Non
     """The checks of one row: read if they were made from exactly these inputs, else made and written.
 
     {"task", "dataset", "encoder", "defense", "metric", "n", "attack" (settings), "cell": key of the task attack's cell,
-    "checks": numbers, "flags": sentences} and where it was computed; beside it the statistics for evaluate.worst.
+    "checks": numbers, "flags": sentences} and where it was computed; beside it the statistics for evaluate.worst. They
+    lie under their key in runs/<profile>/checks, with a copy of the row in results/<profile>.
     """
-    task, encoder = model.task, model.encoder.name
-    path = evidence.checks_path(settings.profile, task, test.name, encoder, defense)
-    key, cell = _key(model, test, source, settings), evaluate.key_of(model, test, "task", settings)
-    kept = records.reusable(path, key) if evaluate.made_from(path.with_suffix(".safetensors"), key) else None
-    if kept:
-        return kept
-    b = bench(model, test, defense, settings)
-    found, said, stats = checks(b, source, settings)
-    ordered = torch.empty_like(stats)
-    ordered[places(b.parts, first(test, settings.sanity.n))] = stats
-    row = {
-        "schema": records.SCHEMA, "key": key, "cell": cell, "task": task, "dataset": test.name, "encoder": encoder,
-        "defense": defense, "metric": metrics.METRIC[task], "n": sum(len(ids) for *_, ids in b.parts),
-        "attack": settings.attack.model_dump(), "checks": found, "flags": said,
-        **records.provenance(records.pick_device(settings.device)),
-    }  # fmt: skip
-    records.write_tensors(evaluate.packed(ordered), {"key": key, "cell": cell}, path.with_suffix(".safetensors"))
-    records.write_record(row, path)
+    row = about(model, test, defense, source, settings)
+    kept = stored(row, settings)
+    if kept is None:
+        b = bench(model, test, defense, settings)
+        found, said, stats = checks(b, source, settings)
+        ordered = torch.empty_like(stats)
+        ordered[places(b.parts, first(test, settings.sanity.n))] = stats
+        kept = row | {
+            "n": sum(len(ids) for *_, ids in b.parts), "checks": found, "flags": said,
+            **records.provenance(records.pick_device(settings.device)),
+        }  # fmt: skip
+        place = evaluate.checks_place(settings.profile, row, ".safetensors")
+        records.write_tensors(evaluate.packed(ordered), records.about(row["made_from"]), place)
+        records.write_record(kept, evaluate.checks_place(settings.profile, row))
+    kept = kept | {"cell": row["cell"]}  # of another version of the code, if that was kept
+    path = evidence.checks_path(settings.profile, *(row[key] for key in KEYS))
+    records.write_record(kept, path)
     return records.read_record(path)
 
 
-def _key(model: TaskModel, test: Subset, source: Source | None, settings: Settings) -> str:
-    """Hash of all that the numbers of a row depend on."""
-    section = released.adjusted(settings, model.encoder.native).task(model.task)
-    used = section.model_dump(include={"size", "n_test", "crop"}) | {"stride": model.stride}
-    weights = [(m.encoder.hash, records.state_hash(m.head.state_dict())) for m in (model, *(source or ())[2:])]
-    precision = compute.precision(settings.precision, records.pick_device(settings.device))
-    given = [settings.attack.model_dump(), settings.sanity.model_dump(), settings.seed, precision]
-    inputs = [test.hash, weights, (source or ())[:2], released.label(model.protocol), records.code_hash(*CODE)]
-    return records.digest([model.task, used, given, inputs])
+def stored(row: Result, settings: Settings) -> Result | None:
+    """The checks that lie where `row`, what is known of them before they are made, says; None if they are not there."""
+    kept = records.reusable(evaluate.checks_place(settings.profile, row), row["made_from"])
+    place = evaluate.checks_place(settings.profile, row, ".safetensors")
+    return kept if records.reusable_tensors(place, row["made_from"]) else None
+
+
+def about(model: TaskModel, test: Subset, defense: str, source: Source | None, settings: Settings) -> Result:
+    """What is known of the checks of a row before they are made, and what they are made from."""
+    _, cell = evaluate.place(model, test, (defense, 0), "task", settings)
+    other = [(m.encoder.hash, records.state_hash(m.head.state_dict())) for m in (source or ())[2:]]
+    inputs = {**cell["inputs"], "checks": settings.sanity.model_dump(), "transfer": [*(source or ())[:2], *other]}
+    made = records.made_from([*cell["loops"], "embed", "checks"], **inputs)
+    names = model.task, test.name, model.encoder.name, defense
+    return {
+        "schema": records.SCHEMA, "key": records.digest(made), "made_from": made, "cell": records.digest(cell),
+        **dict(zip(KEYS, names, strict=True)), "metric": metrics.METRIC[model.task],
+        "attack": settings.attack.model_dump(),
+    }  # fmt: skip
 
 
 def sources(row: EncoderRow, settings: Settings) -> list[EncoderRow]:
@@ -395,7 +404,7 @@ def run_all(settings: Settings) -> list[Result]:
         place = {"task": task, "dataset": dataset, "encoder": row.name, "defense": defense}
         with skipping(settings, lost, [place]):
             found.append(check(task, dataset, row, defense, settings))
-    _remove_other(found, settings.profile)
+    _show_only(found, settings.profile)
     records.write_skipped(settings.profile, "sanity", lost)
     return found
 
@@ -406,17 +415,16 @@ def check(task: str, dataset: str, row: EncoderRow, defense: str, settings: Sett
     *_, (_, epoch, weights) = deacl.variants(only, settings.profile, settings.data_root)
     model, test = evaluate.prepare(task, dataset, row, settings, defense, weights)
     found = check_row(model, test, defense, source_of(task, dataset, row, model, settings), settings)
-    evaluate.worst(model, test, (defense, epoch), settings, evaluate.NOTEBOOK[task])
+    evaluate.worst(model, test, (defense, epoch), settings)
     return found
 
 
-def _remove_other(kept: list[Result], profile: str) -> None:
-    """Delete results of rows that the settings no longer ask for."""
-    names = [evidence.checks_path(profile, *(result[key] for key in KEYS)) for result in kept]
+def _show_only(shown: list[Result], profile: str) -> None:
+    """Take rows that the settings no longer ask for out of results/<profile>; they stay where they are stored."""
+    names = [evidence.checks_path(profile, *(result[key] for key in KEYS)) for result in shown]
     for path in (records.results_dir(profile) / "sanity").glob("*/*.json"):
         if path not in names:
             path.unlink()
-            path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 # --- for the notebook and for the tables ---

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 TASKS = ("classification", "segmentation", "depth")
+NOTEBOOK = dict(zip(TASKS, ("03_attack_classification", "04_attack_segmentation", "05_attack_depth"), strict=True))
 # where the authors' released code departs from the paper's text; ssl_robust/released.py says how, one entry each
 DIFFERENCES = (
     "embed_mse", "pgd_scaled_logits", "segpgd_two_means", "window_probabilities", "class0_ignored", "depth_attack_loss",

@@ -1,9 +1,9 @@
 """Where the time of a run went: seconds of each stage, and of the attacks in it, as bars of text and for the page."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import records as disk
+from .settings import NOTEBOOK
 
 WIDTH = 32  # letters of the longest bar
 Times = dict[str, dict[str, float]]  # notebook: {"started": seconds since 1970, "seconds": how long it took}
@@ -38,7 +38,7 @@ def stages(times: Times, records: list[dict[str, Any]]) -> list[Stage]:
     ours = {name: about["seconds"] for name, about in _of_stages(times).items()}
     total, found = sum(ours.values()), []
     for name, seconds in ours.items():
-        own = [r for r in records if Path(r["notebook"]).stem == name]
+        own = [r for r in records if NOTEBOOK[r["task"]] == name]
         cells = sum(same["seconds"] for r in own for same in [r, *r.get("over_seeds", ())])
         found.append(Stage(name, seconds, cells if cells <= seconds else 0.0, seconds / total if total else 0.0))
     return found

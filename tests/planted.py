@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from ssl_robust import records
 from ssl_robust import settings as schema
 from ssl_robust.datasets import IGNORE, Dataset, Item
 from ssl_robust.encoders import Encoder
@@ -119,3 +120,9 @@ def settings(**changes: object) -> schema.Settings:
     for name, value in changes.items():
         base[name] = {**base[name], **value} if isinstance(value, dict) else value
     return schema.check(**base)
+
+
+def stored(pattern: str, profile: str = "toy") -> Path:
+    """The one file or folder below runs/<profile> that is called so; results have their key in their name."""
+    (found,) = records.runs_dir(profile).glob(pattern)
+    return found

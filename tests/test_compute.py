@@ -58,7 +58,7 @@ def test_cells_agree_in_both_precisions_and_say_which(task, toys):
         settings = planted.settings(profile=precision, precision=precision, encoders=[row])
         model_, test = evaluate.prepare(task, "toys", settings.encoders[0], settings)
         for kind in ("clean", "embed", "task"):
-            cells[precision, kind] = evaluate.cell(model_, test, ("standard", 0), kind, settings, "a_notebook")
+            cells[precision, kind] = evaluate.cell(model_, test, ("standard", 0), kind, settings)
     clean = cells["fp32", "clean"]
     assert cells["bf16", "clean"]["value"] == clean["value"] and cells["bf16", "clean"]["precision"] == "fp32"
     for kind in ("embed", "task"):
@@ -76,7 +76,7 @@ def test_deacl_trains_in_both_precisions(precision, toys):
     settings, teacher = planted.settings(precision=precision), planted.encoder()
     index = deacl.finetune(settings.encoders[0], teacher, settings)
     assert all(torch.tensor([*map(float, epoch.values())]).isfinite().all() for epoch in index["history"])
-    tuned = records.read_tensors(deacl.checkpoint_path("toy", "planted", 3))[0]
+    tuned = records.read_tensors(planted.stored("deacl/planted/*/epoch_3.safetensors"))[0]
     before = teacher.backbone.state_dict()
     assert all(tuned[name].dtype == torch.float32 and not torch.equal(tuned[name], before[name]) for name in before)
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import planted
 import pytest
@@ -160,8 +161,12 @@ def _finetune(profile, **changes):
     return deacl.finetune(ROW, planted.encoder(), settings)
 
 
+def _path(profile, index, epoch):
+    return deacl.checkpoint_path(profile, "planted", index["folder"], epoch)
+
+
 def _files(profile):
-    home = deacl.folder(profile, "planted")
+    home = planted.stored("deacl/planted/*", profile)
     return {p.name: p.read_bytes() for p in home.iterdir() if p.name != "state.pt"}
 
 
@@ -178,7 +183,7 @@ def test_finetune_moves_the_encoder_and_writes_what_was_asked(epochs):
     assert epochs == [0, 1, 2]
     assert index["epochs"] == [1, 3] and [h["epoch"] for h in index["history"]] == [0, 1, 2, 3]
     assert set(_files("a")) == {"deacl.json", "epoch_1.safetensors", "epoch_3.safetensors"}
-    first, last = (load_file(deacl.checkpoint_path("a", "planted", n))["proj.weight"] for n in (1, 3))
+    first, last = (load_file(_path("a", index, n))["proj.weight"] for n in (1, 3))
     original = planted.encoder().backbone.proj.weight
     assert not torch.equal(first, last) and not torch.equal(first, original)
     assert index["history"][-1]["held_out_cosine"] > index["history"][0]["held_out_cosine"]
@@ -187,10 +192,38 @@ def test_finetune_moves_the_encoder_and_writes_what_was_asked(epochs):
 def test_finished_work_is_not_repeated(epochs):
     index, before = _finetune("a"), _files("a")
     assert _finetune("a") == index and len(epochs) == 3
-    assert _finetune("a", lr=0.01) != index and len(epochs) == 6
-    deacl.checkpoint_path("a", "planted", 1).unlink()
-    _finetune("a", lr=0.01)
-    assert len(epochs) == 9 and set(_files("a")) == set(before)
+    other = _finetune("a", lr=0.01)
+    assert other != index and len(epochs) == 6
+    assert _finetune("a") == index and len(epochs) == 6  # there and back
+    _path("a", other, 1).unlink()
+    assert _finetune("a", lr=0.01) == other and len(epochs) == 9 and _path("a", other, 1).is_file()
+    shutil.rmtree(_path("a", other, 1).parent)
+    assert _files("a") == before  # which no other run has touched
+
+
+def test_another_run_that_is_killed_leaves_a_finished_one_alone(epochs, monkeypatch):
+    index, before = _finetune("a"), _files("a")
+    with monkeypatch.context() as killed:
+        killed.setattr(deacl, "robustness", lambda *args: 1 / (len(epochs) < 5))  # after its first kept epoch
+        with pytest.raises(ZeroDivisionError):
+            _finetune("a", gamma=0.0)
+    (other,) = {path.parent for path in records.runs_dir("a").glob("deacl/planted/*/epoch_1.safetensors")} - {
+        _path("a", index, 1).parent
+    }
+    assert not (other / "deacl.json").exists()
+    assert _finetune("a") == index and len(epochs) == 5
+    shutil.rmtree(other)
+    assert _files("a") == before
+
+
+def test_epochs_that_a_finished_run_has_not_kept_are_made_beside_it(epochs):
+    index, before = _finetune("a"), _files("a")
+    assert _finetune("a", checkpoints=[])["epochs"] == [3] and len(epochs) == 3  # fewer: nothing is to be done
+    more = _finetune("a", checkpoints=[1, 2])
+    assert more["epochs"] == [1, 2, 3] and len(epochs) == 6 and more["folder"] != index["folder"]
+    assert _finetune("a") == index and len(epochs) == 6
+    shutil.rmtree(_path("a", more, 1).parent)
+    assert _files("a") == before
 
 
 def _kill(profile, step, monkeypatch):
@@ -207,7 +240,7 @@ def _kill(profile, step, monkeypatch):
         killed.setattr(deacl, "train_step", train_step)
         with pytest.raises(KeyboardInterrupt):
             _finetune(profile)
-    assert not (deacl.folder(profile, "planted") / "deacl.json").exists()
+    assert not (planted.stored("deacl/planted/*", profile) / "deacl.json").exists()
 
 
 @pytest.fixture
@@ -241,7 +274,7 @@ def test_a_finished_run_leaves_no_state_that_another_takes_for_its_own(steps, mo
 def test_damaged_state_starts_anew(steps, monkeypatch):
     whole = _finetune("a")
     _kill("b", 8, monkeypatch)
-    state = deacl.folder("b", "planted") / "state.pt"
+    state = planted.stored("deacl/planted/*/state.pt", "b")
     state.write_bytes(state.read_bytes()[:100])
     steps.clear()
     assert _finetune("b") == whole and len(steps) == 9
@@ -280,12 +313,12 @@ def test_variants_are_standard_then_deacl_by_epoch(toys):
     records.finish("a", "02_deacl")
     with pytest.raises(BadInput, match="deacl.json is missing"):
         deacl.variants(ROW, "a")
-    _finetune("a")
-    path = deacl.checkpoint_path
+    index = _finetune("a")
+    records.write_record(index, deacl.current_path("a", "planted"))
     expected = [
         ("standard", 0, None),
-        ("deacl-epoch1", 1, path("a", "planted", 1)),
-        ("deacl", 3, path("a", "planted", 3)),
+        ("deacl-epoch1", 1, _path("a", index, 1)),
+        ("deacl", 3, _path("a", index, 3)),
     ]
     assert deacl.variants(ROW, "a") == expected
     assert deacl.variants(EncoderRow(name="planted", defenses=["deacl"]), "a") == expected[1:]
@@ -369,8 +402,8 @@ def test_batch_norm_keeps_its_statistics_while_its_weights_are_tuned(toys):
         torch.manual_seed(0)
         teacher = Encoder(_Normalised(), "planted", 16, (0.5,) * 3, (0.25,) * 3)
     teacher.backbone.norm.running_mean += 0.1
-    deacl.finetune(ROW, teacher, planted.settings(deacl={"eps": 0.1, "step": 0.05}))
-    tuned = load_file(deacl.checkpoint_path("toy", "planted", 3))
+    index = deacl.finetune(ROW, teacher, planted.settings(deacl={"eps": 0.1, "step": 0.05}))
+    tuned = load_file(_path("toy", index, 3))
     own = teacher.backbone.state_dict()
     for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
         assert torch.equal(tuned[name], own[name])

@@ -43,7 +43,7 @@ def given(toys, monkeypatch):
 
 
 def _weights(profile, epoch=2):
-    return load_file(deacl.checkpoint_path(profile, "planted", epoch))
+    return load_file(planted.stored(f"deacl/planted/*/epoch_{epoch}.safetensors", profile))
 
 
 def _numbers(index):
@@ -77,7 +77,7 @@ def test_two_processes_give_the_curve_of_one_and_go_on_after_the_death_of_one(gi
         _before_step(6, lambda: os.kill(os.getpid(), signal.SIGKILL), dying)  # in the midst of the second epoch
         with pytest.raises(RuntimeError, match=r"A process of DeACL of 'planted' ended \(.*\); repeat, and it goes on"):
             given("killed", 2)
-    content = records.read_sealed(deacl.folder("killed", "planted") / "state.pt")
+    content = records.read_sealed(planted.stored("deacl/planted/*/state.pt", "killed"))
     state = torch.load(io.BytesIO(content), weights_only=True)
     assert (len(state["history"]), state["batches"]) == (2, 2)
     again = given("killed", 2)
@@ -164,7 +164,7 @@ def test_one_encoder_alone(profile, monkeypatch, capsys):
     gone = [{"dataset": "toys", "encoder": name, "defense": "deacl", "why": "gone"} for name in ("planted", "other")]
     records.write_skipped("toy", "deacl", gone)
     assert deacl.main(["--encoder", "other"]) == 0
-    assert not deacl.folder("toy", "planted").exists() and deacl.folder("toy", "other").exists()
+    assert [path.name for path in records.runs_dir("toy").glob("deacl/*")] == ["other"]
     assert records.read_skipped(records.skipped_path("toy", "deacl")) == gone[:1]
     assert deacl.main(["--encoder", "third"]) == run.BAD_INPUT
     assert "no encoder 'third' with the defense deacl" in capsys.readouterr().err

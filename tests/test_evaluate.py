@@ -11,7 +11,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, paired, plots, records, released
+from ssl_robust import (
+    attacks,
+    datasets,
+    deacl,
+    encoders,
+    evaluate,
+    evidence,
+    heads,
+    metrics,
+    paired,
+    plots,
+    records,
+    released,
+)
 from ssl_robust.datasets import IGNORE
 from ssl_robust.settings import TASKS, Attack, BadInput
 
@@ -31,7 +44,7 @@ def _test_set(task, settings=None):
 
 def _cell(task, kind, defense="standard", **changes):
     settings = planted.settings(**changes)
-    return evaluate.cell(planted.model(task), _test_set(task, settings), (defense, 0), kind, settings, "03_notebook")
+    return evaluate.cell(planted.model(task), _test_set(task, settings), (defense, 0), kind, settings)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -94,8 +107,10 @@ def test_a_record_says_all(task, kind, toys):
     assert (record["metric"], record["n"], record["nonfinite"]) == (metrics.METRIC[task], 8, 0)
     assert record["settings"]["attack"] == (None if kind == "clean" else Attack(steps=3).model_dump())
     assert record["settings"]["task"] == planted.settings().task(task).model_dump()
-    assert set(record["hashes"]) == {"weights", "head", "data", "code"} and len(record["key"]) == 16
-    assert len(record["statistics"]) == 8 and record["notebook"] == "runs/toy/03_notebook.ipynb"
+    assert set(record["hashes"]) == {"weights", "head", "data"} and len(record["key"]) == 16
+    attacked = {"clean": set(), "embed": {"pgd", "embed"}, "task": {"pgd", "task"}}[kind]
+    assert set(record["made_from"]["loops"]) - {"data", "scenes"} == {"encoders", "heads", "metrics"} | attacked
+    assert len(record["statistics"]) == 8 and record["notebook"] == ""  # no notebook was executed
     assert record["max_perturbation"] == 0 if kind == "clean" else 0 < record["max_perturbation"] <= 8 / 255 + 1e-6
     assert record["se"] > 0 and record["chance"] == 0.35
 
@@ -132,15 +147,15 @@ def test_the_eigen_crop_and_the_stride_make_another_record(evaluations):
     settings, test = planted.settings(), _test_set("segmentation")
     for stride in (0.5, 0.25):
         model = planted.model("segmentation", stride=stride)
-        keys.add(evaluate.cell(model, test, ("standard", 0), "clean", settings, "n")["key"])
+        keys.add(evaluate.cell(model, test, ("standard", 0), "clean", settings)["key"])
     assert len(keys) == len(evaluations) == 6
 
 
 def test_an_attack_without_settings_is_refused(toys):
     settings = planted.settings().model_copy(update={"attack": None})
-    run = partial(evaluate.cell, planted.model("depth"), _test_set("depth"), ("standard", 0), notebook="n")
-    for refused in (lambda: run("embed", settings), lambda: evaluate.run_task("depth", settings, "n"),
-                    lambda: evaluate.examples("depth", settings), lambda: evaluate.effects(settings, "n")):  # fmt: skip
+    run = partial(evaluate.cell, planted.model("depth"), _test_set("depth"), ("standard", 0))
+    for refused in (lambda: run("embed", settings), lambda: evaluate.run_task("depth", settings),
+                    lambda: evaluate.examples("depth", settings), lambda: evaluate.effects(settings)):  # fmt: skip
         with pytest.raises(BadInput, match="no section 'attack'; add one"):
             refused()
     assert run("clean", settings)["settings"]["attack"] is None
@@ -154,11 +169,11 @@ def test_what_a_constant_reaches_is_of_the_training_labels(task, tuned, monkeypa
     expected, reads, original = metrics.constant_value(task, targets, 3), [], datasets.Subset.read
     of_test = [torch.as_tensor(target) for _, target in (_test_set(task)[i] for i in range(8))]
     assert metrics.constant_value(task, of_test, 3) != pytest.approx(expected, abs=1e-3)
-    found = evaluate.run_task(task, tuned, "n")
+    found = evaluate.run_task(task, tuned)
     assert {record["chance"] for record in found} == {expected}
-    shutil.rmtree(records.results_dir("toy"))
+    shutil.rmtree(records.runs_dir("toy") / "cells")
     monkeypatch.setattr(datasets.Subset, "read", lambda s, i: reads.append(s.ids[i]) or original(s, i))
-    again = evaluate.run_task(task, tuned, "n")  # with heads from disk: what they carry
+    again = evaluate.run_task(task, tuned)  # with heads from disk: what they carry
     assert {record["chance"] for record in again} == {expected} and not any("train" in name for name in reads)
 
 
@@ -182,7 +197,7 @@ def test_a_prediction_that_is_no_number_is_no_class_in_pictures(task):
 @pytest.mark.parametrize("protocol", ["paper", "released"])
 @pytest.mark.parametrize("task", TASKS)
 def test_differences_are_those_of_the_tables_values(task, protocol, tuned):
-    found = evaluate.run_task(task, tuned.model_copy(update={"protocol": protocol}), "n")
+    found = evaluate.run_task(task, tuned.model_copy(update={"protocol": protocol}))
     cells = {(r["defense"], r["attack"]): _reread(r) for r in found}
     clean = cells["standard", "clean"]
     for kind in ALL:
@@ -211,7 +226,7 @@ def test_a_background_that_does_not_count_is_not_in_the_statistics(toys, monkeyp
     test = released.test_images(_test_set("segmentation", settings), released.active(settings))
     model = planted.model("segmentation")
     model.protocol, model.chances = released.active(settings), {"class0_ignored": 0.1}
-    record = evaluate.cell(model, test, ("standard", 0), "clean", settings, "n")
+    record = evaluate.cell(model, test, ("standard", 0), "clean", settings)
     assert record["chance"] == 0.1 and all(0 not in image[::3] for image in record["statistics"])
     assert paired.resampled(record)[0].tolist() == pytest.approx([record["value"]])
 
@@ -228,45 +243,58 @@ def test_other_weights_head_or_native_size_make_another_record(evaluations):
     models.append(planted.model("depth"))
     models[-1].head.conv.bias += 0.01
     for count, model in enumerate(models, 1):
-        evaluate.cell(model, test, ("standard", 0), "clean", settings, "n")
+        evaluate.cell(model, test, ("standard", 0), "clean", settings)
         assert len(evaluations) == count
 
 
 def test_a_damaged_record_is_made_again(evaluations):
     first = _cell("depth", "embed")
-    path = records.record_path("toy", "depth", "toys", "planted", "standard", "embed")
+    path = planted.stored("cells/depth__toys__planted__standard__embed__*.json")
     path.write_text(path.read_text()[:50])
     again = _cell("depth", "embed")
     assert len(evaluations) == 2 and again["value"] == first["value"] and records.read_record(path) == again
 
 
+def test_what_tables_read_is_put_back_from_where_it_is_stored(evaluations):
+    first, path = _cell("depth", "embed"), records.record_path("toy", "depth", "toys", "planted", "standard", "embed")
+    for content in (None, "{", path.read_text()[9:]):
+        path.unlink() if content is None else path.write_text(content)
+        assert _cell("depth", "embed") == first == records.read_record(path)
+    assert len(evaluations) == 1
+
+
+def test_parameters_there_and_back_find_everything(evaluations):
+    first = {steps: _cell("depth", "task", attack={"steps": steps}) for steps in (2, 3)}
+    assert first[2]["key"] != first[3]["key"] and len(evaluations) == 2
+    for steps in (2, 3):
+        again = _cell("depth", "task", attack={"steps": steps})
+        shown = records.record_path("toy", "depth", "toys", "planted", "standard", "task")
+        assert again == first[steps] == records.read_record(shown)
+    assert len(evaluations) == 2
+
+
 def test_lost_statistics_are_made_again(evaluations):
     first = _cell("depth", "embed")
-    path = records.record_path("toy", "depth", "toys", "planted", "standard", "embed").with_suffix(".safetensors")
+    path = planted.stored("cells/depth__toys__planted__standard__embed__*.safetensors")
     for content in (b"", path.read_bytes()[:-9], path.read_bytes().replace(first["key"].encode(), b"0" * 16)):
         before = len(evaluations)
         path.write_bytes(content)
         assert _cell("depth", "embed")["statistics"] == first["statistics"] and len(evaluations) == before + 1
 
 
-def _paths(task):
-    names = (*evaluate.KINDS, "worst")
-    return {kind: records.record_path("toy", task, "toys", "planted", "standard", kind) for kind in names}
-
-
-def _stats(path):
-    return evaluate.unpacked(load_file(path.with_suffix(".safetensors")))
+def _stats(task, kind):
+    return evaluate.unpacked(load_file(planted.stored(f"cells/{task}__toys__planted__standard__{kind}__*.safetensors")))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
     settings = planted.settings()
     model, test = planted.model(task), _test_set(task, settings)
-    assert evaluate.worst(model, test, ("standard", 0), settings, "n") is None  # nothing was attacked yet
-    found = {kind: evaluate.cell(model, test, ("standard", 0), kind, settings, "n") for kind in evaluate.KINDS}
-    worst = evaluate.worst(model, test, ("standard", 0), settings, "n")
+    assert evaluate.worst(model, test, ("standard", 0), settings) is None  # nothing was attacked yet
+    found = {kind: evaluate.cell(model, test, ("standard", 0), kind, settings) for kind in evaluate.KINDS}
+    worst = evaluate.worst(model, test, ("standard", 0), settings)
     hurt = min if metrics.BETTER[metrics.METRIC[task]] > 0 else max
-    singly = {kind: metrics.per_image(task, _stats(path)) for kind, path in _paths(task).items()}
+    singly = {kind: metrics.per_image(task, _stats(task, kind)) for kind in ALL}
     expected = [hurt(values) for values in zip(*(singly[kind] for kind in found), strict=True)]
     assert sum(worst["chosen"].values()) == worst["n"] == 8
     sign = metrics.BETTER[metrics.METRIC[task]]
@@ -277,9 +305,9 @@ def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
     )
     if task == "classification":
         assert worst["value"] == pytest.approx(sum(expected) / 8)
-    assert evaluate.worst(model, test, ("standard", 0), settings, "n") == worst  # read, with the time it was made
+    assert evaluate.worst(model, test, ("standard", 0), settings) == worst  # read, with the time it was made
     other = settings.model_copy(update={"seed": 1})
-    assert evaluate.worst(model, test, ("standard", 0), other, "n") is None
+    assert evaluate.worst(model, test, ("standard", 0), other) is None
 
 
 def test_examples_are_made_once_and_again_when_something_changed(toys, monkeypatch):
@@ -289,8 +317,8 @@ def test_examples_are_made_once_and_again_when_something_changed(toys, monkeypat
     (path,) = evaluate.examples("depth", settings)
     stamp = path.stat().st_mtime_ns
     assert evaluate.examples("depth", settings) == [path] and path.stat().st_mtime_ns == stamp and len(made) == 3
-    evaluate.examples("depth", settings.model_copy(update={"attack": Attack(steps=2)}))
-    assert len(made) == 6
+    (other,) = evaluate.examples("depth", settings.model_copy(update={"attack": Attack(steps=2)}))
+    assert len(made) == 6 and evidence.current_examples("toy") == {"depth": other} and path.stat().st_mtime_ns == stamp
     path.write_bytes(path.read_bytes()[:-1])
     evaluate.examples("depth", settings)
     assert len(made) == 9 and plots.load_example(path)["eps"] == settings.attack.eps
@@ -314,14 +342,13 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(toys, monkeyp
 
 
 def test_seeds_are_repeated_beside_the_first_one(tuned):
-    found = evaluate.run_task("depth", tuned.model_copy(update={"seeds": [0, 1, 2, 1]}), "05_attack_depth")
+    found = evaluate.run_task("depth", tuned.model_copy(update={"seeds": [0, 1, 2, 1]}))
     assert {r["seed"] for r in found} == {0}
     values = [found[0]["value"]]
     for seed in (1, 2):
         folder = records.results_dir("toy") / "seeds" / str(seed)
         again = records.read_records(folder)
         assert len(again) == len(found) and {r["seed"] for r in again} == {seed}
-        assert {r["notebook"] for r in again} == {"runs/toy/05_attack_depth.ipynb"}
         values.append(next(r for r in again if (r["defense"], r["attack"]) == ("standard", "clean"))["value"])
     assert len(set(values)) == 3  # other heads
     data = {r["hashes"]["data"] for r in again + found}
@@ -329,7 +356,7 @@ def test_seeds_are_repeated_beside_the_first_one(tuned):
     assert len(records.read_records(records.results_dir("toy"))) == len(
         found
     )  # those of other seeds are not among them
-    evaluate.run_task("depth", tuned.model_copy(update={"seeds": [2]}), "05_attack_depth")
+    evaluate.run_task("depth", tuned.model_copy(update={"seeds": [2]}))
     assert [p.parent.name for p in records.results_dir("toy").glob("seeds/*/depth")] == ["2"]
 
 
@@ -345,12 +372,12 @@ def tuned(toys, monkeypatch):
 
     monkeypatch.setattr(encoders, "load", load)
     settings = planted.settings(deacl={"checkpoints": [1], "n_train": 8, "epochs": 2})
-    deacl.finetune(settings.encoders[0], planted.encoder(), settings)
+    deacl.finetune_all(settings)
     return settings
 
 
-def test_a_task_is_evaluated_in_all_variants_and_other_rows_are_removed(tuned):
-    found = evaluate.run_task("classification", tuned, "03_attack_classification")
+def test_a_task_is_evaluated_in_all_variants_and_other_rows_are_stored_but_not_shown(tuned, monkeypatch):
+    found = evaluate.run_task("classification", tuned)
     rows = [(r["defense"], r["epoch"], r["attack"]) for r in found]
     variants = [("standard", 0), ("deacl-epoch1", 1), ("deacl", 2)]
     assert rows == [(*v, kind) for v in variants for kind in ("clean", "embed", "task", "worst")]
@@ -359,18 +386,19 @@ def test_a_task_is_evaluated_in_all_variants_and_other_rows_are_removed(tuned):
     records.write_json({}, folder / "depth" / "toys__gone__standard__clean.json")  # of another task: stays
     records.write_json({}, folder / "classification" / "toys__gone__standard__clean.json")
     fewer = planted.settings(encoders=[{"name": "planted"}])
-    evaluate.run_task("classification", fewer, "03_attack_classification")
+    evaluate.run_task("classification", fewer)
     left = sorted(p.name for p in (folder / "classification").iterdir())
-    names = [f"toys__planted__standard__{kind}" for kind in ("clean", "embed", "task", "worst")]
-    assert left == [name + end for name in names for end in (".json", ".safetensors")]
+    assert left == [f"toys__planted__standard__{kind}.json" for kind in ("clean", "embed", "task", "worst")]
     assert len(list((folder / "depth").iterdir())) == 1
+    monkeypatch.setattr(evaluate, "evaluate", None)  # the rows come back without any attack
+    assert evaluate.run_task("classification", tuned) == found
 
 
 def test_checkpoints_between_are_evaluated_on_the_first_data_set_alone(tuned, monkeypatch):
     monkeypatch.setitem(datasets.DATASETS, "toys2", planted.TOYS)
     monkeypatch.setattr(evaluate, "KINDS", ("clean",))
     settings = tuned.model_copy(update={"depth": tuned.depth.model_copy(update={"datasets": ["toys", "toys2"]})})
-    found = [(r["dataset"], r["defense"]) for r in evaluate.run_task("depth", settings, "n")]
+    found = [(r["dataset"], r["defense"]) for r in evaluate.run_task("depth", settings)]
     found = list(dict.fromkeys(found))
     assert found[:3] == [("toys", "standard"), ("toys", "deacl-epoch1"), ("toys", "deacl")]
     assert found[3:] == [("toys2", "standard"), ("toys2", "deacl")]
@@ -383,7 +411,7 @@ def test_an_encoder_is_loaded_and_hashed_once_for_all_data_sets(tuned, monkeypat
     monkeypatch.setattr(encoders, "load", lambda *args: loads.append(args) or load(*args))
     monkeypatch.setattr(records, "state_hash", lambda s: hashed.extend(k for k in s if "proj" in k) or state_hash(s))
     section = tuned.depth.model_copy(update={"datasets": ["toys", "toys2"]})
-    evaluate.run_task("depth", tuned.model_copy(update={"depth": section}), "n")
+    evaluate.run_task("depth", tuned.model_copy(update={"depth": section}))
     assert len(loads) == 3 and len(hashed) == 2 * 3  # Standard and two DeACL epochs; two tensors each
 
 
@@ -413,7 +441,7 @@ def _left():
 def test_rows_that_cannot_be_run_are_skipped_with_the_reason(partly):
     stale = records.results_dir("toy") / "depth" / "toys__gone__standard__clean.json"
     records.write_json({}, stale)  # of a time when it was there
-    found = evaluate.run_task("depth", partly, "n")
+    found = evaluate.run_task("depth", partly)
     rows = [(r["dataset"], r["encoder"], r["defense"], r["attack"]) for r in found]
     assert rows == [("toys", "planted", d, kind) for d in ("standard", "deacl") for kind in ALL]
     lost = records.read_skipped(records.skipped_path("toy", "depth"))
@@ -428,22 +456,22 @@ def test_rows_that_cannot_be_run_are_skipped_with_the_reason(partly):
 
 def test_missing_rows_stop_unless_skipping_is_asked_for(partly):
     with pytest.raises(BadInput, match="gone.pth does not exist"):
-        evaluate.run_task("depth", partly.model_copy(update={"missing": "stop"}), "n")
+        evaluate.run_task("depth", partly.model_copy(update={"missing": "stop"}))
 
 
 def test_the_list_of_skipped_rows_goes_when_nothing_is_skipped(partly):
-    evaluate.run_task("depth", partly, "n")
+    evaluate.run_task("depth", partly)
     path = records.results_dir("toy") / "depth" / "skipped.json"
     assert path.is_file() and path not in (records.results_dir("toy")).glob("*/*__*__*__*.json")
     whole = planted.settings(encoders=[{"name": "planted"}], missing="skip")
-    assert len(evaluate.run_task("depth", whole, "n")) == len(ALL) and not path.exists()
+    assert len(evaluate.run_task("depth", whole)) == len(ALL) and not path.exists()
     assert records.read_skipped(records.skipped_path("toy", "depth")) == []
 
 
 def test_rows_whose_deacl_was_skipped_are_skipped_for_its_reason(partly):
     nowhere = planted.settings(deacl={"dataset": "nowhere"}, missing="skip", encoders=partly.encoders[1:])
     assert deacl.finetune_all(nowhere.model_copy(update={"encoders": partly.encoders[1:]})) == {}
-    evaluate.run_task("classification", partly, "n")
+    evaluate.run_task("classification", partly)
     lost = [r for r in records.read_skipped(records.skipped_path("toy", "classification")) if r["encoder"] == "planted"]
     assert [(r["dataset"], r["defense"]) for r in lost] == [("toys", "deacl")] and "nowhere" in lost[0]["why"]
 
@@ -453,7 +481,7 @@ def test_examples_are_of_the_first_row_that_can_be_used(partly):
     with safe_open(path, "pt") as file:
         assert (file.metadata()["dataset"], file.metadata()["encoder"]) == ("toys", "planted")
     nothing = partly.model_copy(update={"encoders": partly.encoders[:1]})
-    assert evaluate.examples("depth", nothing, 2) == [] and not path.exists()  # no old pictures either
+    assert evaluate.examples("depth", nothing, 2) == [] and evidence.current_examples("toy") == {}  # no old pictures
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -253,12 +253,13 @@ def test_a_failed_run_does_not_make_its_copy_look_changed(notebooks, capfd):
     write_notebook(notebooks, "from ssl_robust import records", "records.finish(profile, '00_try')")
     assert run.main(["00_try", "--profile", "tiny"]) == 0
     write_notebook(notebooks, "1 / 0")
-    assert run.main(["00_try", "--profile", "tiny"]) == 1 and run.damaged_copies("tiny") == []
+    assert run.main(["00_try", "--profile", "tiny"]) == 1
+    assert run.not_executed("00_try", run.read_profile("tiny")) == "it has not been run to its end"
 
 
 def test_images_of_figure_1_that_were_deleted_are_named(root):
     records.write_record(RECORD, records.record_path("p", "depth", "scenes", "vit", "standard", "embed"))
-    with pytest.raises(BadInput, match=r"no images for Figure 1 in runs/p/examples; delete results/p/0\[345\]_\*.json"):
+    with pytest.raises(BadInput, match="no images for Figure 1 in runs/p/examples; 'make paper' makes them"):
         report.draw_figure1("p")
 
 
@@ -300,9 +301,10 @@ def damages(data, seed=0, count=150):
         yield flipped(data, generator.randrange(len(data)), generator.randrange(8))
 
 
+MADE = records.made_from(("pgd",), seed=0)
 RECORD = {
     "schema": records.SCHEMA,
-    "key": "k",
+    "key": records.digest(MADE),
     "value": 0.4375,
     "statistics": [0.25, 1e-9, 3],
     "settings": {"eps": 0.03},
@@ -310,7 +312,7 @@ RECORD = {
 
 
 def _read_record(path):
-    found = records.reusable(path, "k")
+    found = records.reusable(path, MADE)
     return found if found is None else {**found, "sha": ""}
 
 
@@ -368,7 +370,7 @@ def test_a_record_of_another_version_is_not_used_again(tmp_path):
     older, later = ({**RECORD, "schema": records.SCHEMA + step} for step in (-1, 1))
     for record in (older, later):
         records.write_record(record, tmp_path / "r.json")
-        assert records.reusable(tmp_path / "r.json", "k") is None
+        assert records.reusable(tmp_path / "r.json", MADE) is None
     with pytest.raises(BadInput, match="a later version"):
         records.read_record(tmp_path / "r.json")
 
@@ -376,7 +378,7 @@ def test_a_record_of_another_version_is_not_used_again(tmp_path):
 def test_a_head_with_a_flipped_weight_is_trained_again(toys):
     settings, encoder = planted.settings(), planted.encoder()
     model, _ = heads.fitted("classification", "toys", encoder, settings)
-    path = heads.head_path("toy", "classification", "toys", "planted", "standard")
+    path = planted.stored("heads/*")
     data = path.read_bytes()
     path.write_bytes(flipped(data, len(data) - 6, 7))
     again, _ = heads.fitted("classification", "toys", encoder, settings)
@@ -391,7 +393,7 @@ def _finetuned(settings):
 def test_damaged_deacl_files_are_made_again(name, toys):
     settings = planted.settings()
     _finetuned(settings)
-    home = deacl.folder("toy", "planted")
+    home = planted.stored("deacl/planted/*")
     weights = {p.name: records.read_tensors(p)[0] for p in home.glob("*.safetensors")}
     if name == "state.pt":
         (home / "deacl.json").unlink()
@@ -414,18 +416,18 @@ def test_a_damaged_example_is_named(toys):
             plots.load_example(path)
 
 
-def test_damaged_copies_and_stage_files_are_named(notebooks, capfd):
+def test_damaged_copies_and_stage_files_are_noticed(notebooks, capfd):
     write_notebook(notebooks, "from ssl_robust import records", "records.finish(profile, '00_try', n=1)")
     assert run.main(["00_try", "--profile", "tiny"]) == 0
-    assert run.damaged_copies("tiny") == []
+    settings = run.read_profile("tiny")
+    assert run.not_executed("00_try", settings) == ""
     executed, stage = run.executed_path("tiny", "00_try"), records.stage_path("tiny", "00_try")
     whole = executed.read_bytes()
     executed.write_bytes(whole[:-9])
-    (said,) = run.damaged_copies("tiny")
-    assert said.startswith("runs/tiny/00_try.ipynb was changed since it was executed; delete results/tiny/00_try.json")
+    assert run.not_executed("00_try", settings) in ("what it left is damaged", "its executed copy was changed")
     executed.write_bytes(whole)
     stage.write_text("{")
-    assert run.damaged_copies("tiny")[0].startswith("results/tiny/00_try.json or runs/tiny/00_try.time.json is damaged")
+    assert run.not_executed("00_try", settings) == "what it left is damaged"
     with pytest.raises(BadInput, match="00_try.json is damaged"):
         records.need("tiny", "00_try")
 
@@ -446,14 +448,15 @@ def test_a_result_of_other_settings_is_never_used_again(change, toys):
     def computed(settings):
         row = settings.encoders[0]
         model, test = evaluate.prepare("classification", "toys", row, settings)
-        record = evaluate.cell(model, test, ("standard", 0), "embed", settings, "03_attack_classification")
+        record = evaluate.cell(model, test, ("standard", 0), "embed", settings)
         return record["key"], records.record_path("toy", "classification", "toys", row.name, "standard", "embed")
 
     key, path = computed(planted.settings(encoders=ROWS))
-    made = path.stat().st_mtime_ns
-    assert computed(planted.settings(encoders=ROWS)) == (key, path) and path.stat().st_mtime_ns == made
+    shown = path.read_bytes()
+    assert computed(planted.settings(encoders=ROWS)) == (key, path) and path.read_bytes() == shown
     other, _ = computed(planted.settings(encoders=ROWS, **change))
-    assert other != key and path.stat().st_mtime_ns != made
+    assert other != key and path.read_bytes() != shown
+    assert computed(planted.settings(encoders=ROWS)) == (key, path) and path.read_bytes() == shown  # there and back
 
 
 ROWS = [{"name": "planted", "timm": "embedded_vit"}]
@@ -470,19 +473,20 @@ class Payload:
 
 
 def test_no_file_that_is_loaded_runs_code(toys, tmp_path):
-    settings, home = planted.settings(), deacl.folder("toy", "planted")
+    settings = planted.settings()
+    made = deacl.made_from(planted.encoder(), settings)
+    state = deacl.home("toy", "planted", made) / "state.pt"
     bomb = io.BytesIO()
     torch.save({"key": Payload(tmp_path / "executed"), "student": Payload(tmp_path / "executed")}, bomb)
     places = {
         "checkpoint.pth": lambda p: checkpoints.read(p),
         "checkpoint.safetensors": lambda p: checkpoints.read(p),
         "runs/toy/examples/depth.safetensors": lambda p: plots.load_example(p),
-        "runs/toy/heads/classification__toys__planted__standard.safetensors": lambda p: heads.read_head(p, "k"),
+        "runs/toy/heads/depth__toys__planted__standard.safetensors": lambda p: records.reusable_tensors(p, made),
         "results/toy/depth/a__b__c__d.json": lambda p: records.read_record(p),
-        "runs/toy/deacl/planted/state.pt": lambda p: _finetuned(settings),
+        state.relative_to(toys): lambda p: _finetuned(settings),
         f"runs/scenes/scenes-train-64x64-{scenes.VERSION}.pt": lambda p: scenes.cached(p.parent, "train", 1),
     }
-    assert home / "state.pt" == toys / "runs/toy/deacl/planted/state.pt"
     for place, load in places.items():
         (toys / place).parent.mkdir(parents=True, exist_ok=True)
         for content in (bomb.getvalue(), pickle.dumps(Payload(tmp_path / "executed"))):

@@ -464,7 +464,7 @@ def test_missing_follows_what_is_made(toy: dict) -> None:
     assert grid.missing(settings) == ([], 14, [])
     before = sorted([*records.results_dir("toy").rglob("*.json"), *records.runs_dir("toy").glob("examples/*")])
     stamps = [path.stat().st_mtime_ns for path in before]
-    evaluate.run_task("classification", settings, "03_attack_classification")  # finds every record
+    evaluate.run_task("classification", settings)  # finds every record
     assert len(evaluate.examples("classification", settings)) == 1  # and the images for Figure 1
     assert [path.stat().st_mtime_ns for path in before if "skipped" not in path.name] == stamps
     changed = settings.model_copy(update={"attack": settings.attack.model_copy(update={"steps": 2})})
@@ -489,7 +489,7 @@ def test_checks_of_the_attacks_are_jobs_after_the_cells_that_they_judge(toy: dic
     paths = sorted((records.results_dir("toy") / "sanity").glob("*/*.json"))
     assert [p.stem for p in paths] == ["toys__a__deacl", "toys__a__standard", "toys__b__standard"]
     stamps = [p.stat().st_mtime_ns for p in paths]
-    evaluate.run_task("classification", settings, "03_attack_classification")
+    evaluate.run_task("classification", settings)
     assert len(sanity.run_all(settings)) == 3 and [p.stat().st_mtime_ns for p in paths] == stamps  # found
     paths[0].write_text(paths[0].read_text().replace('"n": 2', '"n": 3'))
     assert [job["name"] for job in grid.missing(settings)[0]] == ["checks classification toys a deacl"]

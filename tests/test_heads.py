@@ -456,14 +456,14 @@ def test_head_files_are_the_same_bytes_each_time(toys):
     found = set()
     for profile in "abcdef":  # the order of two metadata entries would be another one in half of all files
         heads.fitted("depth", "toys", planted.encoder(), planted.settings(profile=profile, depth={"epochs": 1}))
-        found.add(heads.head_path(profile, "depth", "toys", "planted", "standard").read_bytes())
+        found.add(planted.stored("heads/depth__toys__planted__standard__*", profile).read_bytes())
     assert len(found) == 1
     assert set(load(found.pop())) == {"conv.weight", "conv.bias"}
 
 
 def test_a_damaged_head_is_trained_again(trainings):
     heads.fitted("depth", "toys", planted.encoder(), planted.settings())
-    path = heads.head_path("toy", "depth", "toys", "planted", "standard")
+    path = planted.stored("heads/depth__toys__planted__standard__*")
     whole, trained = path.read_bytes(), load(path.read_bytes())
     for content in (whole[:-10], whole[:5], b""):
         path.write_bytes(content)

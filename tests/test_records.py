@@ -12,8 +12,6 @@ import torch
 from ssl_robust import records
 from ssl_robust.settings import BadInput
 
-MODULE = '"""About."""\n\n\ndef double(x):\n    """Twice x."""\n    return 2 * x  # as said\n'
-
 
 @pytest.mark.parametrize(
     ("code", "words"),
@@ -60,14 +58,68 @@ def test_damaged_json_is_named_and_never_reused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(BadInput, match="r.json is damaged.*delete"):
         records.read_json(path)
-    assert records.reusable(path, "a") is None
+    assert records.reusable(path, records.made_from(())) is None
+
+
+def _result(folder, value=1, loops=("pgd",), **inputs):
+    """A record of what it is made from, on disk; its place and that."""
+    made = records.made_from(loops, **inputs)
+    path = records.place(folder, "a__b", made, ".json")
+    about = {"schema": records.SCHEMA, "key": records.digest(made), "made_from": made, "value": value}
+    return records.write_record(about, path), made
 
 
 def test_a_record_is_reused_only_for_its_own_key(tmp_path):
-    path = records.write_json({"key": "a", "value": 1}, tmp_path / "r.json")
-    assert records.reusable(path, "a") == {"key": "a", "value": 1}
-    assert records.reusable(path, "b") is None
-    assert records.reusable(tmp_path / "none.json", "a") is None
+    path, made = _result(tmp_path, seed=0)
+    other, made_other = _result(tmp_path, value=2, seed=1)
+    assert path != other and records.reusable(path, made)["value"] == 1
+    shutil.copy(other, path)  # one that does not belong there
+    assert records.reusable(path, made) is None and records.reusable(other, made_other)["value"] == 2
+    assert records.reusable(tmp_path / "none.json", made) is None
+
+
+def test_another_version_of_what_computes_makes_another_key_and_of_what_does_not_the_same(tmp_path, monkeypatch):
+    path, made = _result(tmp_path, seed=0)
+    monkeypatch.setitem(records.VERSIONS, "deacl", 2)
+    assert records.made_from(("pgd",), seed=0) == made
+    monkeypatch.setitem(records.VERSIONS, "pgd", 2)
+    now = records.made_from(("pgd",), seed=0)
+    assert records.place(tmp_path, "a__b", now, ".json") != path
+    assert records.why(records.place(tmp_path, "a__b", now, ".json"), now) == ["the code's version of pgd (1, now 2)"]
+
+
+def test_why_names_what_differs_from_the_nearest_result(tmp_path):
+    for seed, eps in ((0, 0.1), (0, 0.2), (1, 0.3)):
+        _result(tmp_path, seed=seed, settings={"attack": {"eps": eps}}, hashes={"weights": "a"})
+    made = records.made_from(("pgd",), seed=1, settings={"attack": {"eps": 0.25}}, hashes={"weights": "a"})
+    path = records.place(tmp_path, "a__b", made, ".json")
+    assert records.why(path, made) == ["the setting attack.eps (0.3, now 0.25)"]
+    made = records.made_from(("pgd",), seed=1, settings={"attack": {"eps": 0.3}}, hashes={"weights": "b"})
+    assert records.why(path, made) == ["the hash of the weights"]
+    assert records.why(records.place(tmp_path, "other", made, ".json"), made) == []
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_keep_accepts_what_differs_in_a_version_alone_and_says_so(tmp_path, monkeypatch, suffix):
+    path, made = _result(tmp_path, seed=0)
+    tensors = {"a": torch.arange(3.0)}
+    records.write_tensors(tensors, records.about(made), path.with_suffix(".safetensors"))
+    monkeypatch.setitem(records.VERSIONS, "pgd", 2)
+    now, other = records.made_from(("pgd",), seed=0), records.made_from(("pgd",), seed=1)
+    places = [records.place(tmp_path, "a__b", m, suffix) for m in (now, other)]
+    read = records.reusable if suffix == ".json" else records.reusable_tensors
+    before = path.read_bytes()
+    assert read(places[0], now) is None
+    with monkeypatch.context() as keeping:
+        keeping.setattr(records, "keeping", True)
+        assert read(places[1], other) is None and not places[1].exists()  # another seed is no version
+        assert read(places[0], now) is not None
+    found = read(places[0], now)
+    assert path.read_bytes() == before  # the old one stays, for the old version
+    if suffix == ".json":
+        assert found["value"] == 1 and found["kept"] == [{"loops": {"pgd": 1}}]
+    else:
+        assert torch.equal(found[0]["a"], tensors["a"]) and found[1]["kept"] == '[{"loops": {"pgd": 1}}]'
 
 
 def test_records_are_found_and_stages_are_not_among_them(root):
@@ -76,26 +128,6 @@ def test_records_are_found_and_stages_are_not_among_them(root):
     records.write_json({"value": 3}, path)
     records.finish("p", "05_attack_depth", rows=1)
     assert records.read_records(root / "results" / "p") == [{"value": 3}]
-
-
-def _code_hash(folder, text, monkeypatch):
-    monkeypatch.setitem(records.SOURCES, "module", text)
-    return records.code_hash.__wrapped__("module")
-
-
-def test_code_hash_counts_code_alone(tmp_path, monkeypatch):
-    before = _code_hash(tmp_path, MODULE, monkeypatch)
-    words = (
-        MODULE.replace("About", "Other").replace("Twice x", "Two x").replace("  # as said", "").replace("\n\n", "\n")
-    )
-    assert _code_hash(tmp_path, words, monkeypatch) == before
-    assert _code_hash(tmp_path, MODULE.replace("2 * x", "3 * x"), monkeypatch) != before
-    assert _code_hash(tmp_path, MODULE + 'name = "a text that is no docstring"\n', monkeypatch) != before
-
-
-def test_code_hash_names_different_modules_differently():
-    assert records.code_hash("metrics") != records.code_hash("metrics", "heads")
-    assert records.code_hash("metrics", "heads") == records.code_hash("heads", "metrics")
 
 
 def test_state_hash_sees_value_name_type_and_shape():
@@ -182,8 +214,9 @@ def test_code_that_changes_while_a_process_runs_does_not_count(checkout):
 import pathlib, sys
 from ssl_robust import records
 for name in sys.argv[1:]:
-    pathlib.Path(name).write_text(records.SOURCES["settings"] + "FURTHER = 1")
-print(records.code_hash("settings"), records.REVISION)
+    path = pathlib.Path(name)
+    path.write_text(path.read_text().replace('"pgd": 1', '"pgd": 2'))
+print(records.digest(records.made_from(("pgd",))), records.REVISION)
 """
 
     def said(*edited):
@@ -192,7 +225,7 @@ print(records.code_hash("settings"), records.REVISION)
         done = subprocess.run(run, capture_output=True, text=True, check=True, env=environment, cwd=checkout)
         return done.stdout.split()
 
-    before, during, after = said(), said(checkout / "ssl_robust" / "settings.py"), said()
+    before, during, after = said(), said(checkout / "ssl_robust" / "records.py"), said()
     assert before == during and after[0] != before[0] and after[1] == before[1] + "+"
 
 

@@ -414,7 +414,7 @@ def planted_encoder(toys, monkeypatch):
 
 
 def _records(task, protocol):
-    found = evaluate.run_task(task, _in(protocol, encoders=[{"name": "planted"}]), "n")
+    found = evaluate.run_task(task, _in(protocol, encoders=[{"name": "planted"}]))
     return {record["attack"]: record for record in found}
 
 
@@ -442,7 +442,7 @@ def test_released_depth_differs_where_it_must(planted_encoder):
 
 def test_effects_are_a_row_for_each_difference_of_a_task(planted_encoder):
     given = planted.settings(attack={"steps": 2}, segmentation={"epochs": 2})
-    table = evaluate.effects(given, "appendix")
+    table = evaluate.effects(given)
     for task in TASKS:
         rows = table[table["task"] == task].set_index("protocol")
         names = [name for name, d in released.DIFFERENCES.items() if task in d["tasks"]]
@@ -455,7 +455,7 @@ def test_effects_are_a_row_for_each_difference_of_a_task(planted_encoder):
                 column = {"task": "attack"}.get(kind, kind)
                 assert rows[column][name] == rows[column]["paper"]
     assert not list(records.results_dir("toy").glob("*/*__*__*__*.json"))  # no table shows them
-    again = evaluate.effects(given, "appendix")
+    again = evaluate.effects(given)
     assert again.equals(table)
 
 
@@ -472,8 +472,9 @@ def test_effects_leave_the_heads_of_the_paper_alone(planted_encoder, monkeypatch
     monkeypatch.setattr(heads, "fit", lambda *args: trained.append(args[0]) or fit(*args))
     alone = planted.settings(attack={"steps": 1}).model_copy(update={"classification": None, "depth": None})
     for _ in range(2):
-        evaluate.effects(alone, "appendix")
+        evaluate.effects(alone)
         assert len(trained) == 4  # the paper's, head_recipe, native_input and all together
     folder = records.runs_dir("toy") / "heads"
     names = ("standard", "standard-head_recipe", "standard-native_input", "standard-released")
-    assert {path.stem for path in folder.iterdir()} == {f"segmentation__toys__planted__{name}" for name in names}
+    made = {path.stem.rpartition("__")[0] for path in folder.iterdir()}
+    assert made == {f"segmentation__toys__planted__{name}" for name in names}

@@ -1,5 +1,6 @@
 """Sanity checks on models of which one knows what an attack can do: good, weak and misled attacks."""
 
+import shutil
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -148,7 +149,7 @@ def tuned(toys, monkeypatch):
     monkeypatch.setattr(encoders, "load", load)
     monkeypatch.setattr(encoders, "random_init", lambda row, seed: planted.encoder(seed=99))
     settings = _settings()
-    deacl.finetune(settings.encoders[0], load(settings.encoders[0]), settings)
+    deacl.finetune_all(settings)
     return settings
 
 
@@ -176,7 +177,8 @@ def test_all_rows_are_checked_written_and_kept(tuned, monkeypatch):
     assert sanity.run_all(tuned) == found and calls == []
     only = tuned.model_copy(update={"segmentation": None, "depth": None})
     assert len(sanity.run_all(only)) == 2 and calls == []
-    assert len(list((records.results_dir("toy") / "sanity").glob("*/*.json"))) == 2  # the others are gone
+    assert len(list((records.results_dir("toy") / "sanity").glob("*/*.json"))) == 2  # the others are not shown
+    assert sanity.run_all(tuned) == found and calls == []  # but there
     only = only.model_copy(update={"encoders": [tuned.encoders[0].model_copy(update={"defenses": ["standard"]})]})
     for change in ({"seed": 1}, {"attack": Attack(steps=2)}, {"sanity": QUICK.model_copy(update={"n": 3})}):
         calls.clear()
@@ -186,7 +188,7 @@ def test_all_rows_are_checked_written_and_kept(tuned, monkeypatch):
 
 def _tables(settings, monkeypatch):
     """Records of classification's cells, and the attack settings of the images that sanity.run_all attacks after."""
-    found = evaluate.run_task("classification", settings, "03_attack_classification")
+    found = evaluate.run_task("classification", settings)
     made, original = [], attacks.attacked
     monkeypatch.setattr(attacks, "attacked", lambda *a, **k: made.append((a[0], a[5], a[6])) or original(*a, **k))
     return found, made
@@ -195,8 +197,7 @@ def _tables(settings, monkeypatch):
 def test_the_tables_attacks_are_taken_from_their_cells(tuned, monkeypatch):
     only = tuned.model_copy(update={"segmentation": None, "depth": None})
     alone = sanity.run_all(only)
-    for path in (records.results_dir("toy") / "sanity").rglob("*.json"):
-        path.unlink()
+    shutil.rmtree(records.runs_dir("toy") / "checks")
     _, made = _tables(only, monkeypatch)
     assert [r["checks"] for r in sanity.run_all(only)] == [r["checks"] for r in alone]
     assert all(attack != only.attack or seed != only.seed or kind == "embed" for kind, attack, seed in made)
@@ -211,15 +212,14 @@ def test_the_worst_case_has_what_the_checks_found(tuned, monkeypatch):
     lost = [0.0] * 3 + [1.0] * 5  # of the four that are checked the first three, whatever they were
     monkeypatch.setattr(sanity, "worst", lambda b, stats: torch.tensor([[0.0]] * 3 + [[1.0]]).double())
     sanity.run_all(only)
-    again = {r["defense"]: r for r in evaluate.run_task("classification", only, "n") if r["attack"] == "worst"}
+    again = {r["defense"]: r for r in evaluate.run_task("classification", only) if r["attack"] == "worst"}
     for defense, record in again.items():
         assert record["statistics"] == [min(pair) for pair in zip(before[defense]["statistics"], lost, strict=True)]
         assert record["checked"] == 4 and record["key"] != before[defense]["key"]
-        assert record["notebook"].endswith("03_attack_classification.ipynb")
     stored = records.record_path("toy", "classification", "toys", "planted", "standard", "worst")
     assert records.read_record(stored) == again["standard"]
     other = only.model_copy(update={"seed": 1})  # another cell, whose images were not checked
-    assert all(r.get("checked", 0) == 0 for r in evaluate.run_task("classification", other, "n"))
+    assert all(r.get("checked", 0) == 0 for r in evaluate.run_task("classification", other))
 
 
 def test_statistics_of_the_checks_are_in_the_order_of_the_test_set(toys):
@@ -232,11 +232,11 @@ def test_statistics_of_the_checks_are_in_the_order_of_the_test_set(toys):
 def test_checks_whose_statistics_are_gone_are_made_again(suffix, tuned):
     only = tuned.model_copy(update={"segmentation": None, "depth": None})
     first, _ = sanity.run_all(only)
-    path = evidence.checks_path("toy", *(first[k] for k in sanity.KEYS)).with_suffix(suffix)
-    whole = path.with_suffix(".safetensors").read_bytes()
+    path, tensors = (planted.stored(f"checks/*standard__*{end}") for end in (suffix, ".safetensors"))
+    whole = tensors.read_bytes()
     path.write_bytes(path.read_bytes()[:-2])
     assert sanity.run_all(only)[0]["checks"] == first["checks"]
-    assert path.with_suffix(".safetensors").read_bytes() == whole
+    assert tensors.read_bytes() == whole
 
 
 def test_a_damaged_result_is_made_again(tuned):
@@ -252,7 +252,7 @@ def test_checks_and_tables_see_the_same_images_and_the_same_attack(tuned):
     settings = settings.model_copy(update={"sanity": QUICK.model_copy(update={"n": 50})})
     found = {tuple(r[k] for k in sanity.KEYS): r for r in sanity.run_all(settings)}
     for task in ("classification", "depth"):
-        for record in evaluate.run_task(task, settings, "n"):
+        for record in evaluate.run_task(task, settings):
             row = found[tuple(record[k] for k in sanity.KEYS)]
             name = {"task": "attack"}.get(record["attack"], record["attack"])
             if name in ("clean", "attack", "embed"):
