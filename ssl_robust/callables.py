@@ -1,9 +1,10 @@
 """Encoders of one's own: a Python function from images to tokens, found by its name and tried before it is used."""
 
+import glob
 import importlib
-import inspect
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +23,11 @@ REPEATED, BATCHED = 1e-5, 1e-2
 class Own(nn.Module):
     """A callable in the place of a timm model. The modules that it is or uses are part of it: frozen, moved, hashed."""
 
-    def __init__(self, function: Callable[..., tuple[Tensor, Tensor]], call: str, source: str, uses: list[nn.Module]):
+    computes = ""  # what it gives, as identity says; measure finds it
+
+    def __init__(self, function: Callable[..., tuple[Tensor, Tensor]], call: str, uses: list[nn.Module]) -> None:
         super().__init__()
-        self.function, self.call, self.source, self.uses = function, call, source, nn.ModuleList(uses)
+        self.function, self.call, self.uses = function, call, nn.ModuleList(uses)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         """What the callable gives; BadInput unless it is cls (B, D) and patches (B, D, h, w), on `grid` if given."""
@@ -56,7 +59,7 @@ def find(row: EncoderRow) -> Own:
     if not callable(function) or isinstance(function, type):
         known = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
         raise BadInput(f"Encoder '{row.name}': {row.call} is no function; correct it (functions there: {known}).")
-    return Own(function, row.call, _source_hash(module, function), _modules(module, function))
+    return Own(function, row.call, _modules(module, function))
 
 
 def _import(row: EncoderRow) -> ModuleType:
@@ -98,17 +101,6 @@ def _modules(module: ModuleType, function: Callable) -> list[nn.Module]:
     return [m for m in dict.fromkeys(v for v in reached if isinstance(v, nn.Module)) if m not in own]
 
 
-def _source_hash(module: ModuleType, function: Callable) -> str:
-    """Short hash of what is computed besides weights: the module's text (in a notebook the function's) and tensors."""
-    tensors = {name: value.to_dense() for name, value in vars(module).items() if isinstance(value, Tensor)}
-    for what in (module, function):
-        try:
-            return records.digest([inspect.getsource(what), records.state_hash(tensors)])
-        except (OSError, TypeError):
-            continue
-    return ""
-
-
 def measure(row: EncoderRow, own: Own, mean: Tensor, std: Tensor, native: int) -> tuple[int, int]:
     """Patch side and D of a callable, tried on images of `native` px that are normalised by mean and std.
 
@@ -131,7 +123,35 @@ def measure(row: EncoderRow, own: Own, mean: Tensor, std: Tensor, native: int) -
             f"Encoder '{row.name}': {row.call} gives {down} x {across} patch tokens for {native} x {native} px; give a "
             f"square grid whose side divides the native size, or set native."
         )
-    return native // down, given[1].shape[1]
+    patch = native // down
+    own.computes = identity(row.name, (*given, *_elsewhere(own, native + patch, native + 2 * patch)))
+    return patch, given[1].shape[1]
+
+
+@torch.no_grad()
+def _elsewhere(own: Own, height: int, width: int) -> tuple[Tensor, ...]:
+    """What a callable gives for an image of another size; nothing if it takes none."""
+    try:
+        return own(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(1)))
+    except Exception:  # refusing such images is its own affair
+        return ()
+
+
+def identity(name: str, given: tuple[Tensor, ...]) -> str:
+    """A name for these tokens: that of earlier ones that are the same up to rounding, else a new one.
+
+    So what a callable computes is known again, whatever files it has that from, and on any number of threads.
+    """
+    tokens = {str(i): t.detach().contiguous() for i, t in enumerate(given)}
+    folder, new = records.home() / "callables", records.state_hash(tokens)
+    for path in sorted(folder.glob(f"{glob.escape(name)}__*.safetensors")):
+        with suppress(BadInput):
+            before = records.read_tensors(path)[0]
+            same = {k: t.shape for k, t in before.items()} == {k: t.shape for k, t in tokens.items()}
+            if same and _alike(tuple(before[k] for k in tokens), tuple(tokens.values()), REPEATED):
+                return path.stem.rpartition("__")[2]
+    records.write_tensors(tokens, {}, folder / f"{name}__{new}.safetensors")
+    return new
 
 
 def _tokens(row: EncoderRow, own: Own, x: Tensor) -> tuple[Tensor, Tensor]:

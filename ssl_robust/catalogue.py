@@ -112,12 +112,12 @@ def once(open_file: Callable[[Path], Any]) -> Callable[[Path], Any]:
     """`open_file`, called once for each file as it now is, and again in each process, as workers share no handles."""
 
     @lru_cache(maxsize=64)
-    def kept(pid: int, path: Path, size: int, changed: int) -> Any:
+    def kept(pid: int, path: Path, size: int, *changed: int) -> Any:
         return open_file(path)
 
     def opened(path: Path) -> Any:
         state = path.stat()
-        return kept(os.getpid(), path, state.st_size, state.st_mtime_ns)
+        return kept(os.getpid(), path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
     return opened
 

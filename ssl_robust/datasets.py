@@ -34,8 +34,7 @@ __all__ = ["DATASETS", "IGNORE", "Dataset", "Item", "Part"]  # offered here too
 MAX_DEPTH = 10.0  # metres; the depth heads predict 0.001 .. 10 m (section 4.1)
 NEAR = 0.15  # metres; depths of half the pixels are larger in any scene, and smaller if they are in other units
 SPLITS = ("train", "val", "test")
-SAMPLE = 2000  # images of a large subset whose content is hashed, and which are read through before long work
-SAMPLE_INSIDE = 200  # the same for the hash of images inside large files, which change as a whole
+SAMPLE = 2000  # images of a large subset that are read through before long work
 LOOK, FEW = 40, 8  # images of a split that are read before anything long: at most, and where nothing is doubtful
 T = TypeVar("T")
 FLIPPED = ("classification", "depth")  # tasks whose only augmentation is a flip, left to right
@@ -154,6 +153,7 @@ class Subset(torch.utils.data.Dataset):
         self.view = 0
         self.flip: bool | None = False
         self.damaged: list[str] = []
+        self._hashed: tuple[list[Item], str] = ([], "")  # of which items, as copies get others
 
     def __len__(self) -> int:
         return len(self.items)
@@ -184,21 +184,21 @@ class Subset(torch.utils.data.Dataset):
         return bool(image_seed(self.seed + self.view, self.ids[i]) % 2) if self.flip is None else self.flip
 
     @property
-    def loops(self) -> tuple[str, ...]:
-        """What makes its images, of records.VERSIONS: scenes are rendered, and stand for themselves in the hash."""
-        rendered = any(isinstance(item.image, Tensor) for item in self.items)
-        return ("data", "scenes") if rendered else ("data",)
-
-    @property
     def hash(self) -> str:
-        """Short hash of identifiers, labels and the content of the images; of large subsets, of evenly spread ones."""
-        labels = [item.target for item in self.items if isinstance(item.target, int)]
-        hasher = hashlib.sha256(json.dumps([self.ids, labels]).encode())
-        inside = bool(self.items) and isinstance(self.items[0].image, Part)
-        for item in spread(self.items, SAMPLE_INSIDE if inside else SAMPLE):
-            for part in (item.image, item.target):
-                hasher.update(_content(part))
-        return hasher.hexdigest()[:16]
+        """Short hash of identifiers, classes, labels, and of the content of all files or tensors, whole."""
+        if self._hashed[0] is not self.items:
+            self._hashed = self.items, _hash(self)
+        return self._hashed[1]
+
+
+def _hash(subset: Subset) -> str:
+    parts = [part for item in subset.items for part in (item.image, item.target)]
+    inside = [part if isinstance(part, int) else repr(part.key) for part in parts if isinstance(part, int | Part)]
+    hasher = hashlib.sha256(json.dumps([subset.ids, subset.classes, inside]).encode())
+    for part in (part for part in parts if isinstance(part, Tensor)):
+        hasher.update(part.numpy().tobytes())
+    hasher.update(_content(list(dict.fromkeys(_file(part) for part in parts if isinstance(part, Path | Part)))))
+    return hasher.hexdigest()[:16]
 
 
 def _mirrored(part: Tensor | int) -> Tensor | int:
@@ -211,23 +211,24 @@ def spread(items: Sequence[Any], count: int = SAMPLE) -> Sequence[Any]:
     return items[:: max(1, len(items) // count)]
 
 
-def _content(part: object) -> bytes:
-    """Digest of what a file or a part of it holds; nothing for tensors and labels, which the identifier stands for."""
-    if not isinstance(part, Path | Part):
-        return b""
-    file = part if isinstance(part, Path) else part.file
-    try:
-        state = file.stat()
-    except OSError as error:
-        raise _unreadable(part, error) from None
-    return _digest(part, state.st_size, state.st_mtime_ns)
+def _content(files: list[Path]) -> bytes:
+    """Digest of the content of files; those that the file system says are the same as before are not read again."""
+    known = records.home() / "hashes" / records.digest([_state(file) for file in files])
+    found = records.read_sealed(known) if files else b""
+    if found is None:
+        with ThreadPoolExecutor(min(8, _cores())) as pool:
+            each = track(pool.map(_digest, files), total=len(files), desc="reading files to know them again")
+            found = hashlib.sha256(b"".join(each)).digest()
+        records.write_sealed(found, known)
+    return found
 
 
-@cache
-def _digest(part: Path | Part, size: int, changed: int) -> bytes:
-    whole = isinstance(part, Path)
-    content = _of(part, part.read_bytes) if whole else np.ascontiguousarray(_pixels(part)).tobytes()
-    return hashlib.sha256(content).digest()
+def _digest(file: Path) -> bytes:
+    def read() -> bytes:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").digest()
+
+    return _of(file, read)
 
 
 def image_seed(seed: int, image_id: str) -> int:
@@ -401,14 +402,19 @@ def _damaged(task: str, name: str, split: str, items: list[Item], settings: Sett
     Raises BadInput if no image would be left, or for a target that can be read and is wrong.
     """
     stored = [item for item in items if not isinstance(item.image, Tensor)]
-    path = records.runs_dir(settings.profile) / "damaged" / f"{task}__{name}__{split}.json"
-    key = records.digest([[item.id, *map(_state, item[1:])] for item in stored])
-    found = records.reusable(path, key) if stored else {"damaged": {}}
+    made = records.made_from((), state=records.digest([[item.id, *map(_state, item[1:])] for item in stored]))
+    folder = records.runs_dir(settings.profile) / "damaged"
+    path = records.place(folder, f"{task}__{name}__{split}", made, ".json")
+    found = records.reusable(path, made) if stored else {"damaged": {}}
     if found is None:
         with ThreadPoolExecutor(1 if isinstance(stored[0].image, Part) else min(8, _cores())) as pool:
             whys = pool.map(lambda item: _why_unreadable(item, task), stored)
             whys = list(track(whys, total=len(stored), desc=f"looking for damage in {name} ({split})"))
-        found = {"key": key, "damaged": {i.id: why for i, why in zip(stored, whys, strict=True) if why}}
+        found = {
+            "key": records.digest(made),
+            "made_from": made,
+            "damaged": {i.id: why for i, why in zip(stored, whys, strict=True) if why},
+        }
         records.write_record(found, path)
     if len(found["damaged"]) == len(items):
         raise BadInput(f"None of the {len(items)} images of {name} ({split}) can be read; restore the data set.")
@@ -416,12 +422,13 @@ def _damaged(task: str, name: str, split: str, items: list[Item], settings: Sett
 
 
 def _state(part: object) -> object:
-    """What changes when a file does; parts of a file and labels stand for themselves."""
+    """What changes when a file does (its ctime cannot be put back); parts of a file and labels stand for themselves."""
     file = _file(part)
     if not isinstance(file, Path):
         return None if isinstance(part, Tensor) else part
     state = file.stat() if file.is_file() else None
-    return [str(file), repr(part[2:]) if isinstance(part, Part) else "", state and (state.st_size, state.st_mtime_ns)]
+    facts = state and (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+    return [str(file), repr(part[2:]) if isinstance(part, Part) else "", facts]
 
 
 def _why_unreadable(item: Item, task: str) -> str:

@@ -353,7 +353,7 @@ def made_from(teacher: Encoder, settings: Settings) -> records.Made:
     """What a DeACL run is made from; the number of processes decides nothing but rounding, nor does what is kept."""
     train, held_out = _images(settings, teacher)
     return records.made_from(
-        [*train.loops, "encoders", "pgd", "deacl"],
+        ["data", "encoders", "pgd", "deacl"],
         settings=settings.deacl.model_dump(exclude={"dataset", "n_train", "n_val", "checkpoints", "processes"}),
         seed=settings.seed,
         precision=compute.precision(settings.precision, records.pick_device(settings.device)),

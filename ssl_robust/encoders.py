@@ -156,11 +156,11 @@ class Encoder(nn.Module):
 
     @cached_property
     def hash(self) -> str:
-        """Short hash of all that decides the tokens: weights, normalisation, native px, positions, a callable's source.
+        """Short hash of what decides the tokens: weights, model, normalisation, native px, positions; see callables.
 
         Results of this encoder are filed under it.
         """
-        more = [getattr(self.backbone, name, None) for name in ("positions", "source")]
+        more = [getattr(self.backbone, name, None) for name in ("model", "positions", "computes")]
         return records.digest([records.state_hash(self.state_dict()), self.native, *filter(None, more)])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -417,6 +417,7 @@ def _create(row: EncoderRow, model: str, pretrained: bool) -> nn.Module:
 
 def _encoder(row: EncoderRow, known: Known, backbone: nn.Module, name: str, origin: str) -> Encoder:
     patch, dim = _measure(row, backbone.eval())
+    backbone.model = f"{known.timm}{' for 32 px' * known.cifar_stem}"  # weights may fit several
     return Encoder(backbone, name, row.native or known.native, *normalisation(row, known), patch, dim, origin)
 
 

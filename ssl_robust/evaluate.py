@@ -294,7 +294,7 @@ def _about(model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, 
 def loops(model: TaskModel, test: Subset, kind: str) -> list[str]:
     """What computes a cell, of records.VERSIONS."""
     attack = [] if kind == "clean" else ["pgd", kind if kind in KINDS else "strong"]
-    return [*test.loops, "encoders", "heads", "metrics", *attack, *(["released"] if model.protocol else [])]
+    return ["data", "encoders", "heads", "metrics", *attack, *(["released"] if model.protocol else [])]
 
 
 def _path(about: dict[str, Any], settings: Settings, suffix: str = ".json") -> Path:

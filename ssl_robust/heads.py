@@ -444,7 +444,7 @@ def sources(
     section, aside = settings.task(task), {"datasets", "n_train", "n_val", "n_test", "attack_batch", "stride", "crop"}
     train, val = (datasets.load(task, dataset, split, settings, encoder.native) for split in ("train", "val"))
     made = records.made_from(
-        [*train.loops, "encoders", "heads", "training", "metrics"],
+        ["data", "encoders", "heads", "training", "metrics"],
         task=task,
         settings=section.model_dump(exclude=aside),
         seed=settings.seed,

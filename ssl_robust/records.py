@@ -34,7 +34,7 @@ DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # What computes numbers, each with a version that is raised whenever its numbers change; every key holds those that its
 # result was made by. versions.py holds golden numbers of each, which fail where they move and the version does not.
 VERSIONS = {
-    "scenes": 1,  # rendering
+    "scenes": 1,  # rendering; their pixels are hashed like all others
     "data": 1,  # reading, resizing, augmenting
     "encoders": 1,  # from pixels to tokens
     "heads": 1,  # from tokens to predictions, the sliding window
@@ -310,10 +310,11 @@ def _between(before: Made, now: Made) -> list[str]:
     for name in dict.fromkeys([*flat[0], *flat[1]]):
         one, other = (side.get(name) for side in flat)
         if one != other:
-            top, _, rest = name.partition(".")
+            # what is made from several cells differs as they do
+            top, _, rest = (name.split(".", 2)[2] if name.startswith("cells.") else name).partition(".")
             said = f"{SAID.get(top, f'the {top}')}{f' {rest}' if rest else ''}"
             words.append(said if top == "hashes" else f"{said} ({_short(one)}, now {_short(other)})")
-    return words
+    return list(dict.fromkeys(words))
 
 
 def _short(value: Any) -> str:

@@ -24,7 +24,7 @@ import torch
 from .records import VERSIONS, write_bytes
 from .settings import BadInput
 
-VERSION = VERSIONS["scenes"]  # names the cache: of another version, other images
+VERSION = f"v{VERSIONS['scenes']}"  # names the cache: of another version, other images
 SPLITS = {"train": 101, "val": 202, "test": 303}  # first word of each image's seed, so splits never share a seed
 TAU = 2 * np.pi
 Array = np.ndarray

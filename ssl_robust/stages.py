@@ -34,6 +34,8 @@ def stage_of(job: wanted.Job) -> str:
 def undone(settings: Settings, found: list[Wanted]) -> dict[str, str]:
     """The stages that are not done, in their order, with the reason of each in a few words."""
     reasons = {name: _why_not(name, settings, found) for name in plan.STAGES}
+    if any(reasons[NOTEBOOK[task]] for task in TASKS):
+        reasons["06_figures"] = reasons["06_figures"] or "the tables are made anew"
     return {name: why for name, why in reasons.items() if why}
 
 
@@ -98,9 +100,9 @@ def text(settings: Settings, found: list[Wanted]) -> str:
 def _reasons(made: list[Wanted]) -> str:
     """Why results are made, the most frequent reasons first."""
     counted = Counter(", ".join(w.why) if w.why else "" for w in made)
-    words = [f"{times} by {why}" for why, times in counted.most_common() if why][:FEW]
+    words = [f"{times} for {why}" for why, times in counted.most_common() if why][:FEW]
     if fresh := counted[""]:
-        words.append(f"{fresh} for the first time, or after what they need")
+        words.append(f"{fresh} not there yet")
     return "; ".join(words)
 
 

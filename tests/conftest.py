@@ -27,6 +27,16 @@ if os.environ.get("SSL_ROBUST_TEST_BF16") == "1":
 matplotlib.use("Agg")
 
 
+PROJECT = records.ROOT
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for all profiles lies in no test's project, unless that has a folder of its own."""
+    own = tmp_path_factory.mktemp("home")
+    monkeypatch.setattr(records, "home", lambda: own if records.ROOT == PROJECT else records.ROOT / "runs" / ".home")
+
+
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A temporary folder where this test, and kernels it starts, keep results/, runs/ and figures/."""

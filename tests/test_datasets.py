@@ -3,9 +3,11 @@
 import dataclasses
 import hashlib
 import os
+import pickle
 import re
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -325,13 +327,79 @@ def test_hash_names_the_images_and_their_content(tmp_path):
 def test_files_are_read_once_for_all_hashes(tmp_path, monkeypatch):
     trees.voc(tmp_path)
     subset, again, reads = _load("segmentation", "test", tmp_path), _load("segmentation", "test", tmp_path), []
-    whole = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or whole(path))
+    whole = datasets._digest
+    monkeypatch.setattr(datasets, "_digest", lambda path: reads.append(path) or whole(path))
     assert subset.hash == subset.hash == again.hash
     assert len(reads) == 6  # three images and their masks
+    for known in (records.home() / "hashes").iterdir():
+        known.write_bytes(known.read_bytes()[:-1])
+    assert _load("segmentation", "test", tmp_path).hash == subset.hash and len(reads) == 12  # what was kept is damaged
 
 
-def test_hashes_of_large_subsets_are_of_spread_images():
+def test_a_file_of_the_same_size_and_an_older_time_is_another_one(tmp_path):
+    trees.voc(tmp_path)
+    subset = _load("segmentation", "test", tmp_path)
+    path, before = subset.items[1].image, subset.hash
+    content, state = bytearray(path.read_bytes()), path.stat()
+    content[-3] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # as cp -p, rsync -a and tar leave it
+    assert path.stat().st_mtime_ns == state.st_mtime_ns
+    assert _load("segmentation", "test", tmp_path).hash != before
+
+
+def _cifar(root, change):
+    """Hash of 1,000 test images of CIFAR-10 whose batch, {"data", "labels"}, was changed."""
+    generator = np.random.default_rng(0)
+    data = generator.integers(256, size=(1000, 3 * 32 * 32), dtype=np.uint8)
+    batch = {"data": data, "labels": [i % 10 for i in range(1000)]}
+    change(batch)
+    (root / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(batch, protocol=2))
+    settings = planted.settings(
+        data_root=str(root), counts="any", classification={"datasets": ["cifar10"], "n_test": 1000}
+    )
+    return datasets.load("classification", "cifar10", "test", settings, 8).hash
+
+
+def test_every_image_and_every_label_is_part_of_the_hash(tmp_path):
+    trees.cifar(tmp_path)
+    changes = [
+        lambda batch: None,
+        lambda batch: batch.update(labels=[(y + 1) % 10 for y in batch["labels"]]),
+        lambda batch: batch["labels"].__setitem__(999, 0),
+        lambda batch: batch.update(data=batch["data"] ^ (255 * (np.arange(1000) % 5 > 0)[:, None]).astype(np.uint8)),
+        lambda batch: batch["data"].__setitem__((998, 7), 0),
+    ]
+    found = [_cifar(tmp_path, change) for change in changes]
+    assert len(set(found)) == 5 and _cifar(tmp_path, changes[0]) == found[0]
+
+
+def test_a_class_more_makes_another_hash(tmp_path, toys, monkeypatch):
+    first = datasets.load("segmentation", "toys", "test", planted.settings(), 16).hash
+    more = replace(planted.TOYS, classes={"segmentation": (*planted.CLASSES, "black")})
+    monkeypatch.setitem(datasets.DATASETS, "toys", more)
+    assert datasets.load("segmentation", "toys", "test", planted.settings(), 16).hash != first
+
+
+def test_other_pixels_of_rendered_images_make_another_hash(toys):
+    subset = datasets.load("depth", "toys", "test", planted.settings(), 16)
+    other = datasets.load("depth", "toys", "test", planted.settings(), 16)
+    assert subset.hash == other.hash
+    items = [*other.items[:-1], other.items[-1]._replace(target=other.items[-1].target + 1)]
+    other.items = items
+    assert subset.hash != other.hash
+
+
+def test_adding_a_data_set_or_another_address_changes_no_hash(tmp_path, monkeypatch):
+    trees.image_folder(tmp_path)
+    first = _load("classification", "test", tmp_path).hash
+    monkeypatch.setitem(datasets.DATASETS, "more", planted.TOYS)
+    moved = [a._replace(url="http" + a.url) for a in datasets.DATASETS["cifar10"].archives]
+    monkeypatch.setitem(datasets.DATASETS, "cifar10", replace(datasets.DATASETS["cifar10"], archives=tuple(moved)))
+    assert _load("classification", "test", tmp_path).hash == first
+
+
+def test_of_large_subsets_evenly_spread_images_are_looked_at():
     assert datasets.spread(list(range(3999))) == list(range(3999))
     chosen = datasets.spread(list(range(50_001)))
     assert 2000 <= len(chosen) < 4000 and chosen[-1] > 49_000 and len(set(np.diff(chosen))) == 1

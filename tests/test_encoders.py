@@ -478,10 +478,40 @@ def test_a_function_becomes_an_encoder(write):
     assert encoders.load(write(GOOD)).native == 32 and encoders.load(write(GOOD, native=None)).native == 224
 
 
-def test_a_functions_source_counts_in_the_hash(write):
-    rows = [write(GOOD), write(GOOD), write(GOOD.replace("-1, 1", "-1, 2"))]
-    same, again, other = (encoders.load(row).hash for row in rows)
-    assert same == again != other
+def test_what_a_function_computes_counts_in_the_hash_and_no_word_of_its_source(write):
+    rows = [write(GOOD), write(GOOD), write(GOOD.replace("-1, 1", "-1, 2")), write(f'"""Said."""\n{GOOD}  # more\n')]
+    same, again, other, said = (encoders.load(row).hash for row in rows)
+    assert same == again == said != other
+
+
+def test_helper_modules_and_files_that_a_function_reads_count_in_the_hash(write, root):
+    helper, weights = root / "notebooks" / "own_helper.py", root / "weights.pt"
+    text = GOOD.replace("filters = ", f"import own_helper\nfilters = torch.load({str(weights)!r}) * ").replace(
+        "images, filters", "own_helper.scaled(images), filters"
+    )
+    found = []
+    for scale, weight in ((1, 1.0), (1, 1.0), (2, 1.0), (1, 1.001)):
+        helper.write_text(f"def scaled(images): return {scale} * images")
+        torch.save(torch.tensor(weight), weights)
+        sys.modules.pop("own_helper", None)
+        found.append(encoders.load(write(text)).hash)
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
+def test_tokens_that_differ_by_rounding_are_the_same_function(write):
+    first = encoders.load(write(GOOD)).hash
+    rounded = GOOD.replace("return patches.mean((2, 3)), patches", "return patches.mean((2, 3)) * (1 + 2e-7), patches")
+    assert encoders.load(write(rounded)).hash == first
+
+
+def test_other_models_that_the_same_weights_fit_are_other_encoders(monkeypatch):
+    hashes = []
+    for model in ("vit_tiny_patch16_224", "deit_tiny_patch16_224"):
+        monkeypatch.setitem(encoders.KNOWN, "tiny", encoders.Known(model, 224, public=True))
+        hashes.append(encoders.random_init(EncoderRow(name="tiny"), 0).hash)
+    assert hashes[0] != hashes[1]
+    monkeypatch.setitem(encoders.KNOWN, "one_more", encoders.Known("resnet18", 64))
+    assert encoders.random_init(EncoderRow(name="tiny"), 0).hash == hashes[1]
 
 
 def test_a_modules_weights_are_frozen_and_count_in_the_hash(write):

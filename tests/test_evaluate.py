@@ -109,7 +109,7 @@ def test_a_record_says_all(task, kind, toys):
     assert record["settings"]["task"] == planted.settings().task(task).model_dump()
     assert set(record["hashes"]) == {"weights", "head", "data"} and len(record["key"]) == 16
     attacked = {"clean": set(), "embed": {"pgd", "embed"}, "task": {"pgd", "task"}}[kind]
-    assert set(record["made_from"]["loops"]) - {"data", "scenes"} == {"encoders", "heads", "metrics"} | attacked
+    assert set(record["made_from"]["loops"]) == {"data", "encoders", "heads", "metrics"} | attacked
     assert len(record["statistics"]) == 8 and record["notebook"] == ""  # no notebook was executed
     assert record["max_perturbation"] == 0 if kind == "clean" else 0 < record["max_perturbation"] <= 8 / 255 + 1e-6
     assert record["se"] > 0 and record["chance"] == 0.35
