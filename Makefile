@@ -5,7 +5,7 @@ $(error This Makefile works in its own folder; write for example make -C FOLDER 
 endif
 # What a user gives is taken letter by letter ('$' too), and reaches a shell only as a variable of the environment, never
 # as a part of a command.
-GIVEN := PROFILE DATA EXECUTOR CLUSTER AT_ONCE NAME CELL
+GIVEN := PROFILE DATA EXECUTOR CLUSTER AT_ONCE NAME CELL LAB
 $(foreach name,$(GIVEN),$(if $(filter undefined,$(origin $(name))),,$(eval override $(name) := $$(value $(name)))))
 
 PROFILE ?= demo
@@ -13,7 +13,7 @@ DATA    ?=
 # Where `make paper` computes: here, notebook by notebook; local or slurm: as jobs, see params/cluster/$(CLUSTER).yaml
 EXECUTOR ?=
 CLUSTER ?= $(EXECUTOR)
-export DATA CLUSTER NAME CELL
+export DATA CLUSTER NAME CELL LAB
 PYTHON  ?= python3
 # Notebooks that run side by side where they do not depend on each other: while one starts or draws, the other computes.
 # One after the other where there is a GPU, whose memory each of them expects for itself.
@@ -108,12 +108,12 @@ bench: $(STAMP) ## speed and strength of the attacks beside other implementation
 example: $(STAMP) ## for maintainers: what the last run of PROFILE made becomes the committed example
 	@$(PY) -m ssl_robust.committed $(PROFILE)
 
-lab: $(STAMP) ## JupyterLab on the notebooks
-	@$(PY) -m jupyterlab notebooks
+lab: $(STAMP) ## JupyterLab on copies of the notebooks, in lab/ (options: LAB="--allow-root --no-browser --port 8899")
+	@$(PY) -m ssl_robust.lab
 
 test: $(STAMP) ## ruff, unit tests, notebook rules, nbval
 	@$(PY) -m ruff check ssl_robust tests notebooks
-	@env -u DATA -u CLUSTER -u NAME -u CELL $(PY) -m pytest
+	@env -u DATA -u CLUSTER -u NAME -u CELL -u LAB $(PY) -m pytest
 
 reference: $(STAMP) ## the notebooks that nbval compares with, made anew
 	@$(PY) tests/make_reference.py

@@ -126,7 +126,7 @@ def replace(profile: str) -> str:
         )
     left_out = PAGES if any(r["dataset"] != "scenes" for r in found) else ()
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*left_out))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("lab", *left_out))
     shutil.copy(params, params_path(profile))
     if (page := target / "index.html").is_file():  # its links to executed notebooks: this folder lies one deeper
         disk.write_bytes(page.read_bytes().replace(b'href="../../', b'href="../../../'), page)

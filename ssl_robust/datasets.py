@@ -702,12 +702,12 @@ def verify(name: str, root: str) -> None:
     """Compares the files of a data set that have an official MD5 with it; raises BadInput naming one that differs."""
     for place, expected in DATASETS[name].md5.items() if name in DATASETS else ():
         file = Path(root) / place
-        if file.is_file() and _md5(file, file.stat().st_size, file.stat().st_mtime_ns) != expected:
+        if file.is_file() and _md5(file, json.dumps(_state(file))) != expected:
             raise BadInput(f"{file} differs from the official file (its MD5 is not {expected}); fetch it again.")
 
 
 @cache
-def _md5(file: Path, size: int, changed: int) -> str:
+def _md5(file: Path, state: str) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "md5").hexdigest()
 

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -376,7 +377,7 @@ def stored(row: EncoderRow, teacher: Encoder, settings: Settings) -> Found:
     if done and not set(epochs) <= set(done["epochs"]):
         place = place.with_name(f"{place.name}-{records.digest(epochs)}")
         done = _finished(place, made)
-    if done and _whole(place.with_name(done["folder"]), epochs):
+    if done and _whole(place.with_name(Path(done["folder"]).name), epochs):
         return {**done, "epochs": epochs}, None, place, made
     return None, _read_state(place, records.digest(made), epochs), place, made
 
@@ -602,6 +603,8 @@ def variants(row: EncoderRow, profile: str, data_root: str = "") -> list[tuple[s
 
 def tuned(row: EncoderRow, profile: str, index: dict[str, Any]) -> list[tuple[str, int, Path]]:
     """The variants that the DeACL run with this index has left of a row, or will leave."""
+    if not re.fullmatch(r"[0-9a-f-]+", index["folder"]):  # what a file says leads to no other place
+        raise BadInput(f"DeACL of '{row.name}' names no folder; delete results/{profile} and run 02_deacl again.")
     epochs = index["epochs"]
     names = [f"deacl-epoch{n}" for n in epochs[:-1]] + ["deacl"]
     paths = [checkpoint_path(profile, row.name, index["folder"], n) for n in epochs]

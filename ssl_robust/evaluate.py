@@ -126,7 +126,7 @@ def measured(model: TaskModel, test: Subset, kind: str, settings: Settings) -> t
     )  # fmt: skip
     return {
         **_numbers(model, test, kind, out.stats, settings.seed),
-        "max_perturbation": out.largest, "nonfinite": out.nonfinite, "health": found | {"flags": health.flags(found)},
+        "max_perturbation": out.largest, "nonfinite": out.nonfinite, "health": found | {"flags": evidence.flags(found)},
         "batch": out.batch, "seconds": round(time.perf_counter() - start, 2),
     }, out.stats  # fmt: skip
 
@@ -240,7 +240,9 @@ def _checked(model: TaskModel, test: Subset, variant: tuple[str, int], settings:
         return None
     if result["cell"] != records.digest(place(model, test, variant, "task", settings)[1]):
         return None
-    found = records.reusable_tensors(checks_place(settings.profile, result, ".safetensors"), result["made_from"])
+    about, made = dict(zip(("task", "dataset", "encoder", "defense"), names, strict=True)), result["made_from"]
+    path = checks_place(settings.profile, about | {"made_from": made}, ".safetensors")
+    found = records.reusable_tensors(path, made)
     return found and (result["key"], unpacked(found[0]))
 
 

@@ -9,6 +9,10 @@ from .settings import TASKS, BadInput
 Record = dict[str, Any]
 
 CELL = ("task", "dataset", "encoder", "defense", "attack")
+# flags are raised beyond
+ZERO_STEPS = 0.01  # share of image-steps without a gradient
+RISING = 0.25  # share of images whose loss still rises
+MISSED = 0.25  # share of images with a better iterate before; PGD's last steps go up and down around a maximum
 
 
 def read_skipped(folder: Path) -> list[Record]:
@@ -55,8 +59,40 @@ def reasons(record: Record) -> list[str]:
 
 
 def own_flags(record: Record) -> list[str]:
-    """Sentences of a record's own health record; none if it has none."""
-    return list((record.get("health") or {}).get("flags", ()))
+    """Sentences on a record's own attack, by its health record's numbers and today's thresholds; none without one."""
+    health = record.get("health") or {}
+    return flags(health) if {"images", "gradients"} & {*health} else list(health.get("flags", ()))
+
+
+def flags(health: Record | None) -> list[str]:
+    """One sentence for each thing that is wrong with an attack beyond its threshold; none: it worked as it should."""
+    health = health or {}
+    images, found = health.get("images", 0), []
+    if bad := health.get("nonfinite"):
+        found.append(f"the predictions of {_images(bad)} are not finite")
+    if bad := health.get("nan_gradient"):
+        found.append(f"the gradients of {_images(bad)} are not finite")
+    if share := health.get("nan_share"):
+        found.append(f"{_percent(share)} of the gradients are not finite")
+    if (share := health.get("zero_share", 0)) > ZERO_STEPS:
+        where = f"in {_percent(share)} of all steps"
+        where += f" ({_images(health['zero_gradient'])} of {images})" if images else ""
+        found.append(f"the gradient is exactly zero {where}, so the attack stands still there")
+    if images and (share := health["rising"] / images) > RISING:
+        found.append(f"the loss of {_percent(share)} of the images still rises at the last step (not converged)")
+    if images and (share := health["missed"] / images) > MISSED:
+        found.append(f"{_percent(share)} of the images had an iterate of clearly larger loss than the one evaluated")
+    if bad := health.get("missed_adversarial"):
+        found.append(f"{_images(bad)} classified rightly had an iterate that was misclassified")
+    return found
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' if count != 1 else ''}"
+
+
+def _percent(share: float) -> str:
+    return "less than 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
 
 
 def _cell(record: Record) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import difflib
 import json
 import shlex
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +137,28 @@ def _against_standard(record: Record, records: list[Record]) -> list[str]:
     return [_line("DeACL-Standard", words)]
 
 
+def _executed(record: Record) -> Path | None:
+    """The executed notebook that a record names; None if it names none, or a place that is no such file's."""
+    runs = (disk.ROOT / "runs").resolve()
+    path = (disk.ROOT / record["notebook"]).resolve() if record["notebook"] else runs
+    return path if path.suffix == ".ipynb" and path.is_relative_to(runs) else None
+
+
 def _data(profile: str) -> str:
-    """DATA as make remembers it from its last run of a profile."""
-    path = disk.runs_dir(profile) / "data_root"
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    """The data folder that the profile's notebooks were executed with; '' if none or unknown."""
+    for path in sorted(disk.runs_dir(profile).glob("*.ipynb")):
+        try:
+            return disk.read_json(path)["metadata"]["papermill"]["parameters"]["data_root"]
+        except (BadInput, KeyError, TypeError):  # a notebook that has no need of data
+            continue
+    return ""
 
 
 def command(profile: str, record: Record) -> str:
-    """The shell command that makes this cell alone again: without its record and its stage's file, make goes there."""
-    place = [record[name] for name in evidence.CELL]
-    stage = disk.stage_path(profile, Path(record["notebook"]).stem)
-    paths = [p.relative_to(disk.ROOT).as_posix() for p in (disk.record_path(profile, *place), stage)]
+    """The shell command that makes this cell alone again: make does so where its stored result is not there."""
+    name = "__".join([*(record[part] for part in evidence.CELL), record["key"]]).replace("/", "_")  # no other folder
+    stored = disk.runs_dir(profile) / "cells" / name
+    paths = [f"{stored.relative_to(disk.ROOT).as_posix()}{suffix}" for suffix in (".json", ".safetensors")]
     make = ["make", place_of(record)[0], *([f"PROFILE={profile}"] if profile != "demo" else [])]
     if data := _data(profile):
         make.append(f"DATA={data}")
@@ -154,8 +166,19 @@ def command(profile: str, record: Record) -> str:
 
 
 def _notebook(record: Record) -> str:
-    there = (disk.ROOT / record["notebook"]).is_file()
-    return record["notebook"] + ("" if there else " (not here: it is left where the notebooks were run)")
+    """The executed notebook in which a number was made, if it is still that, or why there is none."""
+    path = _executed(record)
+    if path is None:
+        return "none: it was made in JupyterLab, by a job or by a script"
+    if not path.is_file():
+        return f"{record['notebook']} (not here: it is left where the notebooks were run)"
+    try:
+        run = disk.read_json(path.with_suffix(".time.json"))
+        since = datetime.fromisoformat(record["made"]).timestamp() - run["started"]
+        made = -1 <= since <= run["seconds"] + 1  # times are in whole seconds
+    except (BadInput, KeyError, TypeError, ValueError):
+        made = False
+    return record["notebook"] if made else f"none: {record['notebook']} shows it, but an earlier run of it made it"
 
 
 def text(cell: str, profile: str) -> str:

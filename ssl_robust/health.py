@@ -16,17 +16,13 @@ Trace = list[dict[str, Any]]  # as attacks.pgd fills it
 TAIL, LEAST_TAIL = 0.1, 2  # the last steps that are compared with as many before: this share of all, at least so many
 RISE = 0.02  # of the range: a tail that lies higher than the one before by more still rises
 FALL = 0.1  # of the range: an earlier iterate whose loss is higher than the returned one's by more was better
-# flags are raised beyond
-ZERO_STEPS = 0.01  # share of image-steps without a gradient
-RISING = 0.25  # share of images whose loss still rises
-MISSED = 0.25  # share of images with a better iterate before; PGD's last steps go up and down around a maximum
 
 
 def summarise(
     traces: list[Trace], kind: str, task: str, wrong: Tensor | None = None, enough: float = math.inf,
     steps: int | None = None, nonfinite: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Health of the attack `kind` on all images of a cell, ready for JSON; the sentences are made by `flags`.
+    """Health of the attack `kind` on all images of a cell, ready for JSON; the sentences are made by evidence.flags.
 
     traces: one of attacks.pgd for each batch; one that does not end in step None was broken off and does not count.
     wrong (N,) bool, in the order of the traces: classification, whether the returned image is misclassified. enough:
@@ -112,34 +108,3 @@ def _mean(values: Tensor) -> float | None:
     """Mean of the finite values; None without one, as JSON knows no NaN."""
     finite = values[values.isfinite()]
     return float(finite.mean()) if len(finite) else None
-
-
-def flags(health: dict[str, Any] | None) -> list[str]:
-    """One sentence for each thing that is wrong with an attack beyond its threshold; none: it worked as it should."""
-    health = health or {}
-    images, found = health.get("images", 0), []
-    if bad := health.get("nonfinite"):
-        found.append(f"the predictions of {_images(bad)} are not finite")
-    if bad := health.get("nan_gradient"):
-        found.append(f"the gradients of {_images(bad)} are not finite")
-    if share := health.get("nan_share"):
-        found.append(f"{_percent(share)} of the gradients are not finite")
-    if (share := health.get("zero_share", 0)) > ZERO_STEPS:
-        where = f"in {_percent(share)} of all steps"
-        where += f" ({_images(health['zero_gradient'])} of {images})" if images else ""
-        found.append(f"the gradient is exactly zero {where}, so the attack stands still there")
-    if images and (share := health["rising"] / images) > RISING:
-        found.append(f"the loss of {_percent(share)} of the images still rises at the last step (not converged)")
-    if images and (share := health["missed"] / images) > MISSED:
-        found.append(f"{_percent(share)} of the images had an iterate of clearly larger loss than the one evaluated")
-    if bad := health.get("missed_adversarial"):
-        found.append(f"{_images(bad)} classified rightly had an iterate that was misclassified")
-    return found
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'s' if count != 1 else ''}"
-
-
-def _percent(share: float) -> str:
-    return "less than 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"

@@ -55,8 +55,12 @@ def results_dir(profile: str) -> Path:
 
 
 def runs_dir(profile: str) -> Path:
-    """Folder of heads, checkpoints, example tensors and executed notebooks of `profile`."""
-    return ROOT / "runs" / profile
+    """Folder of all that was computed for `profile`, each under its key, and of executed notebooks.
+
+    Parameters that are tried, '<profile>/lab', have it in common with their profile.
+    """
+    first, *parts = Path(profile).parts
+    return ROOT.joinpath("runs", first, *(part for part in parts if part != "lab"))
 
 
 def figures_dir(profile: str) -> Path:
@@ -523,8 +527,12 @@ def finish(profile: str, notebook: str, **summary: Any) -> Path:
 
 
 def need(profile: str, notebook: str) -> dict[str, Any]:
-    """Summary of a notebook that must have run before; raises BadInput naming it if it has not, or is damaged."""
-    path = stage_path(profile, notebook)
-    if not path.is_file():
-        raise BadInput(f"Notebook {notebook} has not run for profile '{profile}'; run it first, or 'make paper'.")
+    """Summary of a notebook that must have run before; raises BadInput naming it if it has not, or is damaged.
+
+    With parameters that are tried, '<profile>/lab', it is enough that it has run for the profile.
+    """
+    base = profile.partition("/")[0]
+    path = next((p for p in (stage_path(profile, notebook), stage_path(base, notebook)) if p.is_file()), None)
+    if path is None:
+        raise BadInput(f"Notebook {notebook} has not run for profile '{base}'; run it first, or 'make paper'.")
     return read_record(path)

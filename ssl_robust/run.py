@@ -31,7 +31,7 @@ from traitlets.config import Config  # noqa: E402
 
 from . import records  # noqa: E402
 from .progress import any_terminal  # noqa: E402
-from .settings import BadInput, Settings, check, read_params  # noqa: E402
+from .settings import PARAMS, BadInput, Settings, check, read_params  # noqa: E402
 
 try:
     import fcntl
@@ -39,7 +39,6 @@ except ImportError:  # Windows has no flock: two runs at once are not kept apart
     fcntl = None
 
 NOTEBOOKS = records.PACKAGE.parent / "notebooks"
-PARAMS = records.PACKAGE.parent / "params"
 BAD_INPUT, INTERRUPTED, KERNEL_DIED = 2, 130, 138
 # A kernel that is told to stop may find its sockets closed, and would print a traceback (on a busy machine often).
 QUIET_END = "__import__('logging').getLogger('tornado').setLevel(60)"
@@ -267,9 +266,9 @@ def not_executed(notebook: str, settings: Settings) -> str:
 
 
 def _code(notebook: nbformat.NotebookNode) -> list[str]:
-    """The code cells of a notebook, without the one that papermill adds."""
+    """The code cells of a notebook, without those of parameters, which are compared by their values."""
     cells = (c for c in notebook.cells if c.cell_type == "code")
-    return [c.source for c in cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    return [c.source for c in cells if not {"parameters", "injected-parameters"} & {*c.metadata.get("tags", [])}]
 
 
 def _times(target: Path) -> Path:

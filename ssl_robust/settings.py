@@ -18,6 +18,8 @@ DIFFERENCES = (
     "unnormalised_evaluation", "depth_unmasked", "depth_flipped", "depth_mean_of_images", "head_recipe",
     "native_input", "depth_480x640", "dense_stride",
 )  # fmt: skip
+PARAMS = Path(__file__).resolve().parents[1] / "params"
+NO_RESULT = {"profile", "data_root", "device"}  # parameters that say where, not what
 # Bounds that no sensible value meets: what lies beyond them is a slip of the pen, found out after hours or not at all.
 MANY, LONG, RATE, SIDE, SEED = 100_000_000, 1_000_000, 1000.0, 8192, 2**32 - 1
 
@@ -239,6 +241,8 @@ class Settings(_Strict):
     @field_validator("profile")
     @classmethod
     def _folder_free(cls, profile: str) -> str:
+        if profile.lower() == "lab":
+            raise ValueError("'lab' is what parameters that are tried are filed under; choose another name")
         if profile.lower() == "committed":  # on some systems names differ by more than capitals
             raise ValueError(f"'{profile}' is the folder of the committed examples in figures/; choose another name")
         return profile
@@ -406,3 +410,34 @@ def read_params(path: Path) -> dict[str, Any]:
     if parameters.get("profile") != path.stem:
         raise BadInput(f"params/{path.name} must say 'profile: {path.stem}', its own name, so that results do not mix.")
     return parameters
+
+
+def of_notebook(**parameters: Any) -> Settings:
+    """`check`, and a place of their own for parameters that are tried: those that differ from params/<profile>.yaml.
+
+    Their profile is '<profile>/lab': results and figures go there, heads, checkpoints and all that was ever computed
+    for the profile are used again. One line says so. A profile without a file in params/ is as it is given.
+    """
+    given = check(**parameters)
+    if differing := _tried(given, parameters):
+        place = f"{given.profile}/lab"
+        print(
+            f"Not the parameters of params/{given.profile}.yaml ({', '.join(differing)}): results go to "
+            f"results/{place} and figures/{place}; heads and checkpoints of '{given.profile}' are used again."
+        )
+        return given.model_copy(update={"profile": place})
+    return given
+
+
+def _tried(given: Settings, parameters: dict[str, Any]) -> list[str]:
+    """The parameters that are not those of the profile's file, of a section the ones in it."""
+    path = PARAMS / f"{given.profile}.yaml"
+    if not path.is_file():
+        return []
+    filed, found = check(**read_params(path)).model_dump(), []
+    for name, value in given.model_dump(include=set(parameters) - NO_RESULT).items():
+        if isinstance(value, dict) and isinstance(filed[name], dict):
+            found += [f"{name}.{key}" for key in value if value[key] != filed[name][key]]
+        elif value != filed[name]:
+            found.append(name)
+    return found

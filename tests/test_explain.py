@@ -60,9 +60,6 @@ def test_a_cell_is_shown_with_all_that_is_known_of_it(project, capsys, monkeypat
     ):  # fmt: skip
         assert words in out, words
     assert "not here" in out
-    (project / "runs/demo").mkdir(parents=True)
-    (project / "runs/demo/03_attack_classification.ipynb").touch()
-    assert "not here" not in told(CELL, capsys)[1]
 
 
 def test_a_clean_cell_has_no_attack_and_no_flags(project, capsys):
@@ -70,24 +67,47 @@ def test_a_clean_cell_has_no_attack_and_no_flags(project, capsys):
     assert code == 0 and "attack       none" in out and "flags        none" in out and "DeACL-Standard" not in out
 
 
-def test_the_command_removes_just_this_record_and_its_stage(project, capsys):
-    stage = records.finish("demo", "03_attack_classification")
-    there = set((project / "results").rglob("*.json"))
+def test_the_command_removes_just_this_result(project, capsys):
+    name = f"classification__scenes__embedded_vit__deacl__task__{'0' * 16}"
+    stored = [records.runs_dir("demo") / "cells" / f"{name}{suffix}" for suffix in (".json", ".safetensors")]
+    for path in stored:
+        records.write_bytes(b"", path)
+    there = set(project.rglob("*.*"))
     said = told(CELL, capsys)[1].splitlines()[-1]
     remove, make = said.strip().split(" && ")
     assert make == "make table1"
     subprocess.run(remove, shell=True, check=True, cwd=project)
-    gone = there - set((project / "results").rglob("*.json"))
-    path = records.record_path("demo", "classification", "scenes", "embedded_vit", "deacl", "task")
-    assert gone == {stage, path}
+    assert there - set(project.rglob("*.*")) == set(stored)
 
 
 def test_the_command_keeps_profile_and_data_and_quotes_names(root):
     r = record(dataset="my pets; rm -rf *")
-    records.write_bytes(b"/data/my folder\n", records.runs_dir("samples") / "data_root")
+    metadata = {"papermill": {"parameters": {"data_root": "/data/my folder"}}}
+    records.write_json({"metadata": metadata}, records.runs_dir("samples") / "03_attack_classification.ipynb")
     said = explain.command("samples", r)
-    assert shlex.split(said)[2] == "results/samples/classification/my pets; rm -rf *__embedded_vit__deacl__task.json"
+    name = f"classification__my pets; rm -rf *__embedded_vit__deacl__task__{'0' * 16}"
+    assert shlex.split(said)[2] == f"runs/samples/cells/{name}.json"
     assert shlex.split(said)[-3:] == ["table1", "PROFILE=samples", "DATA=/data/my folder"]
+    assert "/.." not in explain.command("samples", record(dataset="../../..", key="../x"))
+
+
+def test_no_notebook_is_named_that_did_not_make_the_number(project, capsys):
+    executed = project / "runs/demo/03_attack_classification.ipynb"
+    records.write_bytes(b"{}", executed)
+
+    def said(started=None, **changes):
+        write(record(made="2025-01-01T12:00:00+00:00", **changes))
+        if started is not None:
+            records.write_json({"started": started, "seconds": 60.0}, executed.with_suffix(".time.json"))
+        (line,) = [line for line in told(CELL, capsys)[1].splitlines() if line.strip().startswith("notebook")]
+        return line.split(maxsplit=1)[1]
+
+    noon = 1735732800
+    assert said(noon - 30) == "runs/demo/03_attack_classification.ipynb"
+    again = "none: runs/demo/03_attack_classification.ipynb shows it, but an earlier run of it made it"
+    assert said(noon + 30) == said(noon - 90) == again
+    other = "none: it was made in JupyterLab, by a job or by a script"
+    assert said(notebook="") == said(notebook="../../secret.ipynb") == said(notebook="/etc/x.ipynb") == other
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_robust import attacks, health
+from ssl_robust import attacks, evidence, health
 from ssl_robust.settings import Attack
 
 STEPS = 20
@@ -45,21 +45,21 @@ def summary(*curves, kind="task", task="depth", wrong=None, enough=math.inf, **a
 @pytest.mark.parametrize("curve", [CONVERGED, SWINGING, 3 - DAMPED, 0 * TIME, torch.full_like(TIME, 2.3)])
 def test_a_converged_attack_has_no_flag(curve):
     found = summary(*[curve] * 4)
-    assert (found["rising"], found["missed"]) == (0, 0) and health.flags(found) == []
+    assert (found["rising"], found["missed"]) == (0, 0) and evidence.flags(found) == []
 
 
 @pytest.mark.parametrize("curve", [RISING, RISING**0.5, RISING**2, 100 + RISING, 1e-3 * RISING])
 def test_a_loss_that_rises_to_the_end_is_flagged(curve):
     found = summary(curve, curve, CONVERGED, CONVERGED, CONVERGED)
     assert found["rising"] == 2 and found["missed"] == 0
-    assert health.flags(found) == ["the loss of 40 % of the images still rises at the last step (not converged)"]
+    assert evidence.flags(found) == ["the loss of 40 % of the images still rises at the last step (not converged)"]
 
 
 def test_noise_around_a_level_seldom_counts_as_rising():
     generator = torch.Generator().manual_seed(0)
     curves = 3 + 0.3 * torch.randn(400, STEPS + 1, generator=generator).double()
     found = summary(*curves)
-    assert found["rising"] < 0.2 * 400 and not any("rises" in f for f in health.flags(found))
+    assert found["rising"] < 0.2 * 400 and not any("rises" in f for f in evidence.flags(found))
 
 
 def test_rounding_around_a_level_is_not_rising():
@@ -78,7 +78,7 @@ def test_a_larger_loss_before_the_returned_image_is_missed():
     peaked = torch.where(TIME == 12, 4.0, CONVERGED)
     found = summary(peaked, CONVERGED, CONVERGED)
     assert found["missed"] == 1 and found["rising"] == 0
-    assert health.flags(found) == ["33 % of the images had an iterate of clearly larger loss than the one evaluated"]
+    assert evidence.flags(found) == ["33 % of the images had an iterate of clearly larger loss than the one evaluated"]
     assert summary(torch.where(TIME == 12, 3.1, CONVERGED))["missed"] == 0  # by little
 
 
@@ -87,7 +87,7 @@ def test_an_adversarial_iterate_that_was_not_returned_is_missed():
     peaked, wrong = torch.where(TIME == 12, 1.2, 0.3 * CONVERGED), torch.tensor([False, True, False])
     found = summary(peaked, peaked, 0.3 * CONVERGED, task="classification", wrong=wrong, enough=enough)
     assert found["missed_adversarial"] == 1 and found["missed"] == 1  # the second image is lost whatever it returned
-    assert "1 image classified rightly had an iterate that was misclassified" in health.flags(found)
+    assert "1 image classified rightly had an iterate that was misclassified" in evidence.flags(found)
     for kind, task in (("embed", "classification"), ("task", "segmentation")):  # other losses say nothing of the class
         assert summary(peaked, kind=kind, task=task, wrong=wrong[:1], enough=enough)["missed_adversarial"] == 0
 
@@ -95,7 +95,7 @@ def test_an_adversarial_iterate_that_was_not_returned_is_missed():
 def test_images_that_left_early_have_converged():
     found = summary(RISING, RISING, CONVERGED, task="classification", taken=[5, 9, STEPS],
                     wrong=torch.tensor([True, True, False]), enough=5.0)  # fmt: skip
-    assert (found["left"], found["rising"], found["missed"]) == (2, 0, 0) and health.flags(found) == []
+    assert (found["left"], found["rising"], found["missed"]) == (2, 0, 0) and evidence.flags(found) == []
     assert found["loss_last"] == pytest.approx(float(RISING[4] + RISING[8] + CONVERGED[-1]) / 3, rel=1e-5)
     assert found["loss_first"] == 0
 
@@ -111,12 +111,12 @@ def test_zero_gradients_are_counted_and_flagged():
     found = summary(0 * TIME, CONVERGED, zero=[*stuck, (1, 3)])
     assert found["zero_gradient"] == 2 and found["zero_share"] == pytest.approx(21 / 40)
     expected = "the gradient is exactly zero in 52 % of all steps (2 images of 2), so the attack stands still there"
-    assert health.flags(found) == [expected]
+    assert evidence.flags(found) == [expected]
 
 
 def test_a_single_step_without_gradient_among_many_is_counted_only():
     found = summary(*[CONVERGED] * 10, zero=[(0, 1)])
-    assert found["zero_gradient"] == 1 and health.flags(found) == []
+    assert found["zero_gradient"] == 1 and evidence.flags(found) == []
 
 
 def test_gradients_and_predictions_that_are_not_finite_are_flagged():
@@ -124,16 +124,16 @@ def test_gradients_and_predictions_that_are_not_finite_are_flagged():
     found = health.summarise([trace(broken, CONVERGED, nan=[(0, 7), (0, 8)])], "task", "depth", nonfinite=3)
     assert found["nan_gradient"] == 1 and found["loss_last"] == pytest.approx(float(CONVERGED[-1]), rel=1e-5)
     expected = ["the predictions of 3 images are not finite", "the gradients of 1 image are not finite"]
-    assert health.flags(found) == expected
+    assert evidence.flags(found) == expected
     json.dumps(found, allow_nan=False)
 
 
 def test_clean_cells_say_only_whether_predictions_are_finite():
-    assert health.flags(health.summarise([], "clean", "depth")) == []
-    assert health.flags(health.summarise([], "clean", "depth", nonfinite=1)) == [
+    assert evidence.flags(health.summarise([], "clean", "depth")) == []
+    assert evidence.flags(health.summarise([], "clean", "depth", nonfinite=1)) == [
         "the predictions of 1 image are not finite"
     ]
-    assert health.flags(None) == health.flags({}) == []
+    assert evidence.flags(None) == evidence.flags({}) == []
 
 
 def test_batches_are_put_together_and_broken_off_ones_left_out():
@@ -170,17 +170,17 @@ class Rounded(nn.Module):
 def test_masked_gradients_are_counted():
     model, x = planted.brightness_model(), planted.images(6, low=0.6, high=0.8)
     target = torch.ones(6, dtype=torch.long)
-    assert health.flags(_attacked(model, x, target)) == []
+    assert evidence.flags(_attacked(model, x, target)) == []
     model.encoder.backbone.proj = nn.Sequential(model.encoder.backbone.proj, Rounded())
     found = _attacked(model, x, target)
     assert (found["zero_gradient"], found["zero_share"]) == (6, 1.0)
-    assert any("exactly zero" in flag for flag in health.flags(found))
+    assert any("exactly zero" in flag for flag in evidence.flags(found))
 
 
 def test_too_few_steps_are_seen():
     model, x = planted.brightness_model(), planted.images(6, low=0.6, high=0.8)
     found = _attacked(model, x, torch.ones(6, dtype=torch.long), steps=4, step=1 / 255)
-    assert any("not converged" in flag for flag in health.flags(found))
+    assert any("not converged" in flag for flag in evidence.flags(found))
     assert found["loss_last"] > found["loss_first"]
 
 
@@ -188,11 +188,11 @@ def test_the_surely_lost_leave_and_count_as_converged():
     model, x = planted.brightness_model(), planted.images(6, low=0.45, high=0.56)
     target = torch.ones(6, dtype=torch.long)
     found = _attacked(model, x, target, eps=0.2, step=0.05)
-    assert found["left"] == 6 and health.flags(found) == []
+    assert found["left"] == 6 and evidence.flags(found) == []
 
 
 def test_the_growing_weight_of_segpgd_is_not_taken_for_a_rising_loss():
     model, x = planted.brightness_model("segmentation"), planted.images(4, low=0.45, high=0.56)
     mask, found = torch.ones(4, 16, 16, dtype=torch.long), []
     attacks.attacked("task", model, x, mask, ["a", "b", "c", "d"], Attack(eps=0.1, step=0.025), 0, trace=found)
-    assert health.flags(health.summarise([found], "task", "segmentation", None)) == []
+    assert evidence.flags(health.summarise([found], "task", "segmentation", None)) == []

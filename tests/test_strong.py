@@ -152,7 +152,7 @@ def test_every_attack_says_how_its_gradients_were(task, name):
     trace, before = [], _run(name, planted, x, truth)
     assert torch.equal(_run(name, planted, x, truth, trace=trace), before)  # looking changes nothing
     found = health.summarise([trace], name, task)
-    assert found["zero_share"] == 0 and not any("gradient" in flag for flag in health.flags(found))
+    assert found["zero_share"] == 0 and not any("gradient" in flag for flag in evidence.flags(found))
     if name == "autoattack":
         assert found["gradients"] > SHORT.steps and found["nan_share"] == 0
     else:
@@ -170,7 +170,7 @@ def test_gradients_that_are_zero_or_not_finite_are_flagged(task, name, monkeypat
     monkeypatch.setattr(type(planted), "forward", lambda self, x: forward(self, x.detach()) + 0 * x.sum())
     _run(name, planted, x, truth, Attack(steps=2), trace=trace)
     found = health.summarise([trace], name, task)
-    assert found["zero_share"] > 0.01 and any("exactly zero in" in flag for flag in health.flags(found))
+    assert found["zero_share"] > 0.01 and any("exactly zero in" in flag for flag in evidence.flags(found))
     monkeypatch.setattr(type(planted), "forward", lambda self, x: forward(self, x) + (0 * x.sum()).sqrt())
     planted, trace = model(task), []
     truth = planted(x).argmax(1).detach()  # the root's gradient at 0, times 0, is no number
