@@ -12,12 +12,12 @@ import getpass
 import logging
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import redirect_stderr
 from datetime import UTC, datetime
@@ -83,12 +83,24 @@ def work(job: Job, settings: Settings) -> str:
     return ""
 
 
-def _again(job: Job, settings: Settings) -> DelayedSubmission:
+def noted(do: Callable[[Job, Settings], str], job: Job, settings: Settings, folder: str) -> None:
+    """`do` the work of a job and write down how it ended, as JSON: submitit's own files of results are never read."""
+    path = _outcome_path(Path(folder), submitit.JobEnvironment().job_id)
+    try:
+        why = do(job, settings)
+    except Exception as error:
+        said = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+        records.write_json({"state": "FAILED", "why": _last_line(said)}, path)
+        raise
+    records.write_json({"state": "COMPLETED", "why": why}, path)
+
+
+def _again(do: Callable[[Job, Settings], str], job: Job, settings: Settings, folder: str) -> DelayedSubmission:
     """Taken up again after preemption or at the time limit: DeACL at its last epoch, heads and cells anew."""
-    return DelayedSubmission(work, job, settings)
+    return DelayedSubmission(noted, do, job, settings, folder)
 
 
-work.checkpoint = _again  # submitit asks for it by this name
+noted.checkpoint = _again  # submitit asks for it by this name
 
 
 def compute(job: Job, settings: Settings) -> None:
@@ -126,8 +138,23 @@ def folder(profile: str) -> Path:
 
 
 def _read_book(profile: str) -> Book:
+    """The jobs whose results are not there; BadInput if the file leads to other places than those of the jobs' logs."""
     path = folder(profile) / "jobs.json"
-    return records.read_json(path) if path.is_file() else {}
+    book = records.read_json(path) if path.is_file() else {}
+    if not isinstance(book, dict) or not all(_sound(entry, profile) for entry in book.values()):
+        raise BadInput(f"{path} is not as it was written; delete it, and jobs that still wait or run by hand.")
+    return book
+
+
+def _sound(entry: Any, profile: str) -> bool:
+    """Whether an entry of the book is one of ours: a number, and a log in a folder of this profile's jobs."""
+    try:
+        number, needs = str(entry["id"]), map(str, entry["needs"])
+        log = (records.ROOT / entry["log"]).resolve()
+        numbers = all(re.fullmatch(r"[0-9_]+", n) for n in (number, *needs))
+        return numbers and entry["executor"] in EXECUTORS and folder(profile).resolve() == log.parents[1]
+    except (KeyError, TypeError, IndexError, OSError):
+        return False
 
 
 def _write_book(book: Book, profile: str) -> None:
@@ -137,7 +164,10 @@ def _write_book(book: Book, profile: str) -> None:
 
 
 def _new_folder(profile: str) -> Path:
-    """Submitit's files of one call. Process numbers come again, so calls must not share one."""
+    """Submitit's files of one call. Process numbers come again, so calls must not share one.
+
+    It is made here and now, so that what jobs unpickle, their own task, was written by this call.
+    """
     path = folder(profile) / datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
     path.mkdir(parents=True)
     return path
@@ -211,16 +241,18 @@ def _runs_here(handle: submitit.Job) -> bool:
         return False
 
 
+def _outcome_path(folder: Path, number: str) -> Path:
+    return folder / f"{number}_outcome.json"
+
+
 def _outcome(handle: submitit.Job) -> tuple[str, str]:
-    """('COMPLETED', why it was skipped or ''), ('FAILED', the error in one line), ('', '') without a result file."""
-    path = handle.paths.result_pickle
-    if not path.is_file():
+    """('COMPLETED', why it was skipped or ''), ('FAILED', the error in one line), ('', '') if it did not say."""
+    path = _outcome_path(handle.paths.folder, handle.job_id)
+    try:
+        said = records.read_json(path) if path.is_file() else {}
+        return said.get("state", ""), said.get("why", "")
+    except (BadInput, AttributeError):
         return "", ""
-    outcome, result = pickle.loads(path.read_bytes())
-    if outcome == "success":
-        return "COMPLETED", result
-    last = result.strip().splitlines()[-1]
-    return "FAILED", last.removeprefix(f"{BadInput.__module__}.{BadInput.__name__}: ")
 
 
 def _say(*parts: str) -> None:
@@ -281,7 +313,7 @@ def _start(job: Job, place: int, desk: dict[str, Any]) -> submitit.Job:
         timeout_min=minutes, gpus_per_node=len(gpus), visible_gpus=gpus, stderr_to_stdout=True, signal_delay_s=90
     )
     with desk["lock"]:
-        handle = executor.submit(work, job, desk["settings"])
+        handle = executor.submit(noted, work, job, desk["settings"], str(desk["folder"]))
         desk["running"][job["name"]] = handle
         desk["book"][job["name"]] = _entry(handle, "local", [])
         _write_book(desk["book"], desk["settings"].profile)
@@ -394,7 +426,7 @@ def _submitted(job: Job, place: Path, needs: list[str], settings: Settings, clus
     executor.update_parameters(**_request(job, needs, cluster))
     try:
         with redirect_stderr(None):  # submitit prints what the sentence below says
-            return executor.submit(work, job, settings)
+            return executor.submit(noted, work, job, settings, str(place))
     except FailedJobError as error:
         said = _last_line(str(error))
         busy = any(words in said.lower() for words in ("timed out", "unable to contact", "temporarily", "try again"))

@@ -4,10 +4,12 @@ Stored results are valid as long as their versions are, so arithmetic that chang
 `python -m ssl_robust.versions` writes the numbers of versions that are new; those of a version never change.
 """
 
+import io
 import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -256,6 +258,12 @@ PROBES: dict[str, Callable[[], Numbers]] = {
 # --- what is compared ---
 
 
+def probe(name: str) -> Numbers:
+    """What a loop computes now, {entry: numbers}."""
+    with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):
+        return PROBES[name]()
+
+
 def golden() -> dict[str, dict]:
     """The stored numbers: {loop: {"version", "numbers": {entry: [numbers]}}}."""
     return json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
@@ -269,14 +277,10 @@ def moved() -> list[str]:
     stored, said = golden(), []
     for name, version in records.VERSIONS.items():
         if stored.get(name, {}).get("version") != version:
-            said.append(
-                f"There are no golden numbers of version {version} of '{name}'; run python -m ssl_robust.versions."
-            )
+            said.append(f"Version {version} of '{name}' has no golden numbers; run python -m ssl_robust.versions.")
             continue
-        now = PROBES[name]()
-        if wrong := [
-            entry for entry, numbers in stored[name]["numbers"].items() if not _close(numbers, now.get(entry))
-        ]:
+        now, before = probe(name), stored[name]["numbers"]
+        if wrong := [entry for entry, numbers in before.items() if not _close(numbers, now.get(entry))]:
             said.append(
                 f"What '{name}' computes has changed ({wrong[0]}) and its version, {version}, has not; undo that, or "
                 f"raise VERSIONS['{name}'] in ssl_robust/records.py and run python -m ssl_robust.versions."
@@ -296,7 +300,7 @@ def write() -> list[str]:
     new = [name for name, version in records.VERSIONS.items() if stored.get(name, {}).get("version") != version]
     if changed := [sentence for sentence in moved() if sentence.startswith("What")]:
         raise BadInput(changed[0])
-    numbers = {name: {entry: [float(f"{n:.6g}") for n in v] for entry, v in PROBES[name]().items()} for name in new}
+    numbers = {name: {entry: [float(f"{n:.6g}") for n in v] for entry, v in probe(name).items()} for name in new}
     stored |= {name: {"version": records.VERSIONS[name], "numbers": numbers[name]} for name in new}
     records.write_json(dict(sorted(stored.items())), FILE)
     return new

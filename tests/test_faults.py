@@ -52,16 +52,19 @@ def prepared(undisturbed, tmp_path):  # noqa: F811
     for stage in STAGES[3:]:
         (tree.root / "results" / PROFILE / f"{stage}.json").unlink()
     shutil.rmtree(tree.root / "results" / PROFILE / "classification")
-    for stage in STAGES[:3]:
-        (tree.root / "results" / PROFILE / f"{stage}.json").touch()
+    for path in (tree.root / "runs" / PROFILE / "cells").glob("classification__*"):
+        path.unlink()
     return tree
+
+
+ONLY = "STALE=03_attack_classification"
 
 
 def killed(tree, target, victim, log):
     """Start make, kill -9 one of its processes once the next record is there; (make, all three processes)."""
     folder = tree.root / "results" / PROFILE
     before = set(folder.glob("*/*__*.json"))
-    make = tree.start(target, log)
+    make = tree.start(target, log, ONLY)
     processes = tree.victims(make)
     assert wait_for(lambda: set(folder.glob("*/*__*.json")) - before), (tree.root / log).read_text()
     processes[victim].kill()
@@ -74,7 +77,7 @@ def gone(process, seconds=20.0):
 
 
 def test_kill_of_kernel_papermill_and_make_and_two_runs_at_once(prepared, undisturbed):  # noqa: F811
-    target, root = f"results/{PROFILE}/03_attack_classification.json", prepared.root
+    target, root = "run-03_attack_classification", prepared.root
     outside = files(prepared.home) | files(prepared.tmp)
 
     make, _ = killed(prepared, target, "kernel", "1.log")
@@ -83,12 +86,12 @@ def test_kill_of_kernel_papermill_and_make_and_two_runs_at_once(prepared, undist
 
     make, processes = killed(prepared, target, "runner", "2.log")
     assert make.wait(60) != 0 and gone(processes["kernel"])
-    assert not (root / target).exists()
+    assert not (root / f"results/{PROFILE}/03_attack_classification.json").exists()
 
     make, processes = killed(prepared, target, "make", "3.log")
     assert make.wait(60) == -signal.SIGKILL
     processes["kernel"].suspend()  # the runner lives on and is made to last, so that there are two runs at once
-    second = prepared.start(target, "4.log")
+    second = prepared.start(target, "4.log", ONLY)
     try:
         assert wait_for(lambda: "waiting, as another process runs this" in (root / "4.log").read_text())
     finally:
@@ -112,7 +115,7 @@ def test_make_paper_after_a_kill_in_every_stage(victim, undisturbed, tmp_path): 
     tree = Tree(tmp_path)
     for stage in STAGES:
         before = files(tree.root)
-        make = tree.start(f"results/{PROFILE}/{stage}.json", "log")
+        make = tree.start(f"run-{stage}", "log", f"STALE={stage}")
         processes = tree.victims(make)
         assert wait_for(lambda: files(tree.root) != before or make.poll() is not None)  # noqa: B023
         processes[victim].kill()

@@ -1,6 +1,7 @@
 """The grid as jobs: what is missing, processes of this machine, a Slurm cluster that scripts stand in for."""
 
 import os
+import pickle
 import re
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import submitit
 import yaml
 
-from ssl_robust import evaluate, grid, heads, records, run, sanity
+from ssl_robust import evaluate, grid, records, run, sanity
 from ssl_robust.settings import BadInput, Cluster, Sanity
 
 SECTION = {"datasets": ["scenes"], "n_train": 12, "n_val": 6, "n_test": 4, "epochs": 1, "batch": 6, "lr": 0.01}
@@ -129,7 +130,7 @@ def test_no_job_is_started_twice_while_its_process_runs(
     project: Path, wanted: list[dict], capfd: pytest.CaptureFixture
 ) -> None:
     place = grid._new_folder("tiny")
-    handle = submitit.LocalExecutor(place).submit(grid.work, wanted[1], None)
+    handle = submitit.LocalExecutor(place).submit(grid.noted, grid.work, wanted[1], None, str(place))
     grid._write_book({"head 1": grid._entry(handle, "local", [])}, "tiny")
     for executor in grid.EXECUTORS:
         code, _, err = outcome(capfd, executor)
@@ -336,12 +337,55 @@ def test_job_that_waits_for_a_failed_one_is_replaced(
     assert asked(slurm, 104)["dependency"] == "afterok:103" and book()["cell 1"]["id"] == "104"
 
 
+def _ended(handle: submitit.Job, state: str, why: str) -> None:
+    records.write_json({"state": state, "why": why}, grid._outcome_path(handle.paths.folder, handle.job_id))
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return open, (self.path, "w")
+
+
+def test_no_pickle_that_lies_beside_a_log_is_loaded(
+    slurm: Path, wanted: list[dict], capfd: pytest.CaptureFixture, project: Path
+) -> None:
+    wanted[:] = jobs("head 1")
+    outcome(capfd, "slurm")
+    handle = submitit.SlurmJob(records.ROOT / Path(book()["head 1"]["log"]).parent, "101")
+    for path in (handle.paths.result_pickle, grid._outcome_path(handle.paths.folder, "101")):
+        path.write_bytes(pickle.dumps(("success", Payload(project / "executed"))))
+    account(slurm, job101="COMPLETED")
+    assert outcome(capfd, "slurm")[0] == grid.WAITING and outcome(capfd, "local")[0] in (0, 2)
+    assert not (project / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"log": "../../elsewhere/1_0_log.out"}, {"log": "/tmp/1_0_log.out"}, {"log": "runs/tiny/grid/log.out"},
+               {"log": "runs/other/grid/a/1_0_log.out"}, {"id": "1; touch F"}, {"needs": ["--all"]}, {"executor": "x"},
+               {"log": None}, {"id": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_book_that_leads_elsewhere_is_refused(
+    change: dict, project: Path, wanted: list[dict], capfd: pytest.CaptureFixture
+) -> None:
+    entry = {"id": "1", "executor": "local", "log": "runs/tiny/grid/a/1_0_log.out", "submitted": "", "needs": []}
+    grid._write_book({"head 1": entry}, "tiny")
+    assert grid._read_book("tiny") == {"head 1": entry}
+    grid._write_book({"head 1": entry | change}, "tiny")
+    code, _, err = outcome(capfd, "local")
+    assert code == 2 and "jobs.json is not as it was written; delete it" in err and err.count("\n") == 1
+
+
 def test_reason_of_a_failure_is_one_sentence(slurm: Path, wanted: list[dict], capfd: pytest.CaptureFixture) -> None:
     wanted[:] = jobs("head 1")
     outcome(capfd, "slurm")
     handle = submitit.SlurmJob(records.ROOT / Path(book()["head 1"]["log"]).parent, "101")
-    trace = "Traceback ...\nssl_robust.settings.BadInput: No such mask; add it.\n"
-    submitit.core.utils.cloudpickle_dump(("error", trace), handle.paths.result_pickle)
+    _ended(handle, "FAILED", "No such mask; add it.")
     account(slurm, job101="FAILED")
     assert "job 101 | head 1 | FAILED: No such mask; add it. | " in outcome(capfd, "slurm")[1]
 
@@ -350,7 +394,7 @@ def test_skipped_row_is_not_submitted_again(slurm: Path, wanted: list[dict], cap
     wanted[:] = jobs("head 1")
     outcome(capfd, "slurm")
     handle = submitit.SlurmJob(records.ROOT / Path(book()["head 1"]["log"]).parent, "101")
-    submitit.core.utils.cloudpickle_dump(("success", "The images differ in size."), handle.paths.result_pickle)
+    _ended(handle, "COMPLETED", "The images differ in size.")
     account(slurm, job101="COMPLETED")
     code, out, _ = outcome(capfd, "slurm")
     assert code == 0 and "COMPLETED: The images differ in size." in out
@@ -462,11 +506,12 @@ def test_missing_follows_what_is_made(toy: dict) -> None:
     for job in listed:
         grid.compute(job, settings)
     assert grid.missing(settings) == ([], 14, [])
-    before = sorted([*records.results_dir("toy").rglob("*.json"), *records.runs_dir("toy").glob("examples/*")])
+    stored = [p for part in ("examples", "cells", "heads") for p in records.runs_dir("toy").glob(f"{part}/*")]
+    before = sorted(p for p in stored if "worst" not in p.name)  # which no job makes
     stamps = [path.stat().st_mtime_ns for path in before]
     evaluate.run_task("classification", settings)  # finds every record
     assert len(evaluate.examples("classification", settings)) == 1  # and the images for Figure 1
-    assert [path.stat().st_mtime_ns for path in before if "skipped" not in path.name] == stamps
+    assert [path.stat().st_mtime_ns for path in before] == stamps
     changed = settings.model_copy(update={"attack": settings.attack.model_copy(update={"steps": 2})})
     assert len(grid.missing(changed)[0]) == 7  # EmbedAttack and PGD of three variants, and the pictures
 
@@ -488,6 +533,7 @@ def test_checks_of_the_attacks_are_jobs_after_the_cells_that_they_judge(toy: dic
     assert grid.missing(settings)[0] == []
     paths = sorted((records.results_dir("toy") / "sanity").glob("*/*.json"))
     assert [p.stem for p in paths] == ["toys__a__deacl", "toys__a__standard", "toys__b__standard"]
+    paths = sorted((records.runs_dir("toy") / "checks").glob("*.json"))
     stamps = [p.stat().st_mtime_ns for p in paths]
     evaluate.run_task("classification", settings)
     assert len(sanity.run_all(settings)) == 3 and [p.stat().st_mtime_ns for p in paths] == stamps  # found
@@ -553,8 +599,9 @@ def test_job_says_in_its_log_what_failed(toy: dict, capsys: pytest.CaptureFixtur
 
 def test_preempted_job_is_taken_up_with_the_same_work(toy: dict) -> None:
     job, settings = {"name": "head x"}, toy_settings(**toy)
-    delayed = submitit.core.utils.DelayedSubmission(grid.work, job, settings)._checkpoint_function()
-    assert (delayed.function, delayed.args) == (grid.work, (job, settings))
+    given = grid.work, job, settings, "folder"
+    delayed = submitit.core.utils.DelayedSubmission(grid.noted, *given)._checkpoint_function()
+    assert (delayed.function, delayed.args) == (grid.noted, given)
 
 
 def test_grid_of_a_profile_from_nothing_to_its_records(project: Path, capfd: pytest.CaptureFixture) -> None:
@@ -564,6 +611,6 @@ def test_grid_of_a_profile_from_nothing_to_its_records(project: Path, capfd: pyt
     assert out.count("COMPLETED") == 6 and "all 6 results are there" in out
     made = [r["attack"] for r in records.read_records(records.results_dir("tiny"))]
     assert sorted(made) == ["clean", "embed", "task", "worst"]  # the last by the checks, which may have found worse
-    assert heads.head_path("tiny", "classification", "scenes", "embedded_vit", "standard").is_file()
+    assert planted.stored("heads/classification__scenes__embedded_vit__standard__*", "tiny").is_file()
     code, out, _ = outcome(capfd, "local")
     assert code == 0 and out == "grid | profile tiny: all 6 results are there\n"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from planted import brightness_model, images, model, target
 from pyautoattack import AutoAttack
 
-from ssl_robust import attacks, health, strong
+from ssl_robust import attacks, evidence, health, strong
 from ssl_robust.datasets import IGNORE, image_seed
 from ssl_robust.settings import TASKS, Attack, BadInput
 
