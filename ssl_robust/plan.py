@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -640,14 +641,48 @@ def _device_problems(settings: Settings) -> list[str]:
 
 
 def _disk_problems(settings: Settings) -> list[str]:
+    """What does not fit on the disk, of that which is still to be written: what is there already needs no more room."""
     try:
-        need, free = disk(settings)[1], shutil.disk_usage(records.ROOT).free
+        free = shutil.disk_usage(records.ROOT).free
+        need = disk(settings)[1] + max((_while_tuning(row, settings) for row in settings.encoders), default=0.0)
     except BadInput:  # an unknown encoder, which encoders.check has named
         return []
+    if need > free:
+        with suppress(BadInput):  # data or weights are not there, which others say
+            need = _still_written(settings)
     if need <= free:
         return []
-    return [f"The disk of {records.ROOT} has {free / 1e9:.1f} GB free but weights and checkpoints need about "
-            f"{need / 1e9:.1f} GB; free some space."]  # fmt: skip
+    return [f"The disk of {records.ROOT} has {_bytes(free)} free but weights and checkpoints still need about "
+            f"{_bytes(need)}; free some space."]  # fmt: skip
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+
+
+def _while_tuning(row: EncoderRow, settings: Settings) -> float:
+    """Bytes of DeACL's state with its momentum: a new one is written whole before it takes the place of the old one."""
+    return 2 * cost.weight_bytes(encoder_of(row)) if tuned(row, settings) else 0.0
+
+
+def _still_written(settings: Settings) -> float:
+    """Bytes of the heads, checkpoints and public weights that are not there."""
+    from . import wanted  # here, as it looks at every result
+
+    rows, total = {row.name: row for row in settings.encoders}, 0.0
+    for row in fetched(settings):
+        total += 0 if cached(encoders.describe(row).timm) else cost.weight_bytes(encoder_of(row))
+    for job in (w.job for w in wanted.results(settings)[0] if not w.there):
+        row = rows.get(job.get("encoder"))
+        if job["step"] == "head":
+            total += cost.head_bytes(encoder_of(row), job["task"], cost.shape(job["dataset"]).classes)
+        if job["step"] == "deacl":
+            folders = [f for f in (records.runs_dir(settings.profile) / "deacl" / row.name).glob("*") if f.is_dir()]
+            begun = [f for f in folders if not (f / "deacl.json").is_file()]
+            held = sum(path.stat().st_size for folder in begun for path in folder.iterdir())
+            kept = len({*settings.deacl.checkpoints, settings.deacl.epochs}) * cost.weight_bytes(encoder_of(row))
+            total += max(0.0, kept + _while_tuning(row, settings) - held) + _while_tuning(row, settings)
+    return total
 
 
 def _memory_warnings(settings: Settings) -> list[str]:

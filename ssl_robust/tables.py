@@ -1,6 +1,7 @@
 """Tables 1-3 as data and as text: values beside the paper's, daggers, spread over seeds, and the notes below them."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -384,8 +385,31 @@ def _measured_words(task: str, kept: list[Record], compared: pd.DataFrame) -> li
     if nonfinite := sum(r["nonfinite"] for r in kept):
         sentences.append(f"Warning: predictions for {nonfinite} images were not finite and count as wrong.")
     return sentences + [
-        *_data_words(kept), *_overstated(task, kept), *_seed_words(kept), *_comparison_words(task, compared)
+        *_mixed_words(kept), *_data_words(kept), *_overstated(task, kept), *_seed_words(kept),
+        *_comparison_words(task, compared),
     ]  # fmt: skip
+
+
+def _mixed_words(kept: list[Record]) -> list[str]:
+    """What values of one table were made with, where that is not the same for all: no key holds it."""
+    names = dict.fromkeys(name for r in kept for name in r.get("versions", {}))
+    found = {f"versions of {name}": [r.get("versions", {}).get(name) for r in kept] for name in names}
+    found |= {"devices": [r.get("device") for r in kept], "numbers of threads": [r.get("threads") for r in kept]}
+    mixed = {what: Counter(map(str, values)) for what, values in found.items() if len(set(values)) > 1}
+    said = [
+        f"Values were made with different {what}: {', '.join(f'{value} ({n})' for value, n in counted.most_common())}."
+        for what, counted in mixed.items()
+    ]
+    older = [sorted(f"{loop} {n}" for entry in r["kept"] for loop, n in _before(entry, r)) for r in kept if "kept" in r]
+    if older := [words for words in older if words]:
+        versions = ", ".join(unique(word for words in older for word in words))
+        said.append(f"{len(older)} values were made by earlier versions of the code ({versions}) and kept (make keep).")
+    return said
+
+
+def _before(entry: dict[str, Any], record: Record) -> list[tuple[str, int]]:
+    """The loops whose version was another when a record was made that was kept."""
+    return [(loop, n) for loop, n in entry["loops"].items() if record["made_from"]["loops"].get(loop) != n]
 
 
 def csv(numbers: pd.DataFrame) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from make_reference import INJECTED, PROJECT, REFERENCE, checked, environment, stages
+from make_reference import INJECTED, PROJECT, REFERENCE, checked, environment
 from nbformat import NotebookNode, v4
 
 from ssl_robust.settings import BadInput, Settings, check, read_params
@@ -94,7 +94,7 @@ def ending_faults(notebook: NotebookNode, name: str) -> Iterator[str]:
     calls = [n for n in ast.walk(ast.parse(code_cells(notebook)[-1].source)) if isinstance(n, ast.Call)]
     ended = [c for c in calls if ast.unparse(c.func).endswith("finish") and f"'{name}'" in map(ast.unparse, c.args)]
     if not ended:
-        yield f"does not call records.finish(profile, '{name}', ...) in its last cell"
+        yield f"does not call records.finish(s.profile, '{name}', ...) in its last cell"
 
 
 def faults(notebook: NotebookNode, name: str, demo: dict) -> list[str]:
@@ -157,49 +157,6 @@ def test_rules_find_stored_outputs_a_foreign_kernel_and_two_parameter_cells() ->
     bad.metadata.kernelspec.name = "julia"
     found = " ".join(faults(bad, "00_good", DEMO))
     assert "stored outputs" in found and "kernel" in found and "2 cells tagged" in found
-
-
-def _imported(source: str) -> Iterator[str]:
-    """Modules of the package that `source`, a notebook's or a module's, imports; not those of a command line."""
-    for node in (n for n in ast.parse(source).body if isinstance(n, ast.ImportFrom)):
-        origin = ".".join(filter(None, ["ssl_robust" if node.level else "", node.module]))
-        if origin == "ssl_robust":
-            yield from (alias.name for alias in node.names)
-        elif origin.startswith("ssl_robust."):
-            yield origin.removeprefix("ssl_robust.")
-
-
-def used_modules(notebook: Path) -> set[str]:
-    """Modules of the package that a notebook runs, directly or through others."""
-    waiting = {m for cell in code_cells(nbformat.read(notebook, as_version=4)) for m in _imported(cell.source)}
-    used: set[str] = set()
-    while waiting:
-        module = waiting.pop()
-        file = PROJECT / "ssl_robust" / f"{module}.py"
-        if module not in used and file.is_file():
-            used.add(module)
-            waiting.update(_imported(file.read_text(encoding="utf-8")))
-    return used
-
-
-@pytest.fixture(scope="module")
-def prerequisites() -> dict[str, set[str]]:
-    """Everything that a stage depends on, by make's own account (make -p prints its database)."""
-    command = ["make", "-pnqr", "PROFILE=demo", "help"]
-    database = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False).stdout
-    rules = (line.partition(": ") for line in database.splitlines() if line.startswith("results/demo/"))
-    direct = {target: set(files.split()) for target, _, files in rules}
-    closed: dict[str, set[str]] = {}
-    for target in sorted(direct):  # stages come in the order of their numbers
-        closed[target] = direct[target].union(*(closed.get(earlier, set()) for earlier in direct[target]))
-    return closed
-
-
-@pytest.mark.parametrize("name", stages())
-def test_makefile_knows_all_modules_that_a_notebook_uses(name: str, prerequisites: dict[str, set[str]]) -> None:
-    needed = {f"ssl_robust/{m}.py" for m in used_modules(PROJECT / "notebooks" / f"{name}.ipynb")}
-    assert needed
-    assert needed - prerequisites[f"results/demo/{name}.json"] == set()
 
 
 def sources(path: Path) -> list[str]:

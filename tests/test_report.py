@@ -1103,3 +1103,30 @@ def test_hostile_names_are_escaped_wherever_they_stand(project, undrawn):
         "figcaption", "div", "table", "thead", "tbody", "tr", "th", "td", "small", "b", "i", "sup", "br", "span", "ul",
         "li", "details", "summary", "a",
     }  # fmt: skip
+
+
+def _measured():
+    """The notes on how Table 3 was measured."""
+    return report.notes("depth", *report.read("test"))["How it was measured"]
+
+
+def test_versions_and_machines_that_differ_within_a_table_are_said(project):
+    assert not any("different" in said or "earlier" in said for said in _measured())
+    path = records.record_path("test", "depth", "scenes", "embedded_vit", "deacl", "task")
+    other = records.read_json(path)
+    other["versions"] = {**other["versions"], "torch": "1.0"}
+    records.write_json(other | {"device": "cuda (H100)", "threads": 64}, path)
+    said = [sentence for sentence in _measured() if "different" in sentence]
+    assert [sentence.partition(":")[0].removeprefix("Values were made with different ") for sentence in said] == [
+        "versions of torch", "devices", "numbers of threads",
+    ]  # fmt: skip
+    assert "1.0 (1)" in said[0] and "cuda (H100) (1)" in said[1] and "64 (1)" in said[2]
+
+
+def test_values_that_were_kept_although_a_version_differs_are_said(project):
+    path = records.record_path("test", "depth", "scenes", "embedded_vit", "deacl", "task")
+    made = {"inputs": {}, "loops": {"pgd": 2, "task": 1}}
+    kept = records.read_json(path) | {"made_from": made, "kept": [{"loops": {"pgd": 1, "task": 1}}]}
+    records.write_json(kept, path)
+    (said,) = (sentence for sentence in _measured() if "earlier" in sentence)
+    assert said == "1 values were made by earlier versions of the code (pgd 1) and kept (make keep)."

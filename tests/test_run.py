@@ -323,7 +323,7 @@ def test_plan_is_printed_and_nothing_is_run(
     write_notebook(project, "raise SystemExit")
     code, out, err = outcome(capfd, "--plan", "--profile", "tiny")
     assert (code, err) == (0, "") and out.startswith("Plan of profile tiny; nothing is run.")
-    assert out.endswith("Missing:\n- No cifar10; get it.\n") and not (project / "runs").exists()
+    assert out.endswith("Missing:\n- No cifar10; get it.\n") and not (project / "runs" / "tiny").exists()
 
 
 @pytest.mark.parametrize("arguments", [(), ("00_try", "--check"), ("--plan", "--check")])

@@ -175,7 +175,7 @@ def test_gradients_that_are_zero_or_not_finite_are_flagged(task, name, monkeypat
     planted, trace = model(task), []
     truth = planted(x).argmax(1).detach()  # the root's gradient at 0, times 0, is no number
     _run(name, planted, x, truth, Attack(steps=2), trace=trace)
-    assert any("not finite" in flag for flag in health.flags(health.summarise([trace], name, task)))
+    assert any("not finite" in flag for flag in evidence.flags(health.summarise([trace], name, task)))
 
 
 def test_of_several_losses_the_trace_is_of_the_one_that_was_taken():
