@@ -43,7 +43,7 @@ def test_differences_are_named_in_sentences():
     assert records.differences(RECORD, other) == [
         "They differ in the setting attack.steps: 20 and 40.",
         "They differ in the seed: 0 and 1.",
-        "They differ in the hash of the code: b and c.",
+        "They differ in the hash of the head: b and c.",
         "They differ in the version of torch: 2.13 and 2.14.",
         "They differ in the device: cpu (x86_64) and cuda (H100).",
         "They differ in the number of threads: 1 and 2.",

@@ -229,6 +229,26 @@ print(records.digest(records.made_from(("pgd",))), records.REVISION)
     assert before == during and after[0] != before[0] and after[1] == before[1] + "+"
 
 
+def test_words_of_the_code_are_part_of_no_key(checkout):
+    program = "from ssl_robust import records; print(records.digest(records.made_from(('pgd',), seed=0)))"
+
+    def said():
+        environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+        run = [sys.executable, "-c", program]
+        return subprocess.run(run, capture_output=True, text=True, check=True, env=environment, cwd=checkout).stdout
+
+    before = said()
+    for name, words, others in (
+        ("records.py", "free some space there", "make some room there"),
+        ("settings.py", "choose another name", "take another name"),
+    ):
+        path = checkout / "ssl_robust" / name
+        text = path.read_text()
+        assert words in text
+        path.write_text(text.replace(words, others) + "\n\ndef one_more():\n    return 1  # of no use\n")
+    assert said() == before
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert records.pick_device("auto") == records.pick_device("cpu") == "cpu"

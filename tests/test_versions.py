@@ -74,12 +74,18 @@ MOVES = {
 @pytest.mark.parametrize("name", MOVES)
 def test_arithmetic_that_changes_is_named(name, monkeypatch):
     MOVES[name](monkeypatch)
-    said = [sentence for sentence in versions.moved() if f"'{name}'" in sentence]
-    assert len(said) == 1 and f"raise VERSIONS['{name}'] in ssl_robust/records.py" in said[0]
+    monkeypatch.setattr(records, "VERSIONS", {name: records.VERSIONS[name]})  # the others take their time
+    said = versions.moved()
+    assert (
+        len(said) == 1
+        and said[0].startswith(f"What '{name}' computes has changed (")
+        and f"raise VERSIONS['{name}'] in ssl_robust/records.py" in said[0]
+    )
 
 
 def test_another_version_needs_numbers_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(versions, "FILE", tmp_path / "versions.json")
+    monkeypatch.setattr(records, "VERSIONS", {"encoders": 1, "heads": 1})
     stored = versions.write()
     assert set(stored) == set(records.VERSIONS) and versions.write() == [] == versions.moved()
     monkeypatch.setattr(vit, "resample", _scaled(vit.resample))
