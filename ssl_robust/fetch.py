@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from . import datasets
+from . import datasets, records
 from .catalogue import DATASETS, Archive
 from .progress import any_terminal, track
 from .run import BAD_INPUT, INTERRUPTED, PARAMS, data_folder, read_profile
@@ -157,10 +157,10 @@ def get(name: str, root: Path, files: Sequence[Archive]) -> None:
     """Downloads and unpacks those of `files` that are not there; raises BadInput if the disk is too small."""
     need, free, missing = needed_bytes(name, root, files), shutil.disk_usage(root).free, _absent(files, root)
     if need > free:
-        sizes = f"{need / 1e9:.1f} GB, but the disk of {root} has {free / 1e9:.1f} GB free"
+        sizes = f"{records.size(need)}, but the disk of {root} has {records.size(free)} free"
         raise BadInput(f"Fetching {name} takes {sizes}; free some space or name another folder.")
     if len(missing) > 1:
-        print(f"{name}: {len(missing)} files, {need / 1e9:.1f} GB. {_instead(name, files)}".strip(), flush=True)
+        print(f"{name}: {len(missing)} files, {records.size(need)}. {_instead(name, files)}".strip(), flush=True)
     for archive in missing:
         file = _file(archive, root)
         print(f"{name}: fetching {archive.url} ({archive.size / 1e6:.1f} MB)", flush=True)
@@ -201,8 +201,8 @@ def _summary(name: str, settings: Settings) -> str:
 def _instead(name: str, files: Sequence[Archive]) -> str:
     """How to do with the smaller training set, if `files` are the larger one."""
     known = DATASETS[name]
-    images, size = min(known.counts["train"]), sum(a.size for a in known.archives) / 1e9
-    words = f"With SMALL=1 make data gets {images:,} training images of {name} instead ({size:.1f} GB)."
+    images, size = min(known.counts["train"]), records.size(sum(a.size for a in known.archives))
+    words = f"With SMALL=1 make data gets {images:,} training images of {name} instead ({size})."
     return words if files is known.larger else ""
 
 

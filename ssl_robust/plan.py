@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import timm
 import torch
@@ -20,6 +20,9 @@ from . import attacks, catalogue, compute, cost, datasets, encoders, heads, reco
 from .cost import Cost, Device, Step, attack_step, encoder_of, image_size, reading, traced
 from .evaluate import EXAMPLES, KINDS
 from .settings import NOTEBOOK, TASKS, BadInput, EncoderRow, Settings, TaskSettings
+
+if TYPE_CHECKING:
+    from . import wanted
 
 STAGES = ("00_data", "01_heads", "02_deacl", "03_attack_classification", "04_attack_segmentation",
           "05_attack_depth", "06_figures", "07_sanity")  # fmt: skip
@@ -640,6 +643,15 @@ def _device_problems(settings: Settings) -> list[str]:
     return []
 
 
+def looked_for(settings: Settings) -> "list[wanted.Wanted] | None":
+    """All results; None if none can be there, as nothing was computed yet, or weights would be fetched to know that."""
+    from . import wanted  # here, as it looks at every result
+
+    places = (records.runs_dir(settings.profile) / part for part in ("heads", "deacl", "cells"))
+    here = all(cached(encoders.describe(row).timm) for row in fetched(settings))
+    return wanted.results(settings)[0] if here and any(place.is_dir() for place in places) else None
+
+
 def _disk_problems(settings: Settings) -> list[str]:
     """What does not fit on the disk, of that which is still to be written: what is there already needs no more room."""
     try:
@@ -649,15 +661,12 @@ def _disk_problems(settings: Settings) -> list[str]:
         return []
     if need > free:
         with suppress(BadInput):  # data or weights are not there, which others say
-            need = _still_written(settings)
+            found = looked_for(settings)
+            need = need if found is None else _still_written(settings, [w.job for w in found if not w.there])
     if need <= free:
         return []
-    return [f"The disk of {records.ROOT} has {_bytes(free)} free but weights and checkpoints still need about "
-            f"{_bytes(need)}; free some space."]  # fmt: skip
-
-
-def _bytes(number: float) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+    return [f"The disk of {records.ROOT} has {records.size(free)} free but weights and checkpoints still need about "
+            f"{records.size(need)}; free some space."]  # fmt: skip
 
 
 def _while_tuning(row: EncoderRow, settings: Settings) -> float:
@@ -665,14 +674,10 @@ def _while_tuning(row: EncoderRow, settings: Settings) -> float:
     return 2 * cost.weight_bytes(encoder_of(row)) if tuned(row, settings) else 0.0
 
 
-def _still_written(settings: Settings) -> float:
-    """Bytes of the heads, checkpoints and public weights that are not there."""
-    from . import wanted  # here, as it looks at every result
-
+def _still_written(settings: Settings, jobs: list[dict[str, Any]]) -> float:
+    """Bytes of the heads and checkpoints that these jobs (wanted.Job) leave, less what they have left already."""
     rows, total = {row.name: row for row in settings.encoders}, 0.0
-    for row in fetched(settings):
-        total += 0 if cached(encoders.describe(row).timm) else cost.weight_bytes(encoder_of(row))
-    for job in (w.job for w in wanted.results(settings)[0] if not w.there):
+    for job in jobs:
         row = rows.get(job.get("encoder"))
         if job["step"] == "head":
             total += cost.head_bytes(encoder_of(row), job["task"], cost.shape(job["dataset"]).classes)

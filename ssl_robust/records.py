@@ -130,6 +130,11 @@ def disk_problem(error: OSError, path: Path) -> str:
     return f"{path} cannot be written ({why}); put that right and repeat, what was computed before is kept."
 
 
+def size(number: float) -> str:
+    """Bytes in a unit that suits them: '2.1 GB', '24 MB'."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.{int(number < 1e7)}f} MB"
+
+
 def sweep(folder: Path) -> None:
     """Remove unfinished files that killed processes left below `folder`."""
     for part in folder.rglob(".*.part"):

@@ -458,11 +458,11 @@ def _check(settings: Settings) -> int:
 
 
 def _plan(settings: Settings) -> int:
-    from . import plan, stages, wanted
+    from . import plan, stages
 
     stop, warn = everything_wrong(settings)
     if not stop:
-        print(stages.text(settings, wanted.results(settings)[0]) + "\n")
+        print(stages.text(settings, plan.looked_for(settings)) + "\n")
     print(plan.text(settings, [*stop, *warn]))
     return 0
 

@@ -11,7 +11,7 @@ from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from . import datasets, plan, records, run, wanted
+from . import cost, datasets, plan, records, run, wanted
 from .progress import any_terminal
 from .settings import NOTEBOOK, TASKS, BadInput, Settings
 from .wanted import Wanted
@@ -31,8 +31,10 @@ def stage_of(job: wanted.Job) -> str:
     return STEP.get(job["step"]) or NOTEBOOK[job["task"]]
 
 
-def undone(settings: Settings, found: list[Wanted]) -> dict[str, str]:
-    """The stages that are not done, in their order, with the reason of each in a few words."""
+def undone(settings: Settings, found: list[Wanted] | None) -> dict[str, str]:
+    """The stages that are not done, in their order, with the reason of each in a few words; see plan.looked_for."""
+    if found is None:
+        return dict.fromkeys(plan.STAGES, "its results are not there")
     reasons = {name: _why_not(name, settings, found) for name in plan.STAGES}
     if any(reasons[NOTEBOOK[task]] for task in TASKS):
         reasons["06_figures"] = reasons["06_figures"] or "the tables are made anew"
@@ -82,8 +84,11 @@ def _shown_by(stage: str, settings: Settings) -> list[Path]:
 # --- what is said before a run ---
 
 
-def text(settings: Settings, found: list[Wanted]) -> str:
-    """N of M results are there, what will be made and why, and the minutes that this takes here."""
+def text(settings: Settings, found: list[Wanted] | None) -> str:
+    """N of M results are there, what will be made and why, and the time that takes here; see plan.looked_for."""
+    if found is None:
+        seconds = plan.seconds(plan.all_work(settings), cost.this_device(settings))
+        return f"{settings.profile}: no results are there; about {plan.duration(seconds)} to go here."
     absent, stages = [w for w in found if not w.there], undone(settings, found)
     head = f"{settings.profile}: {len(found) - len(absent)} of {len(found)} results are there"
     if not stages:
@@ -113,7 +118,7 @@ def answer(settings: Settings) -> int:
         print("\n".join([*(f"Warning: {sentence}" for sentence in warn), *stop]), end="\n" * bool(stop or warn))
         if stop:
             return run.BAD_INPUT
-        found, _ = wanted.results(settings)
+        found = plan.looked_for(settings)
         print(text(settings, found), flush=True)
     print(" ".join(undone(settings, found)))
     return 0

@@ -25,7 +25,7 @@ def _sorted(root):
 
 RECORD = {
     "schema": 2, "value": 0.5, "seed": 0, "attack": "task", "settings": {"attack": {"eps": 0.03, "steps": 20}},
-    "hashes": {"weights": "a", "code": "b"}, "git": "1", "versions": {"torch": "2.13", "numpy": "2.0"},
+    "hashes": {"weights": "a", "head": "b"}, "git": "1", "versions": {"torch": "2.13", "numpy": "2.0"},
     "device": "cpu (x86_64)", "threads": 1, "numerics": {"instructions": "AVX2", "environment": {}}, "seconds": 1,
 }  # fmt: skip
 
@@ -37,7 +37,7 @@ def test_equal_records_do_not_differ_and_the_clock_does_not_count():
 def test_differences_are_named_in_sentences():
     other = RECORD | {
         "threads": 2, "device": "cuda (H100)", "versions": {"torch": "2.14", "numpy": "2.0"}, "seed": 1,
-        "settings": {"attack": {"eps": 0.03, "steps": 40}}, "hashes": {"weights": "a", "code": "c"},
+        "settings": {"attack": {"eps": 0.03, "steps": 40}}, "hashes": {"weights": "a", "head": "c"},
         "numerics": {"instructions": "AVX512", "environment": {"OMP_NUM_THREADS": "2"}},
     }  # fmt: skip
     assert records.differences(RECORD, other) == [

@@ -28,7 +28,7 @@ from ssl_robust import (
     strong,
     wanted,
 )
-from ssl_robust.settings import NOTEBOOK, TASKS, Sanity
+from ssl_robust.settings import NOTEBOOK, TASKS, EncoderRow, Sanity
 
 QUICK = {"n_train": 6, "n_val": 2, "n_test": 4, "epochs": 1}
 CHECKS = Sanity(n=2, more_steps=2, restarts=1, eps=[0.0, 0.25])
@@ -292,6 +292,20 @@ def test_what_is_there_needs_no_room_on_the_disk(made, monkeypatch):
     needed = 20e6 * (2 + 2 + 2)  # two checkpoints, the state with its momentum, and a new one beside it
     for free["bytes"], fits in ((0.9 * needed, False), (1.1 * needed, True)):
         assert (plan._disk_problems(_settings()) == []) is fits
+
+
+def test_before_anything_was_computed_nothing_is_looked_for(toys, monkeypatch):
+    monkeypatch.setattr(encoders, "load", None)
+    assert plan.looked_for(_settings()) is None
+    assert stages.text(_settings(), None).startswith("toy: no results are there; about ")
+    assert list(stages.undone(_settings(), None)) == list(plan.STAGES)
+
+
+def test_no_weights_are_fetched_to_see_what_is_there(made, monkeypatch):
+    monkeypatch.setattr(encoders, "load", None)
+    monkeypatch.setattr(plan, "cached", lambda model: False)
+    monkeypatch.setattr(plan, "fetched", lambda settings: [EncoderRow(name="dino_vits16")])
+    assert plan.looked_for(_settings()) is None
 
 
 def test_the_plan_says_what_is_there(made, monkeypatch):
