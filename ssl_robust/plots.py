@@ -94,7 +94,7 @@ def learning_curves(history: pd.DataFrame, labels: dict[str, str] | None = None)
 
 
 def load_example(path: Path) -> Example:
-    """Tensors and metadata of runs/<profile>/examples/<task>.safetensors in one dict; BadInput if missing or damaged.
+    """Tensors and metadata of a file in runs/<profile>/examples in one dict; BadInput if it is missing or damaged.
 
     images, adv_embed, adv_task (k, 3, H, W); target, pred_clean, pred_embed, pred_task: (k,) class ids, (k, H, W) class
     ids or (k, H, W) metres; classes (names), eps (radius in [0, 1] pixel units), dataset, encoder.

@@ -132,6 +132,7 @@ def test_parameters_that_numbers_depend_on_make_what_depends_on_them(change, ste
     said = stages.text(settings, wanted.results(settings)[0])
     total = len(wanted.results(settings)[0])
     assert said.startswith(f"toy: {total - len(found)} of {total} results are there; about ") and why in said
+    assert "make keep" not in said
     assert _absent(_settings()) == []  # there and back
 
 
@@ -252,6 +253,7 @@ def test_another_version_makes_what_it_computes_and_keep_keeps_it(made, monkeypa
     monkeypatch.setitem(records.VERSIONS, "pgd", 2)
     assert _steps(_settings()) == {"deacl", "head", "cell", "checks", "examples"}
     assert any("the code's version of pgd (1, now 2)" in why for w in _absent(_settings()) for why in w.why)
+    assert "are accepted by: make keep" in stages.text(_settings(), wanted.results(_settings())[0])
     before = _bytes(made / "runs")
     assert stages.keep(_settings()) == 0
     assert "toy: 0 of" not in capsys.readouterr().out and _absent(_settings()) == []
