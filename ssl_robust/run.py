@@ -321,6 +321,7 @@ def _papermill(notebook: str, parameters: dict[str, object], target: Path) -> No
     papermill_io.register(str(target.parent), _Whole())
     # the file that tells the kernel its ports outlives a runner that is killed; here it is inside the project
     before, tempfile.tempdir = tempfile.tempdir, str(records.home())
+    os.environ["SSL_ROBUST_NOTEBOOK"] = _shown(target)  # see records.notebook
     try:
         papermill.execute_notebook(
             NOTEBOOKS / f"{notebook}.ipynb",
@@ -337,6 +338,7 @@ def _papermill(notebook: str, parameters: dict[str, object], target: Path) -> No
         )
     finally:
         tempfile.tempdir = before
+        del os.environ["SSL_ROBUST_NOTEBOOK"]
 
 
 def everything_wrong(settings: Settings) -> tuple[list[str], list[str]]:
@@ -432,7 +434,6 @@ def _run(notebook: str, settings: Settings) -> int:
     for name in ("asyncio", "tornado"):  # what a full disk or an ended kernel interrupts would be said a second time
         logging.getLogger(name).setLevel(logging.CRITICAL)
     print(f"{notebook} | profile {settings.profile}: started", flush=True)
-    os.environ["SSL_ROBUST_NOTEBOOK"] = _shown(executed_path(settings.profile, notebook))
     try:
         seconds = execute(notebook, settings)
     except PapermillExecutionError as error:

@@ -27,7 +27,7 @@ from ssl_robust import deacl, evaluate, heads, plots, records, report, run
 __all__ = ["deacl", "evaluate", "heads", "plots", "report", "undisturbed"]
 PROFILE, STAGES = "test", stages()
 WORDS = {"runner": "ssl_robust.run", "kernel": "ipykernel_launcher"}  # in the command lines of processes
-VOLATILE = ("git", "seconds", "made")  # of a record: the clock
+VOLATILE = ("git", "seconds", "made", "notebook")  # of a record: the clock, and who executed the notebook
 
 
 def _execute(notebook: str, root: Path) -> None:
