@@ -112,7 +112,7 @@ def _making(record: Record) -> list[str]:
         _line("device", f"{record['device']}, {record['threads']} threads"),
         _line("made", f"{record['made']} in {record['seconds']:.1f} s by commit {record['git']}"),
     ]
-    optional = ("precision", "batch", "epoch", "chosen", "checked", "numerics")
+    optional = ("precision", "batch", "epoch", "chosen", "checked", "kept", "numerics")
     return lines + [_line(name, _short(record[name])) for name in optional if name in record]
 
 
