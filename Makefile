@@ -1,6 +1,6 @@
 # `make help` lists the targets. A stage is a notebook; which stages are run is no matter of times of files: stages.py
 # says which are not done, by the keys of their results, and why. Executed copies lie in runs/<profile>.
-ifeq ($(wildcard ssl_robust/run.py),)
+ifeq ($(wildcard ssl_robust/records.py),)
 $(error This Makefile works in its own folder; write for example make -C FOLDER paper)
 endif
 # What a user gives is taken letter by letter ('$' too), and reaches a shell only as a variable of the environment, never
@@ -44,10 +44,10 @@ override DATA := $(or $(subst //end//,,$(subst ///end//,,$(DATA)//end//)),$(DATA
 RESULTS := results/$(PROFILE)
 STAGES  := 00_data 01_heads 02_deacl 03_attack_classification 04_attack_segmentation 05_attack_depth 06_figures 07_sanity
 ATTACKS := 05_attack_depth 04_attack_segmentation 03_attack_classification# begun in this order, so the long ones first
-RUN      = $(PY) -m ssl_robust.run --profile $(PROFILE) --data "$$DATA"
+RUN      = $(PY) -m ssl_robust.ops.run --profile $(PROFILE) --data "$$DATA"
 stages   = $(addprefix run-,$(1))
 # Has the stages run that $(1) needs and that are not done; begun by '+', so that make -n says what they are.
-made     = +@stale="$$($(PY) -m ssl_robust.stages --profile $(PROFILE) --data "$$DATA")" && \
+made     = +@stale="$$($(PY) -m ssl_robust.ops.stages --profile $(PROFILE) --data "$$DATA")" && \
   $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(AT_ONCE)) STALE="$$stale" $(1)
 STALE   ?= $(STAGES)
 
@@ -67,17 +67,17 @@ plan: $(STAMP) ## what PROFILE would do: rows, minutes, memory, disk, what is mi
 	@$(RUN) --plan
 
 data: $(STAMP) ## fetch the data sets of PROFILE into DATA (SMALL=1: the smaller training set where there are two)
-	@$(PY) -m ssl_robust.fetch --profile $(PROFILE) --data "$$DATA" $(if $(SMALL),--small)
+	@$(PY) -m ssl_robust.ops.fetch --profile $(PROFILE) --data "$$DATA" $(if $(SMALL),--small)
 
 ifeq ($(EXECUTOR),)
 paper: $(STAMP) ## Tables 1-3, Figures 1-2 and index.html in figures/PROFILE
 	$(call made,$(call stages,06_figures 07_sanity))
-	@$(PY) -m ssl_robust.report $(PROFILE)
+	@$(PY) -m ssl_robust.show.report $(PROFILE)
 else
 # Results come from jobs, and the notebooks find them; jobs.json is there while jobs of the cluster wait or run.
 paper: $(STAMP)
 	$(call made,$(call stages,00_data))
-	@$(PY) -m ssl_robust.grid --profile $(PROFILE) --data "$$DATA" --executor $(EXECUTOR) --cluster "$$CLUSTER" || [ $$? = 3 ]
+	@$(PY) -m ssl_robust.ops.grid --profile $(PROFILE) --data "$$DATA" --executor $(EXECUTOR) --cluster "$$CLUSTER" || [ $$? = 3 ]
 	@[ -e runs/$(PROFILE)/grid/jobs.json ] || $(MAKE) --no-print-directory paper EXECUTOR=
 endif
 
@@ -97,19 +97,19 @@ notebook: $(if $(NAME),$(STAMP) check) ## one notebook with PROFILE: NAME=append
 	@$(if $(NAME),$(RUN) "$$NAME",echo 'NAME is empty; write for example: make notebook NAME=appendix_protocols' >&2; exit 2)
 
 explain: $(STAMP) ## how one table cell came about: CELL=table1/scenes/embedded_vit/standard/task
-	@$(if $(CELL),$(PY) -m ssl_robust.explain --profile $(PROFILE) "$$CELL",echo 'CELL is empty; write for example: make explain CELL=table1/scenes/embedded_vit/standard/task' >&2; exit 2)
+	@$(if $(CELL),$(PY) -m ssl_robust.ops.explain --profile $(PROFILE) "$$CELL",echo 'CELL is empty; write for example: make explain CELL=table1/scenes/embedded_vit/standard/task' >&2; exit 2)
 
 keep: $(STAMP) ## keep results that other versions of the code made from the same inputs; their records say so
-	@$(PY) -m ssl_robust.stages --profile $(PROFILE) --data "$$DATA" --keep
+	@$(PY) -m ssl_robust.ops.stages --profile $(PROFILE) --data "$$DATA" --keep
 
 bench: $(STAMP) ## speed and strength of the attacks beside other implementations, in figures/bench
-	@$(PY) -m ssl_robust.run appendix_bench --profile bench --data "$$DATA"
+	@$(PY) -m ssl_robust.ops.run appendix_bench --profile bench --data "$$DATA"
 
 example: $(STAMP) ## for maintainers: what the last run of PROFILE made becomes the committed example
-	@$(PY) -m ssl_robust.committed $(PROFILE)
+	@$(PY) -m ssl_robust.ops.committed $(PROFILE)
 
 lab: $(STAMP) ## JupyterLab on copies of the notebooks, in lab/ (options: LAB="--allow-root --no-browser --port 8899")
-	@$(PY) -m ssl_robust.lab
+	@$(PY) -m ssl_robust.ops.lab
 
 test: $(STAMP) ## ruff, unit tests, notebook rules, nbval
 	@$(PY) -m ruff check ssl_robust tests notebooks

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compute, released
+from . import compute
 from .datasets import IGNORE, image_seed
 from .heads import TaskModel, depth_loss
+from .protocols import released
 from .settings import Attack
 
 LossFn = Callable[[Tensor, int], Tensor]
 PairLoss = Callable[[Tensor, Tensor], Tensor]  # (embedding or logits, clean embedding or label) -> (B,)
 Trace = list[dict[str, Any]]  # what pgd saw, see there
 Finished = Callable[[Tensor, Tensor, Tensor], Tensor]  # (iterates (b, ..), positions (b,), losses (b,)) -> (b,) bool
-NAMES = {"classification": "PGD", "segmentation": "SegPGD", "depth": "DepthPGD"}
 # added to what an image has lost for sure before it leaves, so that the rounding of another batch turns none back
 MARGIN = 0.1
 TINY = 1e-6  # below this mean cross-entropy images are compared by its logarithm

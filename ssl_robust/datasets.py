@@ -28,7 +28,8 @@ from torchvision.transforms import v2
 from . import catalogue, records
 from .catalogue import DATASETS, IGNORE, Dataset, Item, Part
 from .progress import track
-from .settings import TASKS, BadInput, Settings
+from .settings import BadInput, Settings
+from .tasks import TASKS
 
 __all__ = ["DATASETS", "IGNORE", "Dataset", "Item", "Part"]  # offered here too
 MAX_DEPTH = 10.0  # metres; the depth heads predict 0.001 .. 10 m (section 4.1)

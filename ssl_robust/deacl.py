@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from . import attacks, checkpoints, compute, datasets, encoders, records
+from . import attacks, compute, datasets, encoders, records
 from .datasets import Subset
 from .encoders import Encoder
+from .formats import checkpoints
 from .heads import skipping
 from .progress import any_terminal, track
 from .settings import Attack, BadInput, DeACL, EncoderRow, Settings
@@ -629,7 +630,7 @@ def _index(row: EncoderRow, profile: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line, also under accelerate launch; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
-    from . import run  # here, because it stands above this module
+    from .ops import run  # here, because it stands above this module
 
     any_terminal()
     parser = argparse.ArgumentParser(prog="python -m ssl_robust.deacl", description="DeACL of a profile's encoders.")

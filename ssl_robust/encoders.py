@@ -15,15 +15,16 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from . import callables, checkpoints, records, vit
-from .checkpoints import load_weights, read_weights
+from . import records, vit
+from .formats import callables, checkpoints
+from .formats.checkpoints import load_weights, read_weights
 from .settings import BadInput, EncoderRow, Normalise, Settings
 
 __all__ = ["EMBEDDED_WEIGHTS", "KNOWN", "Encoder", "check", "load", "load_weights", "random_init", "read_weights"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
-EMBEDDED_WEIGHTS = records.PACKAGE / "weights" / "embedded_vit.safetensors"
+EMBEDDED_WEIGHTS = records.PACKAGE / "embedded" / "weights" / "embedded_vit.safetensors"
 NORMALISE = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "inception": ((0.5,) * 3, (0.5,) * 3),
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), "none": ((0.0,) * 3, (1.0,) * 3), "cifar": (CIFAR_MEAN, CIFAR_STD),

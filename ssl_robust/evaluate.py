@@ -12,12 +12,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from . import attacks, compute, datasets, deacl, encoders, evidence, heads, health, metrics, records, released, strong
+from . import attacks, compute, datasets, deacl, encoders, heads, metrics, records, strong
 from .datasets import Subset
 from .encoders import Encoder
 from .heads import TaskModel, skipping
 from .progress import track
-from .settings import TASKS, Attack, BadInput, EncoderRow, Settings
+from .protocols import released
+from .settings import Attack, BadInput, EncoderRow, Settings
+from .tasks import TASKS
+from .trust import evidence, health
 
 KINDS = ("clean", "embed", "task")
 EXAMPLES = 4  # images of Figure 1, of each task
@@ -53,7 +56,7 @@ def kinds(task: str, settings: Settings) -> tuple[str, ...]:
 
 def attack_name(task: str, kind: str) -> str:
     """Name of the attack in tables."""
-    names = {"clean": "none", "embed": "EmbedAttack", "task": attacks.NAMES[task], WORST: "worst case"}
+    names = {"clean": "none", "embed": "EmbedAttack", "task": TASKS[task].attack, WORST: "worst case"}
     return names.get(kind) or strong.TITLES[kind]
 
 
@@ -259,7 +262,7 @@ def _worst(model: TaskModel, test: Subset, found: list[Tensor]) -> Tensor:
     segmentation by its wrong pixels, as some wrong pixels of an absent class halve an image's mIoU but not that of all.
     """
     task, reduce = model.task, released.reduction(model.task, test.classes, model.protocol)
-    sign, n = metrics.BETTER[metrics.METRIC[task]], len(found[0])
+    sign, n = TASKS[task].sign, len(found[0])
     scores = [sign * torch.tensor([metrics.per_image(task, stats, reduce) for stats in found])]  # (K, N) each
     if task == "segmentation":
         scores.append(torch.stack([stats[..., 0].sum(1) for stats in found]))
@@ -286,7 +289,7 @@ def _about(model: TaskModel, test: Subset, variant: tuple[str, int], kind: str, 
         "schema": records.SCHEMA, "key": records.digest(made), "made_from": made,
         "task": task, "dataset": test.name, "encoder": model.encoder.name,
         "defense": defense, "epoch": epoch, "attack": kind, "attack_name": attack_name(task, kind),
-        "metric": metrics.METRIC[task], "protocol": protocol, "counts": settings.counts, "precision": precision,
+        "metric": TASKS[task].metric, "protocol": protocol, "counts": settings.counts, "precision": precision,
         "settings": {"attack": attack, "task": section.model_dump()}, "seed": settings.seed, "hashes": hashes,
         "n_train": model.trained[0], "n_train_asked": model.trained[1],
         "notebook": records.notebook(),

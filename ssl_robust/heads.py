@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import compute, datasets, encoders, metrics, records, released
+from . import compute, datasets, encoders, metrics, records
 from .datasets import IGNORE, MAX_DEPTH, Subset
 from .encoders import Encoder
 from .progress import track
-from .settings import TASKS, BadInput, Settings, TaskSettings
+from .protocols import released
+from .settings import BadInput, Settings, TaskSettings
+from .tasks import TASKS
 
 MIN_DEPTH, BINS = 0.001, 256
 # Tokens up to this many bytes are kept for all epochs: hundreds of small images fit, while 20,000 images of 518 px
@@ -293,7 +295,7 @@ def fit(
             )
         score = _held_out_metric(task, head.eval(), encoder, held_out(range(len(val)), 64), len(train.classes))
         history.append({"epoch": epoch + 1, "loss": loss, "held_out": score})
-        gain = metrics.BETTER[metrics.METRIC[task]] * score
+        gain = TASKS[task].sign * score
         if gain > best:
             best, best_state = gain, {k: v.clone() for k, v in head.state_dict().items()}
     head.load_state_dict(best_state)
@@ -486,8 +488,8 @@ def fit_all(settings: Settings) -> pd.DataFrame:
 
 def _summary(task: str, dataset: str, encoder: str, history: list[dict[str, float]]) -> dict[str, Any]:
     """One row of fit_all: the epoch that was kept, and how far the loss fell."""
-    metric = metrics.METRIC[task]
-    best = max(history, key=lambda h: metrics.BETTER[metric] * h["held_out"])
+    metric = TASKS[task].metric
+    best = max(history, key=lambda h: TASKS[task].sign * h["held_out"])
     losses = {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
     return {"task": task, "dataset": dataset, "encoder": encoder, "metric": metric, **best, **losses}
 

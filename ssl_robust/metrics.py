@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .datasets import IGNORE, MAX_DEPTH
 
-METRIC = {"classification": "accuracy", "segmentation": "mIoU", "depth": "RMSE"}
-BETTER = {"accuracy": 1, "mIoU": 1, "RMSE": -1}  # +1: larger is better
 RESAMPLES = 1000
 Reduction = Callable[[str, Tensor, Tensor], Tensor]  # (task, sums (R, ...), images n (R,)) -> metric (R,)
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-TASKS = ("classification", "segmentation", "depth")
-NOTEBOOK = dict(zip(TASKS, ("03_attack_classification", "04_attack_segmentation", "05_attack_depth"), strict=True))
-# where the authors' released code departs from the paper's text; ssl_robust/released.py says how, one entry each
+from .tasks import TASKS
+
+# where the authors' released code departs from the paper's text; protocols/released.py says how, one entry each
 DIFFERENCES = (
     "embed_mse", "pgd_scaled_logits", "segpgd_two_means", "window_probabilities", "class0_ignored", "depth_attack_loss",
     "unnormalised_evaluation", "depth_unmasked", "depth_flipped", "depth_mean_of_images", "head_recipe",
@@ -224,7 +224,7 @@ class Settings(_Strict):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of attack steps: auto is bf16 where the device computes it fast; predictions are fp32"
     )
-    strong: bool = Field(False, description="also AutoAttack, APGD, CosPGD and losses of SEA, see ssl_robust/strong.py")
+    strong: bool = Field(False, description="also AutoAttack, APGD, CosPGD and losses of SEA, see ssl_robust/strong")
     data_seed: int | None = Field(None, ge=0, le=SEED, description="draws the images of data sets; default: seed")
     seeds: list[Annotated[int, Field(ge=0, le=SEED)]] = Field(
         [], description="further seeds: heads and attacks are repeated with each, tables give mean and spread"

@@ -22,11 +22,13 @@ import pytest
 from make_reference import PROJECT, stages
 
 # imported before the fork, so that each forked process has them
-from ssl_robust import deacl, evaluate, heads, plots, records, report, run
+from ssl_robust import deacl, evaluate, heads, records
+from ssl_robust.ops import run
+from ssl_robust.show import plots, report
 
 __all__ = ["deacl", "evaluate", "heads", "plots", "report", "undisturbed"]
 PROFILE, STAGES = "test", stages()
-WORDS = {"runner": "ssl_robust.run", "kernel": "ipykernel_launcher"}  # in the command lines of processes
+WORDS = {"runner": "ssl_robust.ops.run", "kernel": "ipykernel_launcher"}  # in the command lines of processes
 VOLATILE = ("git", "seconds", "made", "notebook")  # of a record: the clock, and who executed the notebook
 
 

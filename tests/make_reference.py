@@ -67,7 +67,7 @@ def main() -> None:
     REFERENCE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as root:
         for name in checked():
-            command = [sys.executable, "-m", "ssl_robust.run", name, "--profile", "test"]
+            command = [sys.executable, "-m", "ssl_robust.ops.run", name, "--profile", "test"]
             subprocess.run(command, cwd=PROJECT, env=environment(Path(root)), check=True)
             executed = nbformat.read(Path(root, "runs", "test", f"{name}.ipynb"), as_version=4)
             nbformat.write(clean(executed), REFERENCE / f"{name}.ipynb")

@@ -9,7 +9,8 @@ from planted import brightness_model, images, model, target
 from ssl_robust import attacks, datasets
 from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
 from ssl_robust.heads import HEADS, TaskModel
-from ssl_robust.settings import TASKS, Attack
+from ssl_robust.settings import Attack
+from ssl_robust.tasks import TASKS
 
 PAPER = Attack()
 EACH = pytest.mark.parametrize(("task", "kind"), [(t, k) for t in TASKS for k in ("embed", "task")])

@@ -11,7 +11,8 @@ import trees
 import yaml
 from chain import PROJECT, files
 
-from ssl_robust import fetch, records, run
+from ssl_robust import records
+from ssl_robust.ops import fetch, run
 
 SECTION = {"datasets": ["scenes"], "n_train": 8, "n_val": 4, "n_test": 4, "epochs": 1, "batch": 4, "lr": 0.01}
 GOOD = {

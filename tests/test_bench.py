@@ -5,12 +5,15 @@ import json
 import math
 import sys
 
+import bench
+import bench_page
+import choices
 import pandas as pd
 import planted
 import pytest
 import torch
 
-from ssl_robust import bench, bench_page, choices, encoders, records
+from ssl_robust import encoders, records
 from ssl_robust.heads import ClassificationHead, TaskModel
 from ssl_robust.settings import Attack, BadInput, EncoderRow, check
 

@@ -21,8 +21,9 @@ from timm.models.eva import Eva
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 
-from ssl_robust import checkpoints, encoders, records
 from ssl_robust import deacl as finetuning
+from ssl_robust import encoders, records
+from ssl_robust.formats import checkpoints
 from ssl_robust.settings import BadInput, EncoderRow, check
 
 DIM, HEADS, PATCH, NATIVE = 24, 3, 4, 20  # 5x5 patches
@@ -428,7 +429,7 @@ def test_truncated_weight_files_are_refused(tmp_path, suffix, share):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "begins 'version https://git-lfs"),
         (b"<!DOCTYPE html><html>404</html>", "begins '<!DOCTYPE html>"),
-        (b'\n{"error": "Invalid username or password."}', "begins '{\"error\": \"Invalid"),
+        (b'\n{"error": "Invalid username or password."}', 'begins \'{"error": "Invalid'),
         (b"{'a'}: {'b'}", "begins \"{'a'}"),
         (b"\x1f\x8b\x08\x00" + bytes(40), "begins '\\x1f\\x8b"),
         (b"", "is empty"),

@@ -17,9 +17,10 @@ import torch
 import trees
 from PIL import Image
 
-from ssl_robust import catalogue, datasets, heads, plan, records
+from ssl_robust import catalogue, datasets, heads, records
 from ssl_robust.catalogue import CIFAR10_CLASSES, Part
 from ssl_robust.datasets import IGNORE, Item, Subset
+from ssl_robust.ops import plan
 from ssl_robust.settings import BadInput
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssl_robust import deacl, records, run
+from ssl_robust import deacl, records
+from ssl_robust.ops import run
 from ssl_robust.settings import BadInput, EncoderRow
 
 ROW = EncoderRow(name="planted", defenses=["standard", "deacl"])

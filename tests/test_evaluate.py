@@ -11,22 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ssl_robust import (
-    attacks,
-    datasets,
-    deacl,
-    encoders,
-    evaluate,
-    evidence,
-    heads,
-    metrics,
-    paired,
-    plots,
-    records,
-    released,
-)
+from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, records
 from ssl_robust.datasets import IGNORE
-from ssl_robust.settings import TASKS, Attack, BadInput
+from ssl_robust.protocols import released
+from ssl_robust.settings import Attack, BadInput
+from ssl_robust.show import plots
+from ssl_robust.tasks import TASKS
+from ssl_robust.trust import evidence, paired
 
 FIELDS = {
     "schema", "key", "task", "dataset", "encoder", "defense", "epoch", "attack", "attack_name", "metric", "value", "se",
@@ -104,7 +95,7 @@ def test_a_record_says_all(task, kind, toys):
     assert record["precision"] == "fp32" and record["health"]["flags"] is not None and record["damaged"] == 0
     assert record["protocol"] == "paper"
     assert record["attack_name"] == {"clean": "none", "embed": "EmbedAttack", "task": NAMES[task]}[kind]
-    assert (record["metric"], record["n"], record["nonfinite"]) == (metrics.METRIC[task], 8, 0)
+    assert (record["metric"], record["n"], record["nonfinite"]) == (TASKS[task].metric, 8, 0)
     assert record["settings"]["attack"] == (None if kind == "clean" else Attack(steps=3).model_dump())
     assert record["settings"]["task"] == planted.settings().task(task).model_dump()
     assert set(record["hashes"]) == {"weights", "head", "data"} and len(record["key"]) == 16
@@ -293,11 +284,11 @@ def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
     assert evaluate.worst(model, test, ("standard", 0), settings) is None  # nothing was attacked yet
     found = {kind: evaluate.cell(model, test, ("standard", 0), kind, settings) for kind in evaluate.KINDS}
     worst = evaluate.worst(model, test, ("standard", 0), settings)
-    hurt = min if metrics.BETTER[metrics.METRIC[task]] > 0 else max
+    hurt = min if TASKS[task].sign > 0 else max
     singly = {kind: metrics.per_image(task, _stats(task, kind)) for kind in ALL}
     expected = [hurt(values) for values in zip(*(singly[kind] for kind in found), strict=True)]
     assert sum(worst["chosen"].values()) == worst["n"] == 8
-    sign = metrics.BETTER[metrics.METRIC[task]]
+    sign = TASKS[task].sign
     assert sign * worst["value"] <= min(sign * record["value"] for record in found.values())
     assert task == "segmentation" or singly["worst"] == expected
     assert worst["attack"] == "worst" and worst["max_perturbation"] == max(

@@ -5,8 +5,11 @@ import subprocess
 
 import pytest
 
-from ssl_robust import evidence, explain, records, report
+from ssl_robust import records
+from ssl_robust.ops import explain
 from ssl_robust.settings import BadInput
+from ssl_robust.show import report
+from ssl_robust.trust import evidence
 
 CELL = "table1/scenes/embedded_vit/deacl/task"
 

@@ -28,8 +28,12 @@ from safetensors import SafetensorError
 from test_run import PROFILE as TINY
 from test_run import write_notebook, write_profile
 
-from ssl_robust import checkpoints, datasets, deacl, evaluate, heads, plots, records, report, run, scenes
+from ssl_robust import datasets, deacl, evaluate, heads, records
+from ssl_robust.embedded import scenes
+from ssl_robust.formats import checkpoints
+from ssl_robust.ops import run
 from ssl_robust.settings import BadInput
+from ssl_robust.show import plots, report
 
 ALL = os.environ.get("SSL_ROBUST_FAULTS") == "all"
 

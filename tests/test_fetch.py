@@ -14,8 +14,9 @@ import planted
 import pytest
 import trees
 
-from ssl_robust import datasets, fetch
+from ssl_robust import datasets
 from ssl_robust.catalogue import Archive
+from ssl_robust.ops import fetch
 from ssl_robust.settings import BadInput
 
 
@@ -404,7 +405,7 @@ def _profile(monkeypatch, tmp_path, text):
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "small.yaml").write_text(f"profile: small\nencoders: [{{name: embedded_vit}}]\n{text}")
     monkeypatch.setattr(fetch, "PARAMS", tmp_path / "params")
-    monkeypatch.setattr("ssl_robust.run.PARAMS", tmp_path / "params")
+    monkeypatch.setattr("ssl_robust.ops.run.PARAMS", tmp_path / "params")
 
 
 SECTION = "classification: {datasets: [%s], epochs: 1, batch: 1, lr: 1.0, n_val: 1}\n"

@@ -11,8 +11,10 @@ import pytest
 import submitit
 import yaml
 
-from ssl_robust import evaluate, grid, records, run, sanity
+from ssl_robust import evaluate, records
+from ssl_robust.ops import grid, run
 from ssl_robust.settings import BadInput, Cluster, Sanity
+from ssl_robust.trust import sanity
 
 SECTION = {"datasets": ["scenes"], "n_train": 12, "n_val": 6, "n_test": 4, "epochs": 1, "batch": 6, "lr": 0.01}
 PROFILE = {

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save_file
 
-from ssl_robust import datasets, encoders, heads, metrics, records, released
+from ssl_robust import datasets, encoders, heads, records
 from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
 from ssl_robust.heads import HEADS, TaskModel
-from ssl_robust.settings import TASKS, BadInput, EncoderRow, TaskSettings
+from ssl_robust.protocols import released
+from ssl_robust.settings import BadInput, EncoderRow, TaskSettings
+from ssl_robust.tasks import TASKS
 
 
 def _tokens(count=2, dim=5, h=3, w=4):
@@ -478,7 +480,7 @@ def test_fit_all_lists_every_head(toys, monkeypatch):
     monkeypatch.setattr(heads.encoders, "load", lambda row, root: planted.encoder())
     table = heads.fit_all(planted.settings())
     assert table["task"].tolist() == list(TASKS)
-    assert table["metric"].tolist() == [metrics.METRIC[t] for t in TASKS]
+    assert table["metric"].tolist() == [TASKS[t].metric for t in TASKS]
     assert (table["epoch"].between(1, 3)).all() and table["held_out"].notna().all()
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_robust import attacks, evidence, health
+from ssl_robust import attacks
 from ssl_robust.settings import Attack
+from ssl_robust.trust import evidence, health
 
 STEPS = 20
 TIME = torch.arange(STEPS + 1).double()

@@ -8,8 +8,10 @@ import pytest
 import yaml
 from test_stages import _load
 
-from ssl_robust import deacl, encoders, evaluate, heads, lab, records, report, run, settings
+from ssl_robust import deacl, encoders, evaluate, heads, records, settings
+from ssl_robust.ops import lab, run
 from ssl_robust.settings import BadInput
+from ssl_robust.show import report
 
 PROFILE = {"profile": "toy", "seed": 0, "device": "cpu", "precision": "fp32", "attack": {"steps": 2, "eps": 0.03},
            "encoders": [{"name": "planted", "timm": "embedded_vit", "defenses": ["standard", "deacl"]}],

@@ -9,10 +9,11 @@ import pytest
 import torch
 import trees
 
-from ssl_robust import catalogue, datasets, evaluate, tables
+from ssl_robust import catalogue, datasets, evaluate
 from ssl_robust.catalogue import DATASETS
 from ssl_robust.datasets import Subset
 from ssl_robust.settings import BadInput
+from ssl_robust.show import tables
 
 
 def _subset(root, split="train", counts="any"):

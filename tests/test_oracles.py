@@ -12,7 +12,8 @@ from ssl_robust import attacks, datasets, deacl, evaluate, metrics, strong
 from ssl_robust.datasets import IGNORE, Item
 from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
 from ssl_robust.heads import BINS, HEADS, MIN_DEPTH, TaskModel
-from ssl_robust.settings import TASKS, Attack, DeACL
+from ssl_robust.settings import Attack, DeACL
+from ssl_robust.tasks import TASKS
 
 EPS = 8 / 255
 

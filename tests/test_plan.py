@@ -13,8 +13,10 @@ import torch
 import trees
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_robust import cost, datasets, encoders, evaluate, heads, plan, records, run
-from ssl_robust.settings import TASKS, BadInput, EncoderRow, Settings, check, read_params
+from ssl_robust import datasets, encoders, evaluate, heads, records
+from ssl_robust.ops import cost, plan, run
+from ssl_robust.settings import BadInput, EncoderRow, Settings, check, read_params
+from ssl_robust.tasks import TASKS
 
 PROJECT = Path(__file__).resolve().parents[1]
 PARAMS = {p.stem: p for p in (PROJECT / "params").glob("*.yaml")}
@@ -469,7 +471,7 @@ def test_paper_asks_for_every_row_of_the_paper():
     paper = profile("paper")
     work = plan.all_work(paper)
     asked = {(w.task, w.dataset, w.encoder, w.defense) for w in work if w.what == "task"}
-    lines = (PROJECT / "ssl_robust" / "reported.csv").read_text().splitlines()[1:]
+    lines = (PROJECT / "ssl_robust" / "show" / "reported.csv").read_text().splitlines()[1:]
     assert {tuple(line.split(",")[:4]) for line in lines} - asked == set()
     attack = paper.attack.model_dump(exclude={"stop_when_broken"})
     assert attack == pytest.approx({"eps": 8 / 255, "step": 2 / 255, "steps": 20, "best": False})

@@ -10,8 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
 from safetensors.torch import save_file
 
-from ssl_robust import plots, tiles
 from ssl_robust.settings import BadInput
+from ssl_robust.show import plots, tiles
 
 EPS = 8 / 255
 CLASSES = ["background", "ball", "cone"]

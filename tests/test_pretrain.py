@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from ssl_robust import pretrain
+from ssl_robust.embedded import pretrain
 from ssl_robust.encoders import EMBEDDED_WEIGHTS, embedded_backbone, load_weights, read_weights
 from ssl_robust.settings import BadInput
 

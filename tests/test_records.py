@@ -167,7 +167,7 @@ def checkout(tmp_path):
     """A small project in a repository of its own, all of it committed."""
     for name in ("ssl_robust", "notebooks", "params", "figures/committed/demo"):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("__init__.py", "records.py", "settings.py"):
+    for name in ("__init__.py", "records.py", "settings.py", "tasks.py"):
         shutil.copy(records.PACKAGE / name, tmp_path / "ssl_robust")
     for name in ("notebooks/00.ipynb", "params/demo.yaml", "figures/committed/demo/table1.md", "README.md"):
         (tmp_path / name).write_text("as committed")

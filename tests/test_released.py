@@ -7,9 +7,11 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from ssl_robust import attacks, datasets, encoders, evaluate, heads, metrics, records, released, settings
+from ssl_robust import attacks, datasets, encoders, evaluate, heads, metrics, records, settings
 from ssl_robust.datasets import IGNORE, Subset
-from ssl_robust.settings import DIFFERENCES, TASKS, Attack, BadInput
+from ssl_robust.protocols import released
+from ssl_robust.settings import DIFFERENCES, Attack, BadInput
+from ssl_robust.tasks import TASKS
 
 NONE = frozenset()
 CLASSES = ("background", "a", "b")

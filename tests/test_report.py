@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from ssl_robust import claims, evidence, layout, metrics, paired, plots, records, report, tables, timing
+from ssl_robust import metrics, records
 from ssl_robust.settings import BadInput
+from ssl_robust.show import layout, plots, report, tables, timing
+from ssl_robust.trust import claims, evidence, paired
 
 METRIC = {"classification": "accuracy", "segmentation": "mIoU", "depth": "RMSE"}
 CHANCE = {"classification": 0.1, "segmentation": 0.06, "depth": 1.3}
@@ -687,9 +689,8 @@ def test_worst_is_a_column_with_its_standard_error_and_the_overstatement_is_said
     made = tables.table("classification", found)
     assert made["worst"].tolist() == pytest.approx([0.08, 0.28]) and made["worst_se"].tolist() == [0.02, 0.02]
     files = tables.table_files(1, found)
-    assert (
-        "PGD, accuracy ↑ | Worst, accuracy ↑ | n |" in files["md"]
-        and "0.30 ± 0.02 | 0.28 ± 0.02 | 200 |" in plain(files["md"])
+    assert "PGD, accuracy ↑ | Worst, accuracy ↑ | n |" in files["md"] and "0.30 ± 0.02 | 0.28 ± 0.02 | 200 |" in plain(
+        files["md"]
     )
     said = "its accuracy lies above Worst by 0.020 in scenes/embedded_vit Standard, 0.020 in scenes/embedded_vit DeACL."
     assert said in files["md"] and "the worst result of Clean, EmbedAttack, PGD." in files["md"]
@@ -926,8 +927,15 @@ def test_images_that_do_not_change_are_no_certainty(n, reach, metric):
 
 def test_two_images_in_which_nothing_comes_back_do_not_show_that_nothing_does():
     def found(n):
-        made = [record(v, a, d, statistics=entries(v, "accuracy", n), n=n) for v, a, d in (
-            (1.0, "clean", "standard"), (1.0, "clean", "deacl"), (0.0, "task", "standard"), (0.0, "task", "deacl"))]
+        made = [
+            record(v, a, d, statistics=entries(v, "accuracy", n), n=n)
+            for v, a, d in (
+                (1.0, "clean", "standard"),
+                (1.0, "clean", "deacl"),
+                (0.0, "task", "standard"),
+                (0.0, "task", "deacl"),
+            )
+        ]
         return verdicts(made)["c"]  # fmt: skip
 
     assert [found(n) for n in (1, 4, 48)] == ["undecided", "undecided", "supported"]

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from nbformat import v4
 
-from ssl_robust import progress, records, run
+from ssl_robust import progress, records
+from ssl_robust.ops import run
 from ssl_robust.settings import BadInput
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -227,7 +228,7 @@ def test_annotated_parameters_reach_the_notebook(project: Path, capfd: pytest.Ca
 def test_a_terminal_that_lacks_signs_does_not_end_the_run(encoding: str, project: Path) -> None:
     write_notebook(project, "print('0.84 ± 0.05 †')", LAST)
     program = (
-        "import pathlib, sys; from ssl_robust import run; here = pathlib.Path(sys.argv[1])\n"
+        "import pathlib, sys; from ssl_robust.ops import run; here = pathlib.Path(sys.argv[1])\n"
         "run.NOTEBOOKS, run.PARAMS = here / 'notebooks', here / 'params'\n"
         "sys.exit(run.main(['00_try', '--profile', 'tiny']))"
     )
@@ -238,15 +239,15 @@ def test_a_terminal_that_lacks_signs_does_not_end_the_run(encoding: str, project
     assert b"00_try | " + written + b"\n" in done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize("module", ["run", "grid", "fetch", "deacl", "explain", "committed"])
+@pytest.mark.parametrize("module", ["ops.run", "ops.grid", "ops.fetch", "deacl", "ops.explain", "ops.committed"])
 def test_every_command_prints_what_the_terminal_lacks_in_another_way(
     module: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", stream)
     command = importlib.import_module(f"ssl_robust.{module}")
-    arguments = {"run": ["--check"], "grid": ["--executor", "local"], "explain": ["table1/a/b/c/d"]}.get(module, [])
-    command.main("nope" if module == "committed" else ["--profile", "nope", *arguments])
+    arguments = {"ops.run": ["--check"], "ops.grid": ["--executor", "local"], "ops.explain": ["table1/a/b/c/d"]}.get(module, [])
+    command.main("nope" if module == "ops.committed" else ["--profile", "nope", *arguments])
     assert stream.errors == "backslashreplace"
 
 
@@ -353,7 +354,7 @@ ATTACKS = ["03_attack_classification", "04_attack_segmentation", "05_attack_dept
 STAGES = ["00_data", "01_heads", "02_deacl", *ATTACKS, "06_figures", "07_sanity"]
 FAKE_PYTHON = """#!/bin/sh
 for last; do :; done
-case "$*" in *ssl_robust.stages*)
+case "$*" in *ssl_robust.ops.stages*)
   for stage in STAGES; do [ -e results/demo/$stage.json ] || printf '%s ' $stage; done; exit 0 ;; esac
 case $last in 0*) ;; *) exit 0 ;; esac
 echo "start $last" >> log; sleep 0.2
@@ -388,7 +389,7 @@ def would_run(tree: Path, *arguments: str) -> list[str]:
     """Numbers of the notebooks that make would execute."""
     done = make(tree, "-n", *arguments)
     assert done.returncode == 0, done.stderr
-    last_words = [line.split()[-1] for line in done.stdout.splitlines() if "ssl_robust.run" in line]
+    last_words = [line.split()[-1] for line in done.stdout.splitlines() if "ssl_robust.ops.run" in line]
     return sorted(word[:2] for word in last_words if word != "--check")
 
 
@@ -423,7 +424,7 @@ ODD = ["my  data", "it's mine", 'a"b', "a;touch F", "50% off", "däta", "a$b", "
 def test_data_with_any_name_is_passed_on_letter_by_letter(data: str, tree: Path) -> None:
     (tree / "python").write_text(
         '#!/bin/sh\nfor word; do printf "%s|" "$word" >> said; done; echo >> said\n'
-        'case "$*" in *ssl_robust.stages*) echo 03_attack_classification ;; esac\n'
+        'case "$*" in *ssl_robust.ops.stages*) echo 03_attack_classification ;; esac\n'
     )
     for given in (data, f"{data}/"):
         for words, told in ((("plan",), 1), (("-n", "paper"), 1), (("paper",), 3)):
@@ -432,7 +433,7 @@ def test_data_with_any_name_is_passed_on_letter_by_letter(data: str, tree: Path)
             assert make(tree, *words, f"DATA={given}").returncode == 0
             said = (tree / "said").read_text().splitlines()
             assert len(said) == told, words
-            assert all(f"|--data|{data}|" in line for line in said if "ssl_robust.report" not in line), said
+            assert all(f"|--data|{data}|" in line for line in said if "ssl_robust.show.report" not in line), said
             assert set(tree.iterdir()) - before == {tree / "said"} and not (tree / "runs").exists()
 
 
@@ -485,7 +486,7 @@ def test_two_notebooks_run_side_by_side_unless_a_number_says_otherwise(tree: Pat
     assert not (tree / "F").exists()
 
 
-JOBS = """case "$*" in *ssl_robust.grid*) echo "$@" >> log; exit $(cat code) ;; esac
+JOBS = """case "$*" in *ssl_robust.ops.grid*) echo "$@" >> log; exit $(cat code) ;; esac
 case $last in 0*)"""
 
 
@@ -499,7 +500,7 @@ def test_make_paper_by_jobs_goes_on_to_the_notebooks_when_all_are_there(tree: Pa
         waiting.touch() if left else waiting.unlink()
         done = make(tree, "paper", "EXECUTOR=slurm", "CLUSTER=mine", "DATA=my $images")
         assert done.returncode == expected and "attack_depth" not in log.read_text()
-    asked = "-m ssl_robust.grid --profile demo --data my $images --executor slurm --cluster mine"
+    asked = "-m ssl_robust.ops.grid --profile demo --data my $images --executor slurm --cluster mine"
     assert log.read_text().splitlines()[-1] == asked
     (tree / "code").write_text("0")
     assert make(tree, "paper", "EXECUTOR=local", "DATA=my $images", "AT_ONCE=1").returncode == 0
@@ -515,8 +516,8 @@ def test_make_explain_wants_a_cell(tree: Path) -> None:
     refused = make(tree, "explain")
     assert refused.returncode == 2 and refused.stderr.startswith("CELL is empty; write for example: make explain CELL=")
     said = make(tree, "explain", "CELL=table1/a/b/deacl/task").stdout
-    assert said == "-m ssl_robust.explain --profile demo table1/a/b/deacl/task\n"
-    assert make(tree, "bench").stdout == "-m ssl_robust.run appendix_bench --profile bench --data \n"
+    assert said == "-m ssl_robust.ops.explain --profile demo table1/a/b/deacl/task\n"
+    assert make(tree, "bench").stdout == "-m ssl_robust.ops.run appendix_bench --profile bench --data \n"
 
 
 def test_make_clean_asks_and_says_what_goes(tree: Path) -> None:
@@ -576,10 +577,10 @@ def test_make_passes_profile_and_data_on(tree: Path) -> None:
     (tree / "python").write_text('#!/bin/sh\necho "$@"\n')
     (tree / "params/other.yaml").touch()
     where = ["PROFILE=other", "DATA=my images"]
-    assert make(tree, "plan", *where).stdout == "-m ssl_robust.run --profile other --data my images --plan\n"
-    assert make(tree, "data", *where).stdout == "-m ssl_robust.fetch --profile other --data my images\n"
+    assert make(tree, "plan", *where).stdout == "-m ssl_robust.ops.run --profile other --data my images --plan\n"
+    assert make(tree, "data", *where).stdout == "-m ssl_robust.ops.fetch --profile other --data my images\n"
     said = make(tree, "notebook", "NAME=appendix_protocols", *where).stdout.splitlines()
-    ask = "-m ssl_robust.run --profile other --data my images "
+    ask = "-m ssl_robust.ops.run --profile other --data my images "
     assert said == [ask + "--check", ask + "appendix_protocols"]
     refused = make(tree, "notebook", *where)
     assert refused.returncode == 2 and refused.stderr.startswith(
@@ -588,10 +589,10 @@ def test_make_passes_profile_and_data_on(tree: Path) -> None:
 
 
 def test_make_stops_before_any_notebook_where_something_is_wrong(tree: Path) -> None:
-    (tree / "python").write_text('#!/bin/sh\necho "$@" >> log\ncase "$*" in *ssl_robust.stages*) exit 2 ;; esac\n')
+    (tree / "python").write_text('#!/bin/sh\necho "$@" >> log\ncase "$*" in *ssl_robust.ops.stages*) exit 2 ;; esac\n')
     for words in (("-j2", "paper"), ("-n", "table1")):
         assert make(tree, *words).returncode == 2
-        assert set((tree / "log").read_text().splitlines()) == {"-m ssl_robust.stages --profile demo --data "}
+        assert set((tree / "log").read_text().splitlines()) == {"-m ssl_robust.ops.stages --profile demo --data "}
 
 
 def test_make_wants_a_recent_python(tree: Path) -> None:

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ssl_robust import attacks, datasets, deacl, encoders, evaluate, evidence, metrics, records, sanity
-from ssl_robust.settings import TASKS, Attack, BadInput, Sanity
+from ssl_robust import attacks, datasets, deacl, encoders, evaluate, metrics, records
+from ssl_robust.settings import Attack, BadInput, Sanity
+from ssl_robust.tasks import TASKS
+from ssl_robust.trust import evidence, sanity
 
 RADII = [0.0, 2 / 255, 8 / 255, 64 / 255]
 FEW = SimpleNamespace(sanity=Sanity(n=4, restarts=1, eps=RADII))

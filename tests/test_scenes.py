@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_robust import scenes
-from ssl_robust.scenes import CATEGORIES, cached, render
+from ssl_robust.embedded import scenes
+from ssl_robust.embedded.scenes import CATEGORIES, cached, render
 
 
 @pytest.fixture(scope="module")

@@ -11,24 +11,12 @@ import planted
 import pytest
 from safetensors.torch import load_file
 
-from ssl_robust import (
-    attacks,
-    datasets,
-    deacl,
-    encoders,
-    evaluate,
-    evidence,
-    heads,
-    plan,
-    records,
-    report,
-    run,
-    sanity,
-    stages,
-    strong,
-    wanted,
-)
-from ssl_robust.settings import NOTEBOOK, TASKS, EncoderRow, Sanity
+from ssl_robust import datasets, deacl, encoders, evaluate, heads, records, strong
+from ssl_robust.ops import plan, run, stages, wanted
+from ssl_robust.settings import EncoderRow, Sanity
+from ssl_robust.show import report
+from ssl_robust.tasks import TASKS
+from ssl_robust.trust import evidence, sanity
 
 QUICK = {"n_train": 6, "n_val": 2, "n_test": 4, "epochs": 1}
 CHECKS = Sanity(n=2, more_steps=2, restarts=1, eps=[0.0, 0.25])
@@ -189,7 +177,7 @@ def test_a_record_that_is_gone_or_another_ones_is_put_back_without_computing(tas
     before = path.read_bytes()
     for spoil in (path.unlink, lambda: shutil.copy(path.with_name(path.name.replace("task", "embed")), path)):
         spoil()
-        assert _absent(_settings()) == [] and _undone(_settings()) == [NOTEBOOK[task][:2], "06"]
+        assert _absent(_settings()) == [] and _undone(_settings()) == [TASKS[task].notebook[:2], "06"]
         with monkeypatch.context() as patch:
             patch.setattr(evaluate, "evaluate", None)
             evaluate.run_task(task, _settings())
@@ -236,7 +224,7 @@ def test_what_is_added_keeps_every_result(made, monkeypatch):
     monkeypatch.setitem(encoders.KNOWN, "one_more", encoders.Known("resnet18", 64))
     monkeypatch.setitem(datasets.DATASETS, "more", planted.TOYS)
     monkeypatch.setitem(strong.NAMES, "depth", (*strong.NAMES["depth"], "another"))
-    monkeypatch.setitem(attacks.NAMES, "depth", "DepthPGD, in other words")
+    monkeypatch.setitem(TASKS, "depth", TASKS["depth"]._replace(attack="DepthPGD, in other words"))
     monkeypatch.setitem(records.VERSIONS, "a_new_loop", 1)
     assert _absent(_settings()) == []
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from planted import brightness_model, images, model, target
 from pyautoattack import AutoAttack
 
-from ssl_robust import attacks, evidence, health, strong
+from ssl_robust import attacks, strong
 from ssl_robust.datasets import IGNORE, image_seed
-from ssl_robust.settings import TASKS, Attack, BadInput
+from ssl_robust.settings import Attack, BadInput
+from ssl_robust.tasks import TASKS
+from ssl_robust.trust import evidence, health
 
 SHORT = Attack(steps=2)
 EACH = pytest.mark.parametrize(("task", "name"), [(task, name) for task in TASKS for name in strong.NAMES[task]])

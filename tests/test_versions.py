@@ -8,22 +8,12 @@ import planted
 import pytest
 import torch
 
-from ssl_robust import (
-    attacks,
-    datasets,
-    deacl,
-    encoders,
-    heads,
-    metrics,
-    records,
-    released,
-    sanity,
-    scenes,
-    strong,
-    versions,
-    vit,
-)  # fmt: skip
+from ssl_robust import attacks, datasets, deacl, encoders, heads, metrics, records, strong, vit  # fmt: skip
+from ssl_robust.embedded import scenes  # fmt: skip
+from ssl_robust.ops import versions  # fmt: skip
+from ssl_robust.protocols import released  # fmt: skip
 from ssl_robust.settings import BadInput
+from ssl_robust.trust import sanity  # fmt: skip
 
 
 def test_nothing_has_moved_and_every_loop_has_golden_numbers():
@@ -34,7 +24,7 @@ def test_nothing_has_moved_and_every_loop_has_golden_numbers():
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instructions_and_threads_give_the_same_numbers(capability):
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2"}
-    program = "import torch; from ssl_robust import versions; print(torch.get_num_threads(), versions.moved())"
+    program = "import torch; from ssl_robust.ops import versions; print(torch.get_num_threads(), versions.moved())"
     run = [sys.executable, "-c", program]
     done = subprocess.run(run, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "2 []\n"
@@ -92,7 +82,7 @@ def test_another_version_needs_numbers_of_its_own(monkeypatch, tmp_path):
     with pytest.raises(BadInput, match="What 'encoders' computes has changed"):
         versions.write()
     monkeypatch.setitem(records.VERSIONS, "encoders", 2)
-    assert versions.moved() == ["Version 2 of 'encoders' has no golden numbers; run python -m ssl_robust.versions."]
+    assert versions.moved() == ["Version 2 of 'encoders' has no golden numbers; run python -m ssl_robust.ops.versions."]
     assert versions.write() == ["encoders"] and versions.moved() == []
 
 

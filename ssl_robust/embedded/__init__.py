@@ -1,0 +1,1 @@
+"""The rendered scenes and the small encoder that the default runs on."""

@@ -1,0 +1,485 @@
+"""Pretraining of the embedded encoder without labels: multi-view contrast (the shipped weights) or DINO (for a GPU).
+
+Images are uint8 (N, 3, H, W); views are float (B, 3, s, s) in [0, 1] until `normalise`. Everything that one step draws
+comes from a generator seeded by (seed, step), so a run that was killed and taken up again draws what it would have.
+"""
+
+import copy
+import io
+import math
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from .. import datasets, heads, metrics, records
+from ..encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
+from ..progress import track
+from ..settings import BadInput, check
+from ..tasks import TASKS
+from . import scenes
+
+GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue in luminance
+SCENES_SHARE = 0.35  # of every batch, where there are photographs too
+SAVE_SECONDS = 60.0  # a killed run loses at most this
+
+
+# --- data ---
+
+
+def read_zip(path: Path) -> Tensor:
+    """All train images of one Tiny-ImageNet zip, in name order, uint8 (N, 3, 64, 64); BadInput if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(n for n in archive.namelist() if "/train/" in n and n.endswith(".JPEG"))
+            files = (io.BytesIO(archive.read(name)) for name in track(names, desc=f"read {path.name}"))
+            images = [pil_to_tensor(Image.open(file).convert("RGB")) for file in files]
+    except (zipfile.BadZipFile, zipfile.zlib.error, OSError, EOFError):
+        raise BadInput(f"The file {path} is damaged or no zip file; fetch it again.") from None
+    return torch.stack(images) if images else torch.empty(0, 3, 64, 64, dtype=torch.uint8)
+
+
+def load_tiny_imagenet(data_root: Path) -> Tensor:
+    """Train images of Tiny-ImageNet, uint8 (N, 3, 64, 64), from its zip or zips in `data_root`/tiny-imagenet-200.
+
+    Raises BadInput if there are none, and naming the file if one is damaged.
+    """
+    zips = [*data_root.glob("tiny-imagenet-200.zip"), *data_root.glob("tiny-imagenet-200/*.zip")]
+    images = torch.cat([torch.empty(0, 3, 64, 64, dtype=torch.uint8), *map(read_zip, sorted(zips))])
+    if not len(images):
+        raise BadInput(
+            f"There are no Tiny-ImageNet train images in '{data_root}'; it should hold tiny-imagenet-200/*.zip."
+        )
+    return images
+
+
+def training_images(data_root: str, n_scenes: int) -> dict[str, Tensor]:
+    """What to pretrain on, by name: `n_scenes` rendered scenes, and Tiny-ImageNet if a data folder is given."""
+    pools = {"tiny-imagenet": load_tiny_imagenet(Path(data_root))} if data_root else {}
+    if n_scenes:
+        pools["scenes"] = scenes.cached(records.ROOT / "runs" / "scenes", "train", n_scenes, progress=track).images
+    return pools
+
+
+def shares(pools: dict[str, Tensor]) -> list[float]:
+    """The part of every batch that comes from each pool."""
+    scenes_share = SCENES_SHARE if len(pools) > 1 else 1.0
+    return [scenes_share if name == "scenes" else 1 - scenes_share if "scenes" in pools else 1.0 for name in pools]
+
+
+def draw(pools: dict[str, Tensor], batch: int, rng: torch.Generator) -> Tensor:
+    """A batch uint8 (B, 3, H, W) drawn from all pools."""
+    counts = [round(batch * share) for share in shares(pools)]
+    counts[0] += batch - sum(counts)
+    chosen = [p[torch.randint(len(p), (n,), generator=rng)] for p, n in zip(pools.values(), counts, strict=True)]
+    return torch.cat(chosen)
+
+
+# --- augmentation ---
+
+
+class View(NamedTuple):
+    """One crop of every image: pixels (B, 3, s, s) and the affine map (B, 2, 2) [centre, half extent] it was cut by."""
+
+    pixels: Tensor
+    box: Tensor
+
+
+def random_boxes(batch: int, scale: tuple[float, float], rng: torch.Generator) -> Tensor:
+    """Crop boxes (B, 2, 2): centre (x, y) and half extent (x, y) in [-1, 1]; a negative x extent is a flip."""
+    area = torch.empty(batch, 1).uniform_(*scale, generator=rng)
+    log_ratio = torch.empty(batch, 1).uniform_(-math.log(4 / 3), math.log(4 / 3), generator=rng)
+    half = torch.cat([area.sqrt() * (log_ratio / 2).exp(), area.sqrt() * (-log_ratio / 2).exp()], 1).clamp(max=1)
+    centre = (torch.rand(batch, 2, generator=rng) * 2 - 1) * (1 - half)
+    half[:, 0] *= torch.randint(0, 2, (batch,), generator=rng) * 2 - 1
+    return torch.stack([centre, half], 1)
+
+
+def colour_matrices(batch: int, strength: float, grey_share: float, rng: torch.Generator) -> Tensor:
+    """Random colour maps (B, 3, 3): brightness and saturation in 1 +- strength, hue +- strength / 3 rad; some grey.
+
+    Milder than usual: colour tells the downstream categories apart. Not milder still: two crops of one image would
+    be matched by the colour of their background alone.
+    """
+    bright, saturate, hue = (torch.rand(3, batch, 1, 1, generator=rng) * 2 - 1) * strength
+    keep = (torch.rand(batch, 1, 1, generator=rng) >= grey_share).float()
+    grey = torch.tensor(GREY).expand(3, 3)
+    # rotation about the grey axis by a small angle, to first order: the cross-product matrix of (1, 1, 1) / sqrt(3)
+    turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    return (1 + bright) * (grey + keep * ((1 + saturate) * (torch.eye(3) - grey) + hue / 3 * turn))
+
+
+def jitter(pixels: Tensor, strength: float, rng: torch.Generator) -> Tensor:
+    """Colour-jittered pixels (B, 3, s, s), still in [0, 1]: contrast about the mean, then a random colour matrix."""
+    colour = colour_matrices(len(pixels), strength, 0.15, rng).to(pixels)
+    contrast = 1 + (torch.rand(len(pixels), 1, 1, 1, generator=rng).to(pixels) * 2 - 1) * strength
+    pixels = pixels * contrast + pixels.mean((1, 2, 3), keepdim=True) * (1 - contrast)
+    return (colour @ pixels.flatten(2)).view_as(pixels).clamp(0, 1)
+
+
+def cut(images: Tensor, box: Tensor, size: int) -> Tensor:
+    """The part of every image (B, 3, H, W) inside its box (B, 2, 2), resampled to (B, 3, size, size)."""
+    theta = torch.cat([box[:, 1].diag_embed(), box[:, 0, :, None]], 2)  # (B, 2, 3)
+    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def crop(images: Tensor, size: int, scale: tuple[float, float], rng: torch.Generator) -> View:
+    """One random resized, flipped, jittered crop of each image (B, 3, H, W) in [0, 1]; `scale` is the area's range."""
+    box = random_boxes(len(images), scale, rng).to(images)
+    return View(jitter(cut(images, box, size), 0.5, rng), box)
+
+
+def multi_crop(
+    images: Tensor, rng: torch.Generator, global_px: int = 40, local_px: int = 32, n_local: int = 2
+) -> list[View]:
+    """Two global crops (30-100 % of the area), then `n_local` local crops (10-50 %), of uint8 images (B, 3, H, W)."""
+    images = images.float() / 255
+    views = [crop(images, global_px, (0.3, 1.0), rng) for _ in range(2)]
+    return views + [crop(images, local_px, (0.1, 0.5), rng) for _ in range(n_local)]
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, s, s) in [0, 1] to what the backbone expects, in channels_last order."""
+    mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+# --- losses ---
+
+
+def contrastive_loss(z: Tensor, temperature: float = 0.15) -> Tensor:
+    """Decoupled multi-view InfoNCE of unit vectors z (V, B, D): V views of B images, every pair of views a positive.
+
+    Decoupled: the positive is left out of the denominator, which keeps the gradient large in small batches.
+    """
+    views, batch, _ = z.shape
+    similarity = z.flatten(0, 1) @ z.flatten(0, 1).T / temperature  # (V*B, V*B)
+    image = torch.arange(batch, device=z.device).repeat(views)
+    same = image[:, None] == image
+    negatives = similarity.masked_fill(same, -math.inf).logsumexp(1)
+    positives = (similarity * same).sum(1) - similarity.diagonal()
+    return (negatives - positives / (views - 1)).mean()
+
+
+def shared_points(a: Tensor, b: Tensor, points: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random image points that both boxes (B, 2, 2) show, in each view's own [-1, 1] coordinates: (B, K, 2) twice;
+    the middle of the gap for the rare pair of boxes that do not meet."""
+    low = torch.maximum(a[:, 0] - a[:, 1].abs(), b[:, 0] - b[:, 1].abs())
+    high = torch.minimum(a[:, 0] + a[:, 1].abs(), b[:, 0] + b[:, 1].abs())
+    share = torch.rand(len(a), points, 2, generator=rng).to(a) - 0.5
+    where = ((low + high) / 2)[:, None] + share * (high - low).clamp(min=0)[:, None]
+    inside_a, inside_b = ((where - box[:, :1]) / box[:, 1:] for box in (a, b))
+    return inside_a, inside_b
+
+
+def tokens_at(tokens: Tensor, points: Tensor) -> Tensor:
+    """Patch tokens (B, g*g, D) interpolated at points (B, K, 2) in [-1, 1]: (B, K, D)."""
+    side = math.isqrt(tokens.shape[1])
+    grid = tokens.transpose(1, 2).unflatten(2, (side, side))
+    sampled = F.grid_sample(grid, points[:, :, None], padding_mode="border", align_corners=False)  # (B, D, K, 1)
+    return sampled.squeeze(3).transpose(1, 2)
+
+
+def dino_loss(
+    student: list[Tensor], teacher: list[Tensor], centre: Tensor, t_temp: float, s_temp: float = 0.1
+) -> Tensor:
+    """DINO's cross-entropy between sharpened, centred teacher outputs and student outputs (B, K) of different views."""
+    targets = [((t - centre) / t_temp).softmax(1) for t in teacher]
+    logs = [(s / s_temp).log_softmax(1) for s in student]
+    pairs = [-(t * s).sum(1).mean() for i, t in enumerate(targets) for j, s in enumerate(logs) if i != j]
+    return torch.stack(pairs).mean()
+
+
+# --- objectives ---
+
+
+def projector(dim_in: int, hidden: int, dim_out: int) -> nn.Sequential:
+    """Two-layer head with batch norm; thrown away after pretraining."""
+    return nn.Sequential(
+        nn.Linear(dim_in, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim_out)
+    )
+
+
+class Contrastive(nn.Module):
+    """Multi-view contrastive learning on CLS, on the mean patch token, and on patch tokens of the same image point."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        dim = backbone.embed_dim
+        self.backbone, self.average = backbone, copy.deepcopy(backbone).requires_grad_(False)
+        self.cls_head, self.pool_head = projector(dim, 512, 128), projector(dim, 512, 128)
+        self.point_head = projector(dim, 256, 64)
+
+    def forward(self, views: list[View], progress: float, rng: torch.Generator) -> dict[str, Tensor]:
+        """Loss terms of one batch; views[0] and views[1] are the global ones."""
+        tokens = [self.backbone.forward_features(normalise(v.pixels)) for v in views]  # each (B, 1 + g*g, D)
+        cls = self.cls_head(torch.cat([t[:, 0] for t in tokens]))
+        pool = self.pool_head(torch.cat([t[:, 1:].mean(1) for t in tokens]))
+        cls, pool = (F.normalize(z, dim=1).view(len(views), -1, 128) for z in (cls, pool))
+        points = shared_points(views[0].box, views[1].box, 4, rng)
+        local = torch.cat([tokens_at(t[:, 1:], p).flatten(0, 1) for t, p in zip(tokens, points, strict=False)])
+        local = F.normalize(self.point_head(local), dim=1).view(2, -1, 64)
+        return {
+            "cls": contrastive_loss(cls),
+            "pool": 0.5 * contrastive_loss(pool),
+            "point": 0.5 * contrastive_loss(local),
+        }
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Running average of the weights: smoother features than the last iterate."""
+        move(self.average, self.backbone, 0.995)
+
+
+class DinoHead(nn.Module):
+    """DINO's projection to prototypes, small: MLP, unit vectors, cosine to 1024 learned directions."""
+
+    def __init__(self, dim: int, prototypes: int = 1024):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, 512), nn.GELU(), nn.Linear(512, 128))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, 128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """CLS tokens (B, D) to prototype scores (B, K) in [-1, 1]."""
+        return F.normalize(self.mlp(x), dim=1) @ F.normalize(self.prototypes, dim=1).T
+
+
+class Dino(nn.Module):
+    """Self-distillation without labels: a student matches its own moving average across crops (Caron et al., 2021)."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone, self.head = backbone, DinoHead(backbone.embed_dim)
+        self.average, self.average_head = (copy.deepcopy(m).requires_grad_(False) for m in (backbone, self.head))
+        self.register_buffer("centre", torch.zeros(len(self.head.prototypes)))
+
+    def forward(self, views: list[View], progress: float, rng: torch.Generator) -> dict[str, Tensor]:
+        """Loss of one batch: the teacher sees the two global views, the student all of them."""
+        pixels = [normalise(v.pixels) for v in views]
+        with torch.no_grad():
+            teacher = [self.average_head(self.average.forward_features(p)[:, 0]) for p in pixels[:2]]
+        student = [self.head(self.backbone.forward_features(p)[:, 0]) for p in pixels]
+        loss = dino_loss(student, teacher, self.centre, 0.04 + 0.03 * min(1.0, progress / 0.3))
+        self.centre.lerp_(torch.cat(teacher).mean(0), 0.1)
+        return {"dino": loss}
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Move the teacher towards the student, by a momentum that rises from 0.99 to 1 on a cosine."""
+        momentum = 1 - 0.01 * (1 + math.cos(math.pi * progress)) / 2
+        move(self.average, self.backbone, momentum)
+        move(self.average_head, self.head, momentum)
+
+
+OBJECTIVES: dict[str, type[nn.Module]] = {"contrastive": Contrastive, "dino": Dino}
+
+
+def move(average: nn.Module, source: nn.Module, momentum: float) -> None:
+    """average <- momentum * average + (1 - momentum) * source, in place."""
+    for a, s in zip(average.parameters(), source.parameters(), strict=True):
+        a.lerp_(s.detach(), 1 - momentum)
+
+
+# --- training ---
+
+
+def learning_rate(progress: float, peak: float, warm_up: float = 0.03) -> float:
+    """Linear warm-up over the first 3 % of the run, then a cosine to zero; `progress` in [0, 1]."""
+    if progress < warm_up:
+        return peak * (progress + 1e-3) / warm_up
+    return peak * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up))) / 2
+
+
+def global_size(progress: float) -> int:
+    """Pixels of the global crops: small ones first, as they cost less than half, and the full size towards the end."""
+    return 40 if progress < 0.85 else 64
+
+
+def optimiser(learner: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW on what is trained; no weight decay on biases, norms and embeddings."""
+    named = [(n, p) for n, p in learner.named_parameters() if p.requires_grad]
+    decayed = [p for n, p in named if p.ndim > 1 and not n.endswith(("pos_embed", "cls_token"))]
+    plain = [p for n, p in named if p.ndim <= 1 or n.endswith(("pos_embed", "cls_token"))]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+
+
+def train_step(learner: nn.Module, adam: torch.optim.AdamW, images: Tensor, done: float, rng: torch.Generator) -> dict:
+    """One update on uint8 images (B, 3, H, W) at progress `done`; returns the loss terms.
+
+    Raises BadInput if the loss is not finite.
+    """
+    losses = learner(multi_crop(images, rng, global_px=global_size(done)), done, rng)
+    total = torch.stack(list(losses.values())).sum()
+    if not total.isfinite():
+        raise BadInput(f"The pretraining loss is {total.item()} after {done:.0%} of the run; choose a smaller lr.")
+    adam.zero_grad()
+    total.backward()
+    nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.requires_grad], 3.0)
+    adam.step()
+    learner.after_step(done)
+    return {name: value.item() for name, value in losses.items()}
+
+
+@dataclass
+class Run:
+    """A pretraining run that can be saved after any step and taken up again."""
+
+    learner: nn.Module
+    adam: torch.optim.AdamW
+    objective: str
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write everything to `path`, whole or not at all."""
+        state = {**vars(self), "learner": self.learner.state_dict(), "adam": self.adam.state_dict()}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        records.write_sealed(buffer.getvalue(), path)
+
+    def resume(self, path: Path, device: str) -> None:
+        """Go on from `path`; raises BadInput if it is damaged or holds a run of the other objective."""
+        content = records.read_sealed(path)
+        if content is None:
+            raise BadInput(f"The checkpoint {path} is damaged; delete it to start anew.")
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        if state["objective"] != self.objective:
+            raise BadInput(f"The checkpoint {path} is of a {state['objective']} run; move it or choose that objective.")
+        self.learner.load_state_dict(state["learner"])
+        self.adam.load_state_dict(state["adam"])
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+
+
+def new_run(objective: str, lr: float, seed: int, device: str) -> Run:
+    """A run at step 0, initialised by `seed`; raises BadInput for an unknown objective."""
+    if objective not in OBJECTIVES:
+        raise BadInput(f"There is no objective '{objective}'; choose one of: {', '.join(OBJECTIVES)}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        learner = OBJECTIVES[objective](embedded_backbone())
+    learner = learner.to(device, memory_format=torch.channels_last).train()
+    return Run(learner, optimiser(learner, lr), objective)
+
+
+def pretrain(
+    pools: dict[str, Tensor], *, checkpoint: Path, minutes: float | None = None, epochs: float | None = None,
+    batch: int = 128, lr: float = 1e-3, objective: str = "contrastive", seed: int = 0, device: str = "cpu",
+    progress: Callable[[Run], None] | None = None, stop_after: int | None = None,
+) -> tuple[nn.Module, list[dict]]:  # fmt: skip
+    """Train the embedded architecture on pools of images (see `training_images`); goes on from `checkpoint` if it is.
+
+    The run is `minutes` or `epochs` long, whichever is given. Once a minute the checkpoint is written, a line added to
+    the history (seconds, images seen, progress in [0, 1], mean of each loss term) and `progress` called. `stop_after`
+    steps the run is left where it is, as if it had been killed. Returns the averaged backbone and the history.
+    """
+    if (minutes is None) == (epochs is None):
+        raise BadInput("The length of the run must be given either in minutes or in epochs; set the other to None.")
+    run = new_run(objective, lr, seed, device)
+    if checkpoint.is_file():
+        run.resume(checkpoint, device)
+    steps = math.inf if epochs is None else max(1, round(epochs * sum(map(len, pools.values())) / batch))
+    budget = math.inf if minutes is None else 60 * minutes
+    begun, noted, terms = time.monotonic() - run.seconds, run.seconds, []
+    stop = math.inf if stop_after is None else run.step + stop_after
+    while (done := max(run.step / steps, run.seconds / budget)) < 1 and run.step < stop:
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
+        for group in run.adam.param_groups:
+            group["lr"] = learning_rate(done, lr)
+        terms.append(train_step(run.learner, run.adam, draw(pools, batch, rng).to(device), done, rng))
+        run.step, run.seconds = run.step + 1, time.monotonic() - begun
+        if run.seconds - noted > SAVE_SECONDS or max(run.step / steps, run.seconds / budget) >= 1 or run.step == stop:
+            run.history.append(entry(run, batch, done, terms))
+            noted, terms = run.seconds, []
+            run.save(checkpoint)
+            if progress:
+                progress(run)
+    return run.learner.average.eval(), run.history
+
+
+def entry(run: Run, batch: int, done: float, terms: list[dict]) -> dict[str, float]:
+    """One line of the history: the loss terms are means over the steps since the last line."""
+    means = {name: round(sum(t[name] for t in terms) / len(terms), 4) for name in terms[0]}
+    return {"seconds": round(run.seconds, 1), "images": run.step * batch, "progress": round(done, 4), **means}
+
+
+def report(run: Run) -> None:
+    """Print the newest line of the history; a `progress` for notebooks."""
+    print(", ".join(f"{name} {value:g}" for name, value in run.history[-1].items()), flush=True)
+
+
+# --- what comes out ---
+
+
+def save_weights(backbone: nn.Module, path: Path, **metadata: str) -> int:
+    """Write the backbone as fp16 safetensors, whole or not at all, with `metadata` (text); returns the bytes."""
+    state = {k: v.detach().half().cpu().contiguous() for k, v in backbone.state_dict().items()}
+    data = save(state, metadata)
+    records.write_bytes(data, path)
+    return len(data)
+
+
+# Settings of the linear heads, the same for every backbone; none was tuned on a test split.
+PROBES = {
+    "classification": {"epochs": 40, "batch": 64, "lr": 0.003},
+    "segmentation": {"epochs": 30, "batch": 16, "lr": 0.003, "stride": 1.0},
+    "depth": {"epochs": 30, "batch": 32, "lr": 0.003},
+}
+
+
+def linear_probe(
+    backbone: nn.Module, task: str, dataset: str, data_root: str = "", split: str = "test", n_train: int = 1500,
+    n_val: int = 300, n_test: int = 600, seed: int = 0,
+) -> float:  # fmt: skip
+    """Accuracy, mIoU or RMSE (metres) on `split` of a linear head on the frozen backbone; see heads.fit.
+
+    The head trains on `n_train` images of the train split; its epoch is selected on images held out of it.
+    """
+    section = {**PROBES[task], "datasets": [dataset], "n_train": n_train, "n_val": n_val, "n_test": n_test, "size": 64}
+    row = {"name": "probe"}
+    settings = check(profile="probe", seed=seed, data_root=data_root, encoders=[row], **{task: section})
+    encoder = Encoder(copy.deepcopy(backbone).cpu().float(), "probe", 64, IMAGENET_MEAN, IMAGENET_STD)
+    train, val = (datasets.load(task, dataset, part, settings, 64) for part in ("train", "val"))
+    head, _ = heads.fit(task, encoder, train, val, settings.task(task), seed, "cpu")
+    model = heads.TaskModel(task, encoder, head).eval()
+    with torch.no_grad():
+        parts = [
+            metrics.statistics(task, model(images), targets, len(train.classes))
+            for _, images, targets in datasets.batches(datasets.load(task, dataset, split, settings, 64), 100)
+        ]
+    return metrics.value(task, torch.cat(parts))
+
+
+def random_backbone(seed: int = 0) -> nn.Module:
+    """The same architecture without any training: what pretraining is compared with."""
+    return new_run("contrastive", 0.0, seed, "cpu").learner.average.eval()
+
+
+def probe_table(
+    backbones: dict[str, nn.Module], data_root: str = "", n_scenes: int = 1500, n_photos: int = 3500
+) -> pd.DataFrame:
+    """One row per probe, one column per backbone: the scenes' three tasks, and CIFAR-10 if a data folder is given.
+
+    The heads train on `n_scenes` and `n_photos` images, a fifth as many and 500 select their epoch.
+    """
+    wanted = [(task, "scenes", n_scenes, n_scenes // 5) for task in PROBES]
+    if data_root:
+        wanted.append(("classification", "cifar10", n_photos, 500))
+    rows = []
+    for task, dataset, n_train, n_val in track(wanted, desc="linear probes"):
+        options = {"data_root": data_root, "n_train": n_train, "n_val": n_val}
+        values = {name: linear_probe(backbone, task, dataset, **options) for name, backbone in backbones.items()}
+        rows.append({"data set": dataset, "metric": TASKS[task].metric, **values})
+    return pd.DataFrame(rows)

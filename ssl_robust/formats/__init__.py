@@ -1,0 +1,1 @@
+"""Weight files of others, and encoders that are Python callables."""

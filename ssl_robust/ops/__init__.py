@@ -1,0 +1,1 @@
+"""Running whole profiles: notebooks, plans, jobs, downloads."""

@@ -1,0 +1,293 @@
+"""Gets the data sets of a profile: python -m ssl_robust.ops.fetch --profile quick --data FOLDER.
+
+What can be downloaded is, going on where an interrupted download stopped; of the rest it is said what to get and where
+it goes. Of a training set that comes in two sizes the larger is got only if the profile asks for more images than the
+smaller has, and never with --small. Exit codes: 0 everything is complete, 2 something is missing, 130 interrupted.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Sequence
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from .. import datasets, records
+from ..catalogue import DATASETS, Archive
+from ..progress import any_terminal, track
+from ..settings import BadInput, Settings, check, read_params
+from .run import BAD_INPUT, INTERRUPTED, PARAMS, data_folder, read_profile
+
+CHUNK = 2**20
+TRIES, PAUSE = 3, 2.0  # attempts without any progress, and seconds between them
+TIMEOUT = 60  # seconds without a byte
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+def _range(response: HTTPResponse | HTTPError) -> tuple[int, int] | None:
+    """First byte and length of the whole file as Content-Range says; the first is -1 where it names none."""
+    found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
+    return (int(found[1] or -1), int(found[2])) if found else None
+
+
+def _open(url: str, have: int) -> HTTPResponse:
+    wish = {"Range": f"bytes={have}-"} if have else {}
+    return urlopen(Request(url, headers={"User-Agent": "ssl_robust", **wish}), timeout=TIMEOUT)
+
+
+def _transfer(url: str, part: Path) -> bool:
+    """One attempt to complete `part`, from its end on where the server can do so; True if it is whole."""
+    have = _size(part)
+    try:
+        response = _open(url, have)
+    except HTTPError as error:
+        if error.code != 416:  # nothing after `have`: the part is whole, or longer than the file
+            raise
+        if _range(error) == (-1, have):
+            return True
+        part.unlink()
+        return False
+    with response:
+        start, total = _range(response) or (0, int(response.headers.get("Content-Length", -1)))
+        if start not in (0, have):
+            return False
+        megabytes = -(-(total - start) // CHUNK) if total > 0 else None  # chunks; progress is shown in them
+        chunks = iter(lambda: response.read(CHUNK), b"")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("ab" if start else "wb") as out:
+            for chunk in track(chunks, total=megabytes, desc=f"{part.stem} (MB)"):
+                out.write(chunk)
+    return total < 0 or _size(part) == total
+
+
+def _complete(url: str, part: Path) -> None:
+    """Attempts until `part` is whole; raises BadInput after TRIES attempts that brought nothing new."""
+    idle, most, problem = 0, _size(part), ""
+    while idle < TRIES:
+        try:
+            if _transfer(url, part):
+                return
+            problem = "the connection was lost"
+        except HTTPError as error:
+            raise BadInput(f"{url} answered '{error}'; get that file elsewhere or try again later.") from None
+        except (OSError, HTTPException) as error:
+            problem = str(getattr(error, "reason", error)) or type(error).__name__
+        idle, most = (0, _size(part)) if _size(part) > most else (idle + 1, most)
+        time.sleep(PAUSE)
+    kept = f"{_size(part) / 1e6:.1f} MB are kept"
+    raise BadInput(f"{url} could not be downloaded ({problem}); {kept}, repeat make data to go on from there.")
+
+
+def _right(file: Path, checksum: str) -> bool:
+    """Whether `file` has the checksum 'kind:hexadecimal' (any file has none: '')."""
+    kind, _, expected = checksum.partition(":")
+    if not kind:
+        return True
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, kind).hexdigest() == expected
+
+
+def download(url: str, file: Path, checksum: str = "") -> None:
+    """Downloads `url` as `file`, by way of FILE.part, which an interruption leaves for the next call to go on from.
+
+    Raises BadInput if the server refuses, the connection is lost again and again, or the checksum is wrong.
+    """
+    part = file.with_name(f"{file.name}.part")
+    found = file if file.is_file() else part
+    if found is part:
+        _complete(url, part)
+    if not _right(found, checksum):
+        found.unlink()
+        raise BadInput(f"{url} came with a wrong checksum (not {checksum}) and was deleted; repeat make data.")
+    os.replace(found, file)
+
+
+def unpack(file: Path, root: Path, place: str) -> None:
+    """Unpacks folder `place` of an archive as root/place, which appears only when it is whole."""
+    temporary = root / f".unpacking-{file.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                for name in track(archive.namelist(), desc=f"unpacking {file.name}"):
+                    archive.extract(name, temporary)
+        else:
+            with tarfile.open(file) as archive:
+                for member in track(archive, desc=f"unpacking {file.name}"):
+                    archive.extract(member, temporary, filter="data")
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary / place, root / place)
+    except Exception as error:  # damage, a password and unknown compression have errors of their own each
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
+        raise BadInput(f"{file} could not be unpacked ({reason}); delete it and repeat make data.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _file(archive: Archive, root: Path) -> Path:
+    """Where an archive is downloaded to."""
+    return root / (archive.place if archive.as_it_is else f"downloads/{archive.name}")
+
+
+def _absent(files: Sequence[Archive], root: Path) -> list[Archive]:
+    return [a for a in files if not (root / a.place).exists()]
+
+
+def needed_bytes(name: str, root: Path, files: Sequence[Archive]) -> int:
+    """Bytes that getting a data set still takes on the disk of `root`: what is not downloaded yet, and unpacked."""
+    missing = _absent(files, root)
+    parts = [_file(a, root) for a in missing]
+    have = sum(_size(f) + _size(f.with_name(f"{f.name}.part")) for f in parts)
+    unpacked = 0 if all(a.as_it_is for a in missing) else int(DATASETS[name].gigabytes * 1e9)
+    return max(0, sum(a.size for a in missing) - have) + unpacked
+
+
+def get(name: str, root: Path, files: Sequence[Archive]) -> None:
+    """Downloads and unpacks those of `files` that are not there; raises BadInput if the disk is too small."""
+    need, free, missing = needed_bytes(name, root, files), shutil.disk_usage(root).free, _absent(files, root)
+    if need > free:
+        sizes = f"{records.size(need)}, but the disk of {root} has {records.size(free)} free"
+        raise BadInput(f"Fetching {name} takes {sizes}; free some space or name another folder.")
+    if len(missing) > 1:
+        print(f"{name}: {len(missing)} files, {records.size(need)}. {_instead(name, files)}".strip(), flush=True)
+    for archive in missing:
+        file = _file(archive, root)
+        print(f"{name}: fetching {archive.url} ({archive.size / 1e6:.1f} MB)", flush=True)
+        download(archive.url, file, archive.checksum)
+        if not archive.as_it_is:
+            print(f"{name}: unpacking {file.name}", flush=True)
+            unpack(file, root, archive.place)
+            file.unlink()
+
+
+def _tasks(name: str, settings: Settings) -> list[str]:
+    """The tasks that use a data set, 'deacl' being one too."""
+    return [task for task, used in datasets.wanted(settings) if used == name]
+
+
+def _problems(name: str, settings: Settings) -> list[str]:
+    """What is wrong with one data set for all tasks that use it."""
+    found = [problem for task in _tasks(name, settings) for problem in datasets.problems(task, name, settings)]
+    if not found and settings.counts == "official":
+        try:
+            datasets.verify(name, settings.data_root)
+        except BadInput as problem:
+            found = [str(problem)]
+    return list(dict.fromkeys(found))
+
+
+def _summary(name: str, settings: Settings) -> str:
+    """The line of a complete data set: its images."""
+    tasks = _tasks(name, settings)
+    if datasets.entry(name, tasks[0]).own_val:
+        return f"{name}: rendered here, nothing to fetch"
+    splits = ("train",) if tasks == ["deacl"] else ("train", "test")
+    numbers = [len(datasets.list_items(name, tasks[0], split, 0, settings.data_root)) for split in splits]
+    images = " and ".join(f"{n:,} {split}" for n, split in zip(numbers, splits, strict=True))
+    return f"{name}: complete, {images} images"
+
+
+def _instead(name: str, files: Sequence[Archive]) -> str:
+    """How to do with the smaller training set, if `files` are the larger one."""
+    known = DATASETS[name]
+    images, size = min(known.counts["train"]), records.size(sum(a.size for a in known.archives))
+    words = f"With SMALL=1 make data gets {images:,} training images of {name} instead ({size})."
+    return words if files is known.larger else ""
+
+
+def _short(name: str, settings: Settings) -> bool:
+    """Whether fewer training images are there than some task asks for."""
+    return any(datasets.shortage(task, name, settings) for task in _tasks(name, settings))
+
+
+def _missing(name: str, settings: Settings, small: bool) -> list[str]:
+    """Gets one data set if it must and can; returns what is wrong afterwards, with the remedy."""
+    wrong, root = _problems(name, settings), Path(settings.data_root)
+    known = DATASETS.get(name)
+    files = known.archives if known and small else datasets.archives(name, settings)
+    larger = bool(files) and files is known.larger
+    if wrong and known and known.by_hand:
+        remedy = f"{name} cannot be fetched: {known.by_hand.format(root=root)}; then repeat make data."
+        return [remedy, *wrong] if (root / name).is_dir() else [remedy]
+    if not files or not (wrong or (larger and _short(name, settings))):
+        return wrong
+    there = [archive.place for archive in files if (root / archive.place).exists()]
+    try:
+        get(name, root, files)
+    except (BadInput, OSError) as problem:
+        return [f"{problem} {_instead(name, files)}".strip()]
+    wrong = _problems(name, settings)
+    if not wrong and larger and _short(name, settings):
+        wrong = [f"The archives of {name} hold fewer images than the {max(known.counts['train']):,} that they should."]
+    if wrong and there:
+        what = root / there[0] if len(there) == 1 else f"what is damaged of it, or all of {(root / there[0]).parent},"
+        wrong.append(f"{name} was there in part; move {what} away and repeat make data to get it anew.")
+    return wrong
+
+
+def fetch(settings: Settings, small: bool = False) -> list[str]:
+    """Gets the data sets of `settings` that are not complete, with a line for each that is; returns what is missing.
+
+    small: without the larger one of two training sets.
+    """
+    names = list(dict.fromkeys(name for _, name in datasets.wanted(settings)))
+    if not settings.data_root and any(n not in DATASETS or not DATASETS[n].own_val for n in names):
+        return ["There is no folder to put data sets into; name one: make data DATA=FOLDER."]
+    left = []
+    for name in names:
+        wrong = _missing(name, settings, small)
+        left += wrong
+        if not wrong:
+            print(_summary(name, settings), flush=True)
+    for sentence in datasets.shortages(settings):
+        print(sentence, flush=True)
+    return left
+
+
+def _settings(profile: str, data: str) -> Settings:
+    """Settings of a profile; the data folder is made if it is not there."""
+    settings = check(**read_params(PARAMS / f"{profile}.yaml"))  # first, so that a misspelt profile makes no folder
+    folder = data_folder(settings, data)
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"The data folder '{folder}' cannot be made ({error.strerror}); name another one.") from None
+    return read_profile(profile, data)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    any_terminal()
+    parser = argparse.ArgumentParser(prog="python -m ssl_robust.ops.fetch", description="Get a profile's data sets.")
+    parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
+    parser.add_argument("--data", default="", help="folder of the data sets, made if it is not there")
+    parser.add_argument("--small", action="store_true", help="the smaller one of a training set of two sizes")
+    arguments = parser.parse_args(argv)
+    try:
+        left = fetch(_settings(arguments.profile, arguments.data), arguments.small)
+    except BadInput as error:
+        left = [str(error)]
+    except KeyboardInterrupt:
+        print("Interrupted; repeat the command to go on from what is downloaded.", file=sys.stderr)
+        return INTERRUPTED
+    if left:
+        print("\n".join(left), file=sys.stderr)
+        return BAD_INPUT
+    print(f"Profile {arguments.profile}: all data sets are complete.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

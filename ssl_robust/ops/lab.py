@@ -1,0 +1,51 @@
+"""JupyterLab on copies of the notebooks, in lab/: python -m ssl_robust.ops.lab. What is tried there changes none.
+
+A copy is made once; when its notebook has changed since, the old one is put aside as NAME.before.ipynb.
+"""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from .. import records
+
+PROJECT = records.PACKAGE.parent
+
+
+def copies(folder: Path) -> list[Path]:
+    """Copies of all notebooks in `folder`, each of the notebook as it is now; edited ones stay."""
+    found = []
+    for notebook in sorted((PROJECT / "notebooks").glob("*.ipynb")):
+        copy, now = folder / notebook.name, records.file_hash(notebook)
+        if copy.is_file() and _copied(copy) != now:
+            copy.replace(copy.with_suffix(".before.ipynb"))
+        if not copy.is_file():
+            content = json.loads(notebook.read_text(encoding="utf-8"))
+            content["metadata"]["ssl_robust"] = {"copied": now}
+            records.write_bytes((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(), copy)
+        found.append(copy)
+    return found
+
+
+def _copied(copy: Path) -> str:
+    """The hash of the notebook that a copy was made of; '' if it does not say."""
+    try:
+        return json.loads(copy.read_text(encoding="utf-8"))["metadata"]["ssl_robust"]["copied"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def command(first: Path) -> list[str]:
+    """How JupyterLab is started: the whole project in its file browser, without news from the network."""
+    place = first.relative_to(PROJECT).as_posix()
+    options = [f"--ServerApp.root_dir={PROJECT}", f"--LabApp.default_url=/lab/tree/{place}"]
+    options.append("--LabApp.news_url=None")
+    return [sys.executable, "-m", "jupyterlab", *options, *shlex.split(os.environ.get("LAB", ""))]
+
+
+if __name__ == "__main__":
+    made = copies(PROJECT / "lab")
+    print("The notebooks in lab/ are copies: edit and run them as you like; delete one to have it anew.", flush=True)
+    os.execv(sys.executable, command(made[0]))

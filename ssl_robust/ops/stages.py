@@ -1,0 +1,155 @@
+"""Which stages of `make paper` are done, what others will make and why: python -m ssl_robust.ops.stages --profile P.
+
+A stage is done if its notebook was executed as it is now, with the profile's parameters, and all its results are there
+by their keys (wanted.py) and shown. Prints the names of the others, for make, and on stderr what is said before a run.
+--keep accepts results whose only difference is a version of the code. Exit codes as of run.py.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from .. import datasets, records
+from ..progress import any_terminal
+from ..settings import BadInput, Settings
+from ..tasks import TASKS
+from . import cost, plan, run, wanted
+from .wanted import Wanted
+
+STEP = {"deacl": "02_deacl", "checks": "07_sanity"}  # of what is no head, cell or example
+FILES = {**{TASKS[task].notebook: (f"table{n}.csv",) for n, task in enumerate(TASKS, 1)},
+         "06_figures": ("index.html", "fig1.png", "fig2.png"), "07_sanity": ("sanity.png",)}  # fmt: skip
+NAMES = {"deacl": "DeACL runs", "head": "heads", "cell": "table cells", "checks": "rows of checks",
+         "examples": "panels of Figure 1"}  # fmt: skip
+FEW = 3  # reasons that are named
+
+
+def stage_of(job: wanted.Job) -> str:
+    """The notebook that makes a result."""
+    if job["step"] == "head" and job["defense"] == "standard":
+        return "01_heads"
+    return STEP.get(job["step"]) or TASKS[job["task"]].notebook
+
+
+def undone(settings: Settings, found: list[Wanted] | None) -> dict[str, str]:
+    """The stages that are not done, in their order, with the reason of each in a few words; see plan.looked_for."""
+    if found is None:
+        return dict.fromkeys(plan.STAGES, "its results are not there")
+    reasons = {name: _why_not(name, settings, found) for name in plan.STAGES}
+    if any(reasons[TASKS[task].notebook] for task in TASKS):
+        reasons["06_figures"] = reasons["06_figures"] or "the tables are made anew"
+    return {name: why for name, why in reasons.items() if why}
+
+
+def _why_not(stage: str, settings: Settings, found: list[Wanted]) -> str:
+    why = run.not_executed(stage, settings)
+    if why:
+        return why
+    mine = [w for w in found if stage_of(w.job) == stage]
+    if absent := sum(not w.there for w in mine):
+        return f"{absent} of {len(mine)} results are not there"
+    if stage == "00_data" and records.need(settings.profile, stage).get("hashes") != datasets.hashes(settings):
+        return "the data are others"
+    gone = [name for name in FILES.get(stage, ()) if not (records.figures_dir(settings.profile) / name).is_file()]
+    if gone:
+        return f"{gone[0]} is gone"
+    shown = dict(pair for w in mine for pair in w.shown)
+    if any(_key(path) != key for path, key in shown.items()):
+        return "what is in results/ is not what was made"
+    if set(_shown_by(stage, settings)) - set(shown):
+        return "results/ shows rows that are not asked for"
+    if stage == "06_figures" and run.shown_by(stage, settings.profile) != records.shown(settings.profile):
+        return "the tables are others"
+    return ""
+
+
+def _key(path: Path) -> str:
+    """The key of what a file of results/ shows, or the file that it names; '' if it is gone or damaged."""
+    try:
+        content = records.read_json(path)
+        return content if isinstance(content, str) else records.read_record(path)["key"]
+    except (BadInput, KeyError):
+        return ""
+
+
+def _shown_by(stage: str, settings: Settings) -> list[Path]:
+    """The files of results/<profile> that tables take from a stage."""
+    home = records.results_dir(settings.profile)
+    task = next((task for task in TASKS if TASKS[task].notebook == stage), "")
+    if task:
+        return [path for part in (task, f"seeds/*/{task}") for path in home.glob(f"{part}/*__*__*__*.json")]
+    return [*home.glob("sanity/*/*__*__*.json")] if stage == "07_sanity" else []
+
+
+# --- what is said before a run ---
+
+
+def text(settings: Settings, found: list[Wanted] | None) -> str:
+    """N of M results are there, what will be made and why, and the time that takes here; see plan.looked_for."""
+    if found is None:
+        seconds = plan.seconds(plan.all_work(settings), cost.this_device(settings))
+        return f"{settings.profile}: no results are there; about {plan.duration(seconds)} to go here."
+    absent, stages = [w for w in found if not w.there], undone(settings, found)
+    head = f"{settings.profile}: {len(found) - len(absent)} of {len(found)} results are there"
+    if not stages:
+        return f"{head}, and every notebook has been run."
+    lines = [f"{head}; about {plan.duration(plan.remaining(settings, [w.job for w in absent], [*stages]))} to go here."]
+    for step in wanted.STEPS:
+        made = [w for w in absent if w.job["step"] == step]
+        if made:
+            lines.append(f"  {len(made)} {NAMES[step]} to be made: {_reasons(made)}")
+    if any(w.why and all(why.startswith(records.SAID["loops"]) for why in w.why) for w in absent):
+        lines.append("  Those that differ in the code's version alone are accepted by: make keep")
+    lines += [f"  {name} to be run: {why}" for name, why in stages.items() if "not there" not in why]
+    return "\n".join(lines)
+
+
+def _reasons(made: list[Wanted]) -> str:
+    """Why results are made, the most frequent reasons first."""
+    counted = Counter(", ".join(w.why) if w.why else "" for w in made)
+    words = [f"{times} for {why}" for why, times in counted.most_common() if why][:FEW]
+    if fresh := counted[""]:
+        words.append(f"{fresh} not there yet")
+    return "; ".join(words)
+
+
+def answer(settings: Settings) -> int:
+    """Print what is said before a run, and the stages that are not done; returns the exit code."""
+    with redirect_stdout(sys.stderr):  # make reads the last line below
+        stop, warn = run.everything_wrong(settings)
+        print("\n".join([*(f"Warning: {sentence}" for sentence in warn), *stop]), end="\n" * bool(stop or warn))
+        if stop:
+            return run.BAD_INPUT
+        found = plan.looked_for(settings)
+        print(text(settings, found), flush=True)
+    print(" ".join(undone(settings, found)))
+    return 0
+
+
+def keep(settings: Settings) -> int:
+    """Accept results whose only difference is a version of the code, and say how many; returns the exit code."""
+    before, _ = wanted.results(settings)
+    records.keeping = True
+    after, _ = wanted.results(settings)
+    records.keeping = False
+    kept = sum(w.there for w in after) - sum(w.there for w in before)
+    print(f"{settings.profile}: {kept} results that other versions of the code made are kept, and say so.")
+    print(text(settings, after))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    any_terminal()
+    parser = argparse.ArgumentParser(prog="python -m ssl_robust.ops.stages", description="Which stages are not done.")
+    parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
+    parser.add_argument("--data", default="", help="folder of the real data sets, in place of the profile's data_root")
+    parser.add_argument("--keep", action="store_true", help="accept results that other versions of the code made")
+    arguments = parser.parse_args(argv)
+    return run.guarded(lambda: run.look(arguments.profile, arguments.data, keep if arguments.keep else answer))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Ways of evaluating besides the paper's own."""

@@ -1,0 +1,319 @@
+"""Pictures: each helper takes data, draws, and returns the figure (or the axes it was given); only `save` writes files.
+
+Images are (k, 3, H, W) in [0, 1], masks (k, H, W) class ids, depths (k, H, W) in metres; torch tensors or numpy arrays.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+
+from ..records import read_tensors
+from ..settings import BadInput
+from ..tasks import TASKS
+from .tiles import (
+    COLOURS,
+    IGNORED,
+    MARKERS,
+    STYLE,
+    Array,
+    background_of,
+    class_legend,
+    depth_scale,
+    grid,
+    panels,
+    show_depth,
+    show_image,
+    show_mask,
+    span_of,
+    tiles,
+)
+from .tiles import save as save
+
+# colours of a right and a wrong answer, none of them an attack's; ticks and crosses say the same
+RIGHT, WRONG = "#117733", "#882255"
+ATTACK = {"clean": "clean", "embed": "EmbedAttack", "task": "task attack"}
+# line styles of several data sets in one panel
+DASHES = ["-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1)), (0, (10, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3))]
+HOLLOW = {"markerfacecolor": "white", "markersize": 5.5, "markeredgewidth": 1.2}
+CHANCE = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
+
+Example = dict[str, Any]  # as load_example returns it
+
+
+@plt.rc_context(STYLE)
+def image_grid(images: Array, captions: Sequence[str] | None = None, columns: int = 8) -> Figure:
+    """Images (k, 3, H, W) with their captions, row by row."""
+    fig, axes = grid(len(images), columns, images.shape)
+    for ax, image, caption in zip(axes, images, captions or [""] * len(images), strict=False):
+        show_image(image, ax, caption)
+    return fig
+
+
+@plt.rc_context(STYLE)
+def mask_grid(images: Array, masks: Array, classes: Sequence[str], columns: int = 8) -> Figure:
+    """Masks (k, H, W) over their images (k, 3, H, W), with a legend; class 0 is transparent if named 'background'."""
+    fig, axes = grid(len(images), columns, images.shape)
+    for ax, image, mask in zip(axes, images, masks, strict=False):
+        show_mask(mask, image, ax, background_of(classes))
+    class_legend(masks, classes, fig, columns)
+    return fig
+
+
+@plt.rc_context(STYLE)
+def depth_grid(depths: Array, columns: int = 8) -> Figure:
+    """Depth maps (k, H, W) on one colour scale in metres, with its bar."""
+    fig, axes = grid(len(depths), columns, depths.shape)
+    for ax, depth in zip(axes, depths, strict=False):
+        drawn = show_depth(depth, ax, span_of(depths))
+    depth_scale(drawn, axes, fig)
+    return fig
+
+
+@plt.rc_context(STYLE)
+def learning_curves(history: pd.DataFrame, labels: dict[str, str] | None = None) -> Figure:
+    """A panel for each column of `history` (epoch, loss, val, ...) against epoch; `labels` renames columns."""
+    columns = [column for column in history.columns if column != "epoch"]
+    fig, axes = panels(len(columns), 2.6, 2.1)
+    for ax, column in zip(axes, columns, strict=True):
+        sns.lineplot(history, x="epoch", y=column, ax=ax, color=COLOURS["clean"], marker="o", markersize=4)
+        ax.set(xlabel="epoch", ylabel=(labels or {}).get(column, column))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        sns.despine(ax=ax)
+    return fig
+
+
+def load_example(path: Path) -> Example:
+    """Tensors and metadata of a file in runs/<profile>/examples in one dict; BadInput if it is missing or damaged.
+
+    images, adv_embed, adv_task (k, 3, H, W); target, pred_clean, pred_embed, pred_task: (k,) class ids, (k, H, W) class
+    ids or (k, H, W) metres; classes (names), eps (radius in [0, 1] pixel units), dataset, encoder.
+    """
+    if not path.is_file():
+        raise BadInput(f"There is no example {path}; run the attack notebook of {path.stem} first, or 'make paper'.")
+    tensors, about = read_tensors(path)
+    return {**tensors, **about, "classes": json.loads(about["classes"]), "eps": float(about["eps"])}
+
+
+def perturbation(clean: Array, attacked: Array, amplification: float) -> np.ndarray:
+    """What an attack added, 0.5 (grey) for nothing: 0.5 + amplification * (attacked - clean), clipped to [0, 1]."""
+    return np.clip(0.5 + amplification * (np.asarray(attacked) - np.asarray(clean)), 0, 1)
+
+
+def _amplification(example: Example) -> float:
+    """The factor that spreads -eps..eps over black..white."""
+    return 0.5 / example["eps"] if example["eps"] else 1.0
+
+
+def _task(example: Example) -> str:
+    target = np.asarray(example["target"])
+    return "classification" if target.ndim == 1 else "depth" if target.dtype.kind == "f" else "segmentation"
+
+
+def _right(prediction: Array, target: Array) -> str:
+    """'93% right' of the pixels that are not ignored."""
+    counted = np.asarray(target) != IGNORED
+    return f"{(np.asarray(prediction) == np.asarray(target))[counted].mean():.0%} right"
+
+
+def _rmse(prediction: Array, target: Array) -> str:
+    valid = np.asarray(target) > 0
+    return f"RMSE {np.sqrt(np.mean((np.asarray(prediction) - np.asarray(target))[valid] ** 2)):.2f} m"
+
+
+def _show_prediction(example: Example, kind: str, index: int, ax: Axes) -> AxesImage | None:
+    """The prediction on the clean or attacked image, drawn over the very image that the model was given."""
+    image = (example["images"] if kind == "clean" else example[f"adv_{kind}"])[index]
+    prediction, target, classes = example[f"pred_{kind}"][index], example["target"][index], example["classes"]
+    task = _task(example)
+    if task == "depth":
+        return show_depth(prediction, ax, span_of(example["target"]), _rmse(prediction, target))
+    if task == "segmentation":
+        show_mask(prediction, image, ax, background_of(classes), _right(prediction, target))
+        return None
+    right, said = int(prediction) == int(target), classes[int(prediction)] if int(prediction) >= 0 else "no number"
+    show_image(image, ax, f"{said} {'✓' if right else '✗'}", RIGHT if right else WRONG)
+    return None
+
+
+def _show_target(example: Example, index: int, ax: Axes) -> None:
+    image, target, classes = example["images"][index], example["target"][index], example["classes"]
+    task = _task(example)
+    if task == "depth":
+        show_depth(target, ax, span_of(example["target"]))
+    elif task == "segmentation":
+        show_mask(target, image, ax, background_of(classes))
+    else:
+        show_image(image, ax, classes[int(target)])
+
+
+@plt.rc_context(STYLE)
+def prediction_panel(example: Example, columns: int = 6) -> Figure:
+    """The first images of an example on a row, below them the truth and the clean prediction.
+
+    Of `example` it needs images, target, pred_clean and classes; one caption a prediction says how good it is.
+    """
+    count = min(columns, len(example["images"]))
+    fig, axes = tiles([example["images"].shape] * 3, count, least=0.7)
+    for index in range(count):
+        show_image(example["images"][index], axes[0, index])
+        _show_target(example, index, axes[1, index])
+        drawn = _show_prediction(example, "clean", index, axes[2, index])
+    for ax, name in zip(axes[:, 0], ["image", "truth", "prediction"], strict=True):
+        ax.set_ylabel(name)
+    _key(example, [example["target"][:count], example["pred_clean"][:count]], drawn, axes, fig)
+    return fig
+
+
+def _key(example: Example, masks: list[Array], drawn: AxesImage | None, axes: np.ndarray, fig: Figure) -> None:
+    """Legend of the classes in `masks`, or colour bar of the depths; nothing for classification."""
+    if drawn is not None:
+        depth_scale(drawn, axes.flat, fig)
+    elif _task(example) == "segmentation":
+        class_legend(masks, example["classes"], fig, axes.shape[1])
+
+
+def _attack_row(example: Example, attack: str, index: int, axes: Sequence[Axes]) -> AxesImage | None:
+    """Image, amplified perturbation, clean and attacked prediction of one image, in four tiles."""
+    image, attacked = example["images"][index], example[f"adv_{attack}"][index]
+    name = example["classes"][int(example["target"][index])] if _task(example) == "classification" else ""
+    show_image(image, axes[0], name)
+    show_image(perturbation(image, attacked, _amplification(example)), axes[1])
+    _show_prediction(example, "clean", index, axes[2])
+    return _show_prediction(example, attack, index, axes[3])
+
+
+def _headings(example: Example, axes: Sequence[Axes], fig: Figure) -> None:
+    """Names of the four columns, in room added above them."""
+    words = ["image", f"perturbation\n×{_amplification(example):.0f}", "clean\nprediction", "attacked\nprediction"]
+    for ax, heading in zip(axes, words, strict=True):
+        ax.set_title(heading)
+    fig.set_figheight(fig.get_figheight() + 0.35)
+
+
+@plt.rc_context(STYLE)
+def attack_panel(example: Example, attack: str = "task", rows: int = 4) -> Figure:
+    """The first `rows` images of an example: image, perturbation, clean and attacked prediction.
+
+    `attack` is 'embed' or 'task'. The perturbation is amplified so that -eps..eps spans black..white; RMSE and '%
+    right' below a prediction are those of the one image.
+    """
+    rows = min(rows, len(example["images"]))
+    fig, axes = tiles([example["images"].shape] * rows, 4)
+    for index, line in enumerate(axes):
+        drawn = _attack_row(example, attack, index, line)
+    _headings(example, axes[0], fig)
+    _key(example, [example["pred_clean"][:rows], example[f"pred_{attack}"][:rows]], drawn, axes, fig)
+    return fig
+
+
+def _first_right(example: Example) -> int:
+    """The first image that is classified right when clean; the first of all for the dense tasks."""
+    if _task(example) != "classification":
+        return 0
+    return int(np.argmax(np.asarray(example["pred_clean"]) == np.asarray(example["target"])))
+
+
+@plt.rc_context(STYLE)
+def figure1(examples: dict[str, Example], flagged: Collection[tuple[str, str]] = ()) -> Figure:
+    """Figure 1: for each task one image under EmbedAttack and the task attack, in rows as attack_panel's.
+
+    `examples` maps task names to examples. The image is not chosen by hand: it is the first one, for classification the
+    first that is classified right. A dagger stands at the attacks that are `flagged`, as (task, 'embed' or 'task').
+    """
+    fig, axes = tiles([e["images"].shape for e in examples.values() for _ in range(2)], 4, least=0.75)
+    for (task, example), lines in zip(examples.items(), np.split(axes, len(examples)), strict=True):
+        index = _first_right(example)
+        for attack, line in zip(("embed", "task"), lines, strict=True):
+            drawn = _attack_row(example, attack, index, line)
+            name = TASKS[task].attack if attack == "task" else "EmbedAttack"
+            mark = " †" if (task, attack) in flagged else ""
+            line[0].set_ylabel(f"{task}\n{name}{mark}", fontsize=9)
+        _key(example, [example[f"pred_{kind}"][index] for kind in ATTACK], drawn, lines, fig)
+    _headings(example, axes[0], fig)
+    return fig
+
+
+def _flagged(tidy: pd.DataFrame) -> pd.Series:
+    """Which rows have a value that there are reasons to doubt; none if `tidy` does not say."""
+    return tidy.get("flagged", pd.Series(False, tidy.index)).astype(bool)
+
+
+def metric_curves(tidy: pd.DataFrame, ax: Axes, key: bool = False) -> Axes:
+    """One task's metric against DeACL epoch: a colour for each attack, a dash for each data set.
+
+    `tidy` has the columns of fig2.csv. Error bars are drawn if it has `se` too and, if it has `chance`, dots where the
+    majority or mean baseline lies; markers are hollow where `flagged`. Data sets are named below the panel if there are
+    several or if `key` asks for it, else in the title.
+    """
+    dashes = dict(zip(tidy["dataset"].unique(), DASHES * len(tidy), strict=False))
+    thin = {"linewidth": 1.1, "markersize": 3} if len(dashes) > 2 else {"markersize": 4.5}
+    for (dataset, attack), line in tidy.sort_values("epoch").groupby(["dataset", "attack"]):
+        look = {"color": COLOURS[attack], "marker": MARKERS[attack], "linestyle": dashes[dataset], **thin}
+        ax.errorbar(line["epoch"], line["value"], yerr=line.get("se"), elinewidth=0.8, capsize=1.5, **look)
+        for point in line[_flagged(line)].itertuples():
+            ax.plot(point.epoch, point.value, **look | HOLLOW | {"linestyle": ""}, zorder=3)
+    for chance in tidy["chance"].round(3).unique() if "chance" in tidy else ():
+        ax.axhline(chance, zorder=0, **CHANCE)
+    task, key = tidy["task"].iloc[0], key or len(dashes) > 1
+    ax.set(
+        title=task.capitalize() + ("" if key else f"\n{next(iter(dashes))}"),
+        xlabel="DeACL epoch",
+        ylabel=axis(task),
+        ylim=(0, None),
+    )
+    ax.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+    if key:
+        keys = [Line2D([], [], color="0.2", linestyle=dash, label=name) for name, dash in dashes.items()]
+        ax.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.22), handlelength=2.6, labelspacing=0.2)
+    sns.despine(ax=ax)
+    return ax
+
+
+def _no_curves() -> Figure:
+    fig, axes = panels(1, 6.3, 0.8)
+    words = "No DeACL fine-tuning was followed here: rows are Standard, or their robust weights were given."
+    axes[0].text(0.5, 0.5, words, ha="center", va="center", fontsize=9)
+    axes[0].set_axis_off()
+    return fig
+
+
+def axis(task: str) -> str:
+    """What the axis of a task's metric is called."""
+    return TASKS[task].heading.replace("accuracy", "Accuracy")
+
+
+@plt.rc_context(STYLE)
+def figure2(tidy: pd.DataFrame) -> Figure:
+    """Figure 2: a panel for each task, its metric clean and attacked along DeACL fine-tuning (report.figure2_table).
+
+    If there is no row, the figure says so.
+    """
+    if tidy.empty:
+        return _no_curves()
+    tasks, most = list(tidy["task"].unique()), tidy.groupby("task")["dataset"].nunique().max()
+    fig, axes = panels(len(tasks), 2.1 if most == 1 else 2.6, 2.7 if most == 1 else 3.2 + 0.19 * most)
+    for task, ax in zip(tasks, axes, strict=True):
+        metric_curves(tidy[tidy["task"] == task], ax, key=most > 1)
+    lines = [Line2D([], [], color=COLOURS[a], marker=MARKERS[a], markersize=4.5, label=ATTACK[a]) for a in COLOURS]
+    lines.append(Line2D([], [], label="majority or mean baseline", **CHANCE))
+    if _flagged(tidy).any():
+        look = {"color": "0.2", "marker": "o", "linestyle": "", **HOLLOW}
+        lines.append(Line2D([], [], label="† flagged, see the tables' notes", **look))
+    fig.legend(
+        handles=lines,
+        loc="outside lower center",
+        ncols=4 if len(lines) == 4 else 3,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
+    return fig

@@ -1,0 +1,390 @@
+"""What lies in figures/<profile>: tables, data of Figure 2, times, a copy of the records and the page of everything.
+
+`python -m ssl_robust.show.report demo` makes all of it anew from what is on disk, and says where the time went.
+"""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from safetensors import SafetensorError, safe_open
+
+from .. import records as disk
+from ..progress import any_terminal
+from ..settings import BadInput
+from ..tasks import TASKS
+from ..trust import claims, evidence, paired
+from ..trust.evidence import read_skipped as read_skipped
+from . import layout, timing
+from .tables import (
+    ATTACKS,
+    KEYS,
+    comparison,
+    csv,
+    daggers,
+    effect_rows,
+    in_order,
+    notes,
+    readable,
+    table,
+    table_files,
+    title,
+    unique,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+
+FIG2_COLUMNS = ["task", "dataset", "epoch", "attack", "metric", "value", "n"]
+PICTURES = {  # file: its heading and caption on the page
+    "fig1": (
+        "Figure 1",
+        "What the attacks do: image, perturbation amplified to full range, clean and attacked prediction.",
+    ),
+    "fig2": (
+        "Figure 2",
+        "The metrics along DeACL fine-tuning. Epoch 0: Standard; bars: standard errors; dots: majority or mean "
+        "baseline.",
+    ),
+    "sanity": (
+        "How hard the attacks are",
+        "The metric under the task attack against its radius: it must get worse until chance. Vertical line: the "
+        "tables' radius; dots: majority or mean baseline; †: rows with a flag, whose reasons stand below the tables.",
+    ),
+}
+SMALL = ("demo", "samples", "test")
+TIME = "Dark: attacks and their evaluation, as the records say; light: the rest, heads and DeACL among it."
+
+
+def read(profile: str, folder: Path | None = None) -> tuple[list[Record], list[Record]]:
+    """Records (evidence.read) and skipped rows of `profile`, or those below `folder`; BadInput if there are none."""
+    folder = folder or disk.results_dir(profile)
+    records, skipped = evidence.read(folder), read_skipped(folder)
+    if not records and not skipped:
+        raise BadInput(f"Profile '{profile}' has no records yet; run the notebooks first, or 'make paper'.")
+    return records, skipped
+
+
+def folder_of(profile: str) -> Path:
+    """Where records of `profile` are: results/<profile>, else the copy with its figures, else the committed ones.
+
+    Parameters that are tried, '<profile>/lab', fall back on those of the profile; results/<profile> if there are none.
+    """
+    copies = (folder / "records" for folder in (disk.figures_dir(profile), disk.committed_dir(profile)))
+    places = (disk.results_dir(profile), disk.results_dir(profile.partition("/")[0]), *copies)
+    return next((p for p in places if disk.read_records(p) or read_skipped(p)), places[0])
+
+
+def write_table(number: int, profile: str, folder: Path | None = None) -> pd.DataFrame:
+    """Write figures/<profile>/table<number>.{csv,md,tex} from the records of `profile`, or below `folder`; the table.
+
+    Also writes reported.csv, paired.csv and claims.csv and .md. Raises BadInput as table_files does.
+    """
+    records, skipped = read(profile, folder)
+    _write_files(number, profile, records, skipped)
+    write_comparisons(profile, folder)
+    return table([*TASKS][number - 1], records, skipped)
+
+
+def _write_files(number: int, profile: str, records: list[Record], skipped: list[Record]) -> None:
+    for suffix, content in table_files(number, records, skipped).items():
+        disk.write_bytes(content.encode(), disk.figures_dir(profile) / f"table{number}.{suffix}")
+
+
+def _write_or_remove(numbers: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Write a data frame as CSV; without a row no file, and an old one is removed."""
+    if numbers.empty:
+        path.unlink(missing_ok=True)
+    else:
+        disk.write_bytes(csv(numbers).encode(), path)
+    return numbers
+
+
+def write_comparisons(profile: str, folder: Path | None = None) -> None:
+    """Write what compares the values of the tables: with the paper's, DeACL with Standard, and with the claims."""
+    write_reported(profile, folder)
+    write_paired(profile, folder)
+    write_claims(profile, folder)
+
+
+def write_reported(profile: str, folder: Path | None = None) -> pd.DataFrame:
+    """Write figures/<profile>/reported.csv, each value of the three tables beside the paper's: see `comparison`.
+
+    Without a row that the paper has there is no such file, and an old one is removed.
+    """
+    records, skipped = read(profile, folder)
+    tidy = pd.concat([comparison(task, records, skipped) for task in TASKS], ignore_index=True)
+    return _write_or_remove(tidy, disk.figures_dir(profile) / "reported.csv")
+
+
+def write_paired(profile: str, folder: Path | None = None) -> pd.DataFrame:
+    """Write figures/<profile>/paired.csv, DeACL against Standard on the same images: see paired.differences.
+
+    Without such a pair there is no such file, and an old one is removed.
+    """
+    tidy = paired.differences(read(profile, folder)[0])
+    order = {task: i for i, task in enumerate(TASKS)}
+    tidy = tidy.sort_values("task", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+    return _write_or_remove(tidy, disk.figures_dir(profile) / "paired.csv")
+
+
+def write_claims(profile: str, folder: Path | None = None) -> str:
+    """Write figures/<profile>/claims.md, the verdicts on the paper's claims, and claims.csv with each row's number.
+
+    Returns the Markdown. Without a row that a claim concerns it is empty, there are no such files, and old ones are
+    removed.
+    """
+    judged, path = claims.judge(in_order(read(profile, folder)[0])), disk.figures_dir(profile) / "claims.md"
+    if _write_or_remove(claims.numbers(judged), path.with_suffix(".csv")).empty:
+        path.unlink(missing_ok=True)
+        return ""
+    text = layout.markdown("The paper's claims", claims.matrix(judged), {"How to read it": claims.RULES})
+    disk.write_bytes(text.encode(), path)
+    return text
+
+
+def write_effects(effects: pd.DataFrame, profile: str) -> str:
+    """Write figures/<profile>/protocols.csv and .md from evaluate.effects; returns the Markdown, a table a task."""
+    parts = []
+    for task in (task for task in TASKS if task in set(effects["task"])):
+        first = effects[effects["task"] == task].iloc[0]
+        title = f"Protocols, {task}: {first['encoder']} (Standard) on {first['dataset']}, n = {first['n']}"
+        note = "Value ± standard error, in brackets the change against the paper's protocol; each difference alone."
+        parts.append(layout.markdown(title, effect_rows(effects, task), {"": [note]}))
+    text, folder = "\n".join(parts), disk.figures_dir(profile)
+    disk.write_bytes(csv(effects).encode(), folder / "protocols.csv")
+    disk.write_bytes(text.encode(), folder / "protocols.md")
+    return text
+
+
+def _curve(record: Record) -> tuple[str, str, str]:
+    return record["task"], record["dataset"], record["encoder"]
+
+
+def _drawn(records: list[Record]) -> list[Record]:
+    """The records that Figure 2 shows: the paper's attacks at known epochs of fine-tuned encoders."""
+    known = [r for r in records if r["epoch"] >= 0 and r["attack"] in ATTACKS]
+    tuned = [r for r in known if r["defense"] != "standard"]
+    between = {_curve(r) for r in tuned if r["defense"] != "deacl"}
+    # without epochs in between a line would be straight by construction, so such ones stay out if others have some
+    drawn = between or {_curve(r) for r in tuned}
+    return [r for r in known if _curve(r) in drawn]
+
+
+def figure2_table(records: list[Record]) -> pd.DataFrame:
+    """Metrics along DeACL fine-tuning, epoch 0 being Standard: FIG2_COLUMNS, then `se`, `chance` and `flagged`.
+
+    Encoders without DeACL, or with a given DeACL checkpoint of unknown epoch, are left out; if several are left, the
+    data set's name says which one a row belongs to. `flagged`: there are reasons to doubt the value.
+    """
+    columns = [*FIG2_COLUMNS, "se", "chance", "encoder"]
+    rows = [{c: r[c] for c in columns} | {"flagged": bool(evidence.reasons(r))} for r in _drawn(records)]
+    tidy = pd.DataFrame(rows, columns=[*columns, "flagged"])
+    if tidy["encoder"].nunique() > 1:
+        tidy["dataset"] += " (" + tidy["encoder"] + ")"
+    order = {name: f"{i} {name}" for i, name in enumerate([*TASKS, *ATTACKS])}
+    by = ["task", "dataset", "attack", "epoch"]
+    return tidy.sort_values(by, key=lambda c: c.replace(order), ignore_index=True).drop(columns="encoder")
+
+
+def write_figure2(profile: str, folder: Path | None = None) -> pd.DataFrame:
+    """Write figures/<profile>/fig2.csv, columns FIG2_COLUMNS; returns figure2_table, empty if no DeACL was followed."""
+    tidy = figure2_table(read(profile, folder)[0])
+    disk.write_bytes(csv(tidy[FIG2_COLUMNS]).encode(), disk.figures_dir(profile) / "fig2.csv")
+    return tidy
+
+
+def draw_figure2(profile: str, folder: Path | None = None) -> None:
+    """Write fig2.csv, fig2.png and fig2.pdf in figures/<profile>."""
+    from . import plots  # here, because matplotlib takes seconds that tables do not need
+
+    plots.save(plots.figure2(write_figure2(profile, folder)), disk.figures_dir(profile) / "fig2")
+
+
+def copy_records(profile: str) -> int:
+    """Make figures/<profile>/records an exact copy of the records of `profile`; returns how many there are.
+
+    Lists of skipped rows, records of further seeds and the sanity checks are copied too; when the stages started and
+    how long they took become figures/<profile>/times.json. Raises BadInput, and leaves an old copy alone, if there is
+    nothing to copy.
+    """
+    source, target = disk.results_dir(profile), disk.figures_dir(profile) / "records"
+    records, _ = read(profile)
+    paths = {p.relative_to(source) for task in TASKS for p in source.glob(f"{task}/*__*__*__*.json")}
+    paths |= {p.relative_to(source) for p in [*evidence.skipped_paths(source), *evidence.evidence_paths(source)]}
+    for path in paths:
+        disk.write_bytes((source / path).read_bytes(), target / path)
+    for stale in {p.relative_to(target) for p in target.rglob("*.json")} - paths:
+        (target / stale).unlink()
+    disk.write_json(timing.measured(profile), target.with_name("times.json"))
+    return len(records)
+
+
+def _times(profile: str, folder: Path | None) -> timing.Times:
+    """Times of the stages: those measured here, or, for copied records, the copied ones."""
+    if folder in (None, disk.results_dir(profile)):
+        return timing.measured(profile)
+    copied = folder.with_name("times.json")
+    return disk.read_json(copied) if copied.is_file() else {}
+
+
+def _facts(profile: str, records: list[Record], times: timing.Times) -> dict[str, str]:
+    """How the records of a page were made."""
+    return {
+        "Profile": profile,
+        "Hardware": ", ".join(unique(f"{r['device']}, {r['threads']} threads" for r in records)),
+        "Seed": ", ".join(unique(str(s["seed"]) for r in records for s in [r, *r["over_seeds"]])),
+        "Time": timing.total_words(times) if times else "not measured",
+        "Code": ", ".join(unique(r["git"] for r in records)),
+        "Versions": ", ".join(unique(f"{name} {number}" for r in records for name, number in r["versions"].items())),
+    }
+
+
+def _example_places(profile: str) -> list[tuple[str, str, str]]:
+    """(task, dataset, encoder) of the images in Figure 1; those that are not there, or damaged, are left out."""
+    found = []
+    for task, path in evidence.current_examples(profile).items():
+        with suppress(OSError, SafetensorError), safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+            found.append((task, about.get("dataset", ""), about.get("encoder", "")))
+    return found
+
+
+def _flags_of_figure1(profile: str, records: list[Record]) -> list[tuple[Record, str]]:
+    """Flagged records of the attacks that Figure 1 shows images of, with the reasons."""
+    places = _example_places(profile)
+    flagged = [pair for task in TASKS for pair in daggers(task, records)]
+    return [
+        (r, f"†: {said.partition(' ')[2]}")
+        for r, said in flagged
+        if r["defense"] == "standard" and r["attack"] in ("embed", "task") and _curve(r) in places
+    ]
+
+
+def draw_figure1(profile: str) -> "Figure":
+    """Figure 1 from the examples that the attack notebooks left, also written to figures/<profile>/fig1.png and .pdf.
+
+    Attacks that there are reasons to doubt have a dagger. Raises BadInput for a damaged example.
+    """
+    from . import plots  # here, because matplotlib takes seconds that tables do not need
+
+    examples = {task: plots.load_example(path) for task, path in evidence.current_examples(profile).items()}
+    if not examples:
+        raise BadInput(f"There are no images for Figure 1 in runs/{profile}/examples; 'make paper' makes them.")
+    flagged = [(r["task"], r["attack"]) for r, _ in _flags_of_figure1(profile, read(profile)[0])]
+    figure = plots.figure1(examples, flagged)
+    plots.save(figure, disk.figures_dir(profile) / "fig1")
+    return figure
+
+
+def _flags_of_figure2(records: list[Record]) -> list[str]:
+    """Reasons for the flagged points of Figure 2 that no table shows; the other ones are said to be in the tables."""
+    flagged = [r for r in _drawn(records) if evidence.reasons(r)]
+    if not flagged:
+        return []
+    said = ["Hollow markers are flagged (†): the notes of the tables give the reasons."]
+    for r in (r for r in flagged if r["defense"] not in ("standard", "deacl")):
+        attack = {"clean": "clean", "embed": "EmbedAttack"}.get(r["attack"], TASKS[r["task"]].attack)
+        reasons = "; ".join(unique(reason.rstrip(".") for reason in evidence.reasons(r)))
+        said.append(f"†: {r['dataset']}/{r['encoder']}, {attack} at epoch {r['epoch']}: {reasons}.")
+    return said
+
+
+def _figures(profile: str, records: list[Record]) -> list[str]:
+    """The figures there are as parts of the page, with what is to be said about their flags."""
+    flags = {"fig1": [said for _, said in _flags_of_figure1(profile, records)], "fig2": _flags_of_figure2(records)}
+    there = {name: disk.figures_dir(profile) / f"{name}.png" for name in PICTURES}
+    return [
+        layout.html_figure(title, there[name].read_bytes(), " ".join([caption, *flags.get(name, [])]))
+        for name, (title, caption) in PICTURES.items()
+        if there[name].is_file()
+    ]
+
+
+def write_index(profile: str, folder: Path | None = None) -> Path:
+    """Write figures/<profile>/index.html, one self-contained page: the figures and tables there are, and their making.
+
+    The records are those of `profile`, or those below `folder`. Raises BadInput if there are none.
+    """
+    (records, skipped), times = read(profile, folder), _times(profile, folder)
+    sections, verdicts = _figures(profile, records), claims.matrix(claims.judge(in_order(records)))
+    if len(verdicts):
+        rules = {"How to read it": claims.RULES}
+        sections.insert(0, layout.html_table("The paper's claims", verdicts, rules, "words"))
+    for task in (task for task in TASKS if any(r["task"] == task for r in [*records, *skipped])):
+        shown = readable(task, records, skipped), notes(task, records, skipped)
+        sections.append(layout.html_table(title(task), *shown))
+    if bars := timing.bars(times, records):
+        sections.append(layout.html_bars("Where the time goes", bars, TIME))
+    parts = ["task", *KEYS, "attack"]
+    runs = os.path.relpath(disk.runs_dir(profile), disk.figures_dir(profile))
+    links = unique((" ".join(r[part] for part in parts), f"{runs}/{TASKS[r['task']].notebook}.ipynb") for r in records)
+    sections.append(layout.html_links("The executed notebook that shows each value", links))
+    lead = "Tables and figures regenerated by the notebooks, each value from its record."
+    heading = "Adversarial robustness of frozen self-supervised encoders"
+    page = layout.html_page(heading, lead, _facts(profile, records, times), sections)
+    path = disk.figures_dir(profile) / "index.html"
+    disk.write_bytes(page.encode(), path)
+    return path
+
+
+def rewrite(profile: str) -> str:
+    """Make everything in figures/<profile> anew from what is on disk; returns where the time went.
+
+    The same records give the same bytes. Without results the copied records are used, and Figure 1, whose images are
+    not among them, stays as it is. Raises BadInput if there are no records at all.
+    """
+    folder = folder_of(profile)
+    if folder == disk.results_dir(profile):
+        copy_records(profile)
+    records, skipped = read(profile, folder)
+    for number, task in enumerate(TASKS, 1):
+        if any(r["task"] == task for r in [*records, *skipped]):
+            _write_files(number, profile, records, skipped)
+    write_comparisons(profile, folder)
+    draw_figure2(profile, folder)
+    if _example_places(profile):
+        draw_figure1(profile)
+    write_index(profile, folder)
+    return timing.text(_times(profile, folder), records)
+
+
+def summary(profile: str) -> str:
+    """Closing lines of a run: the tables and figures there are and, for a small profile, how to run a larger one.
+
+    Raises BadInput if nothing has been made.
+    """
+    folder = disk.figures_dir(profile)
+    pictures, lists = (f"{name}.png" for name in PICTURES), ("claims.md", "reported.csv", "paired.csv")
+    names = ("index.html", *lists, *pictures, *(f"table{number}.md" for number in (1, 2, 3)))
+    there = [(folder / name).relative_to(disk.ROOT).as_posix() for name in names if (folder / name).is_file()]
+    if not there:
+        raise BadInput(f"Profile '{profile}' has no tables or figures yet; run 'make paper PROFILE={profile}'.")
+    lines = [f"Made for profile '{profile}' (tables also as .csv and .tex, figures as .pdf):"]
+    lines += [f"  {path}" for path in there]
+    if profile in SMALL:
+        before = "'make plan PROFILE=quick DATA=FOLDER' and 'make data PROFILE=quick DATA=FOLDER'"
+        larger = "'make paper PROFILE=quick DATA=FOLDER' (one to three hours expected) or PROFILE=paper (all of it)"
+        lines.append(f"This is the small profile '{profile}'; on a GPU, after {before}, run {larger}.")
+    return "\n".join(lines)
+
+
+def main(profile: str) -> str:
+    """What `make paper` says at its end, after everything was made anew."""
+    from ..ops import committed  # here, because it reads tables by this module
+
+    disk.keep_inside()
+    return "\n\n".join(part for part in (rewrite(profile), summary(profile), committed.verdict(profile)) if part)
+
+
+if __name__ == "__main__":
+    any_terminal()
+    try:
+        print(main(sys.argv[1] if len(sys.argv) > 1 else "demo"))
+    except BadInput as error:
+        sys.exit(str(error))

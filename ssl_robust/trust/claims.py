@@ -1,0 +1,318 @@
+"""The paper's claims (a)-(e), judged on whatever was run: each verdict is computed from the records, none is typed.
+
+A quantity counts where its whole 95 % interval lies beyond its threshold, of differences and shares that of a paired
+bootstrap over the same images (paired.py). In between it is undecided, as it is where an attack is flagged and of
+encoders that do no better than a constant prediction on clean images. RMSE counts with its sign turned, so that a gain
+is always an improvement.
+"""
+
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from ..tasks import TASKS
+from . import paired
+from .evidence import reasons
+from .paired import Estimate
+
+Record = dict[str, Any]
+Cells = dict[tuple[str, str, str, str], Record]
+
+NAMES = {"clean": "clean", "embed": "EmbedAttack", "worst": "Worst"}
+LEFT = 1 / 10  # an attack that leaves at most this share of the lead over a constant prediction has broken the model
+PART = 1 / 3  # recovering more than this share of what an attack took is 'much', less is 'hardly'
+MOST = 1 / 2
+FEW = 6  # so many cases are listed with their numbers, more are counted
+EARLY = 10  # epochs; of a run shorter than twice that, the first half is looked at instead
+SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
+COLUMNS = ["claim", "task", "row", "verdict", "value", "low", "high", "threshold", "words"]
+TEXTS = {
+    "a": "EmbedAttack and the task's own attack both break every Standard encoder",
+    "b": "DeACL recovers much of what EmbedAttack takes",
+    "c": "DeACL hardly helps against the task's own attack",
+    "d": "DeACL costs clean performance",
+    "e": "Most of the gain against EmbedAttack comes early in DeACL",
+}
+RULES = (
+    "A verdict needs the whole 95 % interval on one side of its threshold; otherwise it is undecided, as it is where "
+    "an attack is flagged (†) or an encoder does no better on clean images than the majority or mean baseline. Of "
+    "several rows all must support a claim, and one can refute it.",
+    "(a) An attack has broken an encoder if it leaves at most a tenth of the lead over the baseline (RMSE: or if the "
+    "error at least doubles).",
+    "(b) More, (c) less than a third of what the attack takes from Standard must be won back by DeACL; (d) the clean "
+    "value must get worse; (e) more than half of the final gain must be there after 10 epochs, or after half of a run "
+    "of less than 20.",
+    "With Worst: the same of the worst case over all attacks, in the place of the task's own attack.",
+)
+
+
+class Row(NamedTuple):
+    """One judged case: its name, whether the claim holds in it (None: undecided), the numbers or the reason."""
+
+    name: str
+    holds: bool | None
+    words: str
+    found: Estimate | None = None
+    threshold: float | None = None
+
+
+class Claim(NamedTuple):
+    """A claim about one task with its cases, and those with the worst case in the task attack's place, if known."""
+
+    letter: str
+    text: str
+    rows: list[Row]
+    worst: list[Row]
+
+
+def verdict(rows: list[Row]) -> str:
+    """'supported' if all rows are, 'refuted' if one is, else 'undecided'."""
+    if any(row.holds is False for row in rows):
+        return REFUTED
+    return SUPPORTED if all(row.holds for row in rows) else UNDECIDED
+
+
+def _counted(rows: list[Row]) -> str:
+    """The verdict, of several rows with how many give it: 'refuted (in 2 of 8 rows)'."""
+    found = verdict(rows)
+    count = sum(verdict([row]) == found for row in rows)
+    return found if len(rows) == 1 else f"{found} (in {count} of {len(rows)} rows)"
+
+
+def _details(rows: list[Row]) -> str:
+    """Behind a semicolon every case with its numbers; of more than FEW those that are not like most, by name."""
+    if len(rows) <= FEW:
+        return "; " + "; ".join(row.name + row.words for row in rows)
+    kinds: dict[str, list[str]] = {REFUTED: [], UNDECIDED: [], SUPPORTED: []}
+    for row in rows:
+        kinds[verdict([row])].append(row.name)
+    del kinds[max(kinds, key=lambda word: len(kinds[word]))]
+    return "".join(f"; {word} in {', '.join(names)}" for word, names in kinds.items() if names)
+
+
+def sentence(claim: Claim) -> str:
+    """'(b) DeACL recovers ...: supported; its numbers.', and what becomes of it with the worst case if that differs."""
+    said = f"({claim.letter}) {claim.text}: {_counted(claim.rows)}{_details(claim.rows)}."
+    if not claim.worst:
+        return said
+    if verdict(claim.worst) == verdict(claim.rows):
+        return f"{said} With Worst: {verdict(claim.worst)}, too."
+    return f"{said} With Worst: {_counted(claim.worst)}{_details(claim.worst)}."
+
+
+def _sign(record: Record) -> int:
+    return -1 if record["metric"] == "RMSE" else 1
+
+
+def _turned(found: Estimate, sign: int) -> Estimate:
+    return Estimate(sign * found.value, *sorted((sign * found.low, sign * found.high)))
+
+
+def _gain(before: Record, after: Record) -> Estimate | None:
+    """Improvement from `before` to `after` in the metric's units, with its interval; None without the same images."""
+    found = paired.difference(before, after)
+    return found and _turned(found, _sign(before))
+
+
+def _above(found: Estimate, threshold: float) -> bool | None:
+    """Whether a quantity lies above `threshold`; None if its interval holds the threshold, or it is not defined."""
+    return True if found.low > threshold else False if found.high < threshold else None
+
+
+def _number(value: float, form: str) -> str:
+    """'0.20', '33%'; a minus is one, and there is none before 0."""
+    text = f"{value:{form}}"
+    return text.replace("-", "−" if text.strip("-0.%") else "")
+
+
+def _interval(found: Estimate, form: str = ".2f") -> str:
+    """'0.20 [0.10, 0.31]', as per cent '33% [12%, 54%]'."""
+    value, low, high = (_number(number, form) for number in found)
+    return f"{value} [{low}, {high}]"
+
+
+def _name(record: Record) -> str:
+    own = TASKS[record["task"]].attack if record["attack"] == "task" else record["attack_name"]
+    return NAMES.get(record["attack"], own)
+
+
+def _no_better(clean: Record) -> bool:
+    """Whether a clean value is no better than a constant prediction, as far as its interval tells."""
+    lead = _turned(paired.interval(clean), _sign(clean))
+    return lead.low <= _sign(clean) * clean["chance"]
+
+
+def _doubt(*used: Record | None, useful: tuple[Record | None, ...] = ()) -> str:
+    """Why a case must stay undecided, '' if it need not: something is missing or flagged, or an encoder is no use."""
+    if any(record is None for record in (*used, *useful)):
+        return ": a value that it needs was not run"
+    if flagged := " and ".join(dict.fromkeys(name for record in used for name in _flagged(record))):
+        return f": it rests on a flagged attack (†), {flagged}"
+    for clean in filter(_no_better, useful):
+        who = "Standard" if clean["defense"] == "standard" else "DeACL"
+        return f": {who} is not clearly better than the baseline ({clean['value']:.2f}, baseline {clean['chance']:.2f})"
+    return "" if len(used) < 2 or paired.comparable(*used) else ": its values are not of the same images, or of one"
+
+
+def _flagged(record: Record) -> list[str]:
+    """Names of flagged attacks that a value rests on: its own, or of the worst case all that it is made of."""
+    return record.get("rests_on", [_name(record)] if reasons(record) else [])
+
+
+def _breaks(cells: Cells, attacks: tuple[str, ...]) -> list[Row]:
+    """Per Standard row and attack: whether it leaves hardly more than a constant prediction has."""
+    rows = []
+    cleans = [(key, record) for key, record in cells.items() if key[2:] == ("standard", "clean")]
+    for (dataset, encoder, *_), clean in cleans:
+        for attack in attacks:
+            attacked = cells.get((dataset, encoder, "standard", attack))
+            name = f"{dataset}/{encoder} {NAMES.get(attack, TASKS[clean['task']].attack)}"
+            if attacked is None:
+                rows.append(Row(name, None, ": it was not run"))
+            elif why := _doubt(attacked, useful=(clean,)):
+                rows.append(Row(name, None, why))
+            else:
+                rows.append(_broken(name, clean, attacked))
+    return rows
+
+
+def _broken(name: str, clean: Record, attacked: Record) -> Row:
+    """Whether the attacked value is beyond the limit: LEFT of the lead over the baseline, or twice the clean error."""
+    limit, found = attacked["chance"] + LEFT * (clean["value"] - attacked["chance"]), paired.interval(attacked)
+    if clean["metric"] == "RMSE":
+        limit = min(limit, 2 * clean["value"])
+    above, way = _above(found, limit), "above" if clean["metric"] == "RMSE" else "below"
+    holds = above if above is None or clean["metric"] == "RMSE" else not above
+    words = f" {clean['value']:.2f} to {_interval(found)}, broken {way} {limit:.2f}"
+    return Row(name, holds, words, found, limit)
+
+
+def _recovers(cells: Cells, attack: str, much: bool) -> list[Row]:
+    """Per DeACL row: whether the share of what the attack took from Standard that DeACL keeps is `much`, or not."""
+    rows = []
+    for dataset, encoder, defense, kind in cells:
+        if (defense, kind) != ("deacl", attack):
+            continue
+        keys = [("standard", "clean"), ("standard", attack), ("deacl", attack), ("deacl", "clean")]
+        clean, hit, robust, plain = (cells.get((dataset, encoder, *key)) for key in keys)
+        row = f"{dataset}/{encoder}"
+        if why := _doubt(hit, robust, clean, useful=(clean, plain)):
+            rows.append(Row(row, None, why))
+        elif _gain(hit, clean).low <= 0:
+            words = f"{_name(hit)} takes nothing measurable, {clean['value']:.2f} to {hit['value']:.2f}"
+            rows.append(Row(row, None, f": {words}"))
+        else:
+            found = paired.share(hit, robust, clean)
+            above, numbers = _above(found, PART), f" {hit['value']:.2f} to {robust['value']:.2f}"
+            words = f"{numbers}, {_interval(found, '.0%')} of what {_name(hit)} takes is won back"
+            rows.append(Row(row, above if above is None else above == much, words, found, PART))
+    return rows
+
+
+def _costs(cells: Cells) -> list[Row]:
+    rows = []
+    for (dataset, encoder, *kind), robust in cells.items():
+        if kind != ["deacl", "clean"]:
+            continue
+        clean, row = cells.get((dataset, encoder, "standard", "clean")), f"{dataset}/{encoder}"
+        if why := _doubt(clean, robust):
+            rows.append(Row(row, None, why))
+        else:
+            loss = _turned(_gain(clean, robust), -1)
+            words = f" {clean['value']:.2f} to {robust['value']:.2f}, worse by {_interval(loss)}"
+            rows.append(Row(row, _above(loss, 0), words, loss, 0))
+    return rows
+
+
+def _early(cells: Cells) -> list[Row]:
+    rows, unfollowed = [], []
+    for (dataset, encoder, *kind), last in cells.items():
+        if kind != ["deacl", "embed"]:
+            continue
+        limit, row = min(EARLY, last["epoch"] / 2), f"{dataset}/{encoder}"
+        start, plain = (cells.get((dataset, encoder, *key)) for key in (("standard", "embed"), ("deacl", "clean")))
+        path = [r for key, r in cells.items() if key[:2] == (dataset, encoder) and key[3] == "embed"]
+        soon = max((r for r in path if 0 < r["epoch"] <= limit), key=lambda r: r["epoch"], default=None)
+        if limit < 0:
+            unfollowed.append(Row(row, None, " comes from a given checkpoint, its epochs are unknown"))
+        elif soon is None:
+            unfollowed.append(Row(row, None, f" has no checkpoint in the first {limit:g} epochs"))
+        elif why := _doubt(start, soon, last, useful=(plain,)):
+            rows.append(Row(row, None, why))
+        elif _gain(start, last).low <= 0:
+            words = f" gains nothing measurable, {start['value']:.2f} to {last['value']:.2f}"
+            rows.append(Row(row, None, words))
+        else:
+            found = paired.share(start, soon, last)
+            when = f"after {soon['epoch']} of {last['epoch']} epochs"
+            words = f" {_interval(found, '.0%')} of the gain {when}"
+            rows.append(Row(row, _above(found, MOST), words, found, MOST))
+    return rows or unfollowed  # epochs between are evaluated on some data sets only
+
+
+def claims(records: list[Record], task: str) -> list[Claim]:
+    """The claims that rows of `task` bear on, in their order; RULES say when one is supported or refuted.
+
+    Where there are records of the kind 'worst', (a) and (c) are judged a second time with them instead of the task
+    attack.
+    """
+    cells = {(r["dataset"], r["encoder"], r["defense"], r["attack"]): r for r in records if r["task"] == task}
+    worst = [key for key in cells if key[3] == "worst"]
+    for key in worst:
+        others = (name for other, r in cells.items() if other[:3] == key[:3] for name in _flagged(r))
+        cells[key] = cells[key] | {"rests_on": list(dict.fromkeys(others))}
+    rows = {
+        "a": _breaks(cells, ("embed", "task")), "b": _recovers(cells, "embed", much=True),
+        "c": _recovers(cells, "task", much=False), "d": _costs(cells), "e": _early(cells),
+    }  # fmt: skip
+    again = {"a": _breaks(cells, ("embed", "worst")), "c": _recovers(cells, "worst", much=False)} if worst else {}
+    texts = {letter: text.replace("the task's own attack", TASKS[task].attack) for letter, text in TEXTS.items()}
+    return [Claim(letter, texts[letter], found, again.get(letter, [])) for letter, found in rows.items() if found]
+
+
+Judged = dict[str, list[Claim]]  # by task
+
+
+def judge(records: list[Record]) -> Judged:
+    """The claims of every task that there are rows of."""
+    found = {task: claims(records, task) for task in TASKS}
+    return {task: of_task for task, of_task in found.items() if of_task}
+
+
+def numbers(judged: Judged) -> pd.DataFrame:
+    """Every judged case, COLUMNS: the quantity with its interval and threshold, or the reason why there is none.
+
+    Claims with the worst case in the task attack's place are called 'a, worst' and 'c, worst'.
+    """
+    rows = []
+    for task, claim in ((task, claim) for task, of_task in judged.items() for claim in of_task):
+        cases = [(claim.letter, row) for row in claim.rows] + [(f"{claim.letter}, worst", row) for row in claim.worst]
+        for name, row in cases:
+            place = {"claim": name, "task": task, "row": row.name, "verdict": verdict([row])}
+            values = row.found._asdict() if row.found else {}
+            rows.append(place | values | {"threshold": row.threshold, "words": row.words.lstrip(" :")})
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def matrix(judged: Judged) -> pd.DataFrame:
+    """Claim x task as text: the verdict, and below it the number behind it or how the rows divide; '–': no row."""
+    found = {task: {claim.letter: claim for claim in of_task} for task, of_task in judged.items()}
+    rows = [
+        {"Claim": f"({letter}) {text}"} | {task.capitalize(): _cell(found[task].get(letter)) for task in judged}
+        for letter, text in TEXTS.items() if any(letter in of_task for of_task in found.values())
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _cell(claim: Claim | None) -> str:
+    if claim is None:
+        return "–"
+    one = len({row.name.partition(" ")[0] for row in claim.rows}) == 1
+    names = [row.name.partition(" ")[2] if one else row.name for row in claim.rows]
+    shown = [(name + row.words).lstrip(" :") for name, row in zip(names, claim.rows, strict=True)]
+    lines = [f"{line};" for line in shown] if len(shown) <= 2 else []
+    if claim.worst and verdict(claim.worst) != verdict(claim.rows):
+        lines.append(f"with Worst: {_counted(claim.worst)};")
+    if not lines:
+        return _counted(claim.rows)
+    return "\n".join([f"{_counted(claim.rows)}:", *lines[:-1], lines[-1].rstrip(";")])

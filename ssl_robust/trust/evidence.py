@@ -1,0 +1,149 @@
+"""Records with what speaks for and against them: reasons for a dagger, and the same cell under further seeds."""
+
+from pathlib import Path
+from typing import Any
+
+from .. import records as disk
+from ..settings import BadInput
+from ..tasks import TASKS
+
+Record = dict[str, Any]
+
+CELL = ("task", "dataset", "encoder", "defense", "attack")
+# flags are raised beyond
+ZERO_STEPS = 0.01  # share of image-steps without a gradient
+RISING = 0.25  # share of images whose loss still rises
+MISSED = 0.25  # share of images with a better iterate before; PGD's last steps go up and down around a maximum
+
+
+def read_skipped(folder: Path) -> list[Record]:
+    """Rows that were asked for but could not be run: {task, dataset, encoder, defense, why}, from */skipped.json.
+
+    `folder` is results/<profile> or figures/<profile>/records; empty if nothing was skipped.
+    """
+    return [{"task": path.parent.name, **row} for path in skipped_paths(folder) for row in disk.read_skipped(path)]
+
+
+def skipped_paths(folder: Path) -> list[Path]:
+    """The lists of skipped rows below `folder` that tables show."""
+    return [path for path in (folder / task / "skipped.json" for task in TASKS) if path.is_file()]
+
+
+def evidence_paths(folder: Path) -> list[Path]:
+    """Files below `folder` that tables need besides the records: those of further seeds and of the sanity checks."""
+    seeds = [path for task in TASKS for path in folder.glob(f"seeds/*/{task}/*__*__*__*.json")]
+    return sorted([*seeds, *folder.glob("sanity/**/*.json")])
+
+
+def read(folder: Path) -> list[Record]:
+    """The records of the tables below `folder` (results/<profile> or figures/<profile>/records), sorted by path.
+
+    Each has two fields more: `reasons`, the sentences that flag its value (its own health record's; for the task attack
+    also those of the sanity checks of that very cell), and `over_seeds`, the records of the same cell under further
+    seeds.
+    """
+    checked, further = sanity_flags(folder), _further(folder)
+    return [
+        record
+        | {
+            "reasons": [*own_flags(record), *checked.get(record["key"], [])],
+            "over_seeds": further.get(_cell(record), []),
+        }
+        for record in disk.read_records(folder)
+        if record.get("task") in TASKS and "value" in record
+    ]
+
+
+def reasons(record: Record) -> list[str]:
+    """The sentences that flag a record's value: all of them if it comes from `read`, else those of its own health."""
+    return record.get("reasons", own_flags(record))
+
+
+def own_flags(record: Record) -> list[str]:
+    """Sentences on a record's own attack, by its health record's numbers and today's thresholds; none without one."""
+    health = record.get("health") or {}
+    return flags(health) if {"images", "gradients"} & {*health} else list(health.get("flags", ()))
+
+
+def flags(health: Record | None) -> list[str]:
+    """One sentence for each thing that is wrong with an attack beyond its threshold; none: it worked as it should."""
+    health = health or {}
+    images, found = health.get("images", 0), []
+    if bad := health.get("nonfinite"):
+        found.append(f"the predictions of {_images(bad)} are not finite")
+    if bad := health.get("nan_gradient"):
+        found.append(f"the gradients of {_images(bad)} are not finite")
+    if share := health.get("nan_share"):
+        found.append(f"{_percent(share)} of the gradients are not finite")
+    if (share := health.get("zero_share", 0)) > ZERO_STEPS:
+        where = f"in {_percent(share)} of all steps"
+        where += f" ({_images(health['zero_gradient'])} of {images})" if images else ""
+        found.append(f"the gradient is exactly zero {where}, so the attack stands still there")
+    if images and (share := health["rising"] / images) > RISING:
+        found.append(f"the loss of {_percent(share)} of the images still rises at the last step (not converged)")
+    if images and (share := health["missed"] / images) > MISSED:
+        found.append(f"{_percent(share)} of the images had an iterate of clearly larger loss than the one evaluated")
+    if bad := health.get("missed_adversarial"):
+        found.append(f"{_images(bad)} classified rightly had an iterate that was misclassified")
+    return found
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' if count != 1 else ''}"
+
+
+def _percent(share: float) -> str:
+    return "less than 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+
+
+def _cell(record: Record) -> tuple[str, ...]:
+    return tuple(record[name] for name in CELL)
+
+
+def _further(folder: Path) -> dict[tuple[str, ...], list[Record]]:
+    """Records of further seeds by cell, in the order of the seeds."""
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for path in folder.glob("seeds/*"):
+        for record in disk.read_records(path):
+            found.setdefault(_cell(record), []).append(record)
+    return {cell: sorted(same, key=lambda r: r["seed"]) for cell, same in found.items()}
+
+
+def seed_values(record: Record) -> list[float]:
+    """The values of a cell under all its seeds, its own first; just its own if it has no further ones."""
+    return [record["value"], *(r["value"] for r in record.get("over_seeds", ()))]
+
+
+def checks_path(profile: str, task: str, dataset: str, encoder: str, defense: str) -> Path:
+    """File of one row's sanity checks; a folder deeper than the records of tables, which are read by their names."""
+    return disk.results_dir(profile) / "sanity" / task / f"{dataset}__{encoder}__{defense}.json"
+
+
+def sanity_flags(folder: Path) -> dict[str, list[str]]:
+    """Flags of the sanity checks below `folder` by the key of the cell that they judge; empty without such checks.
+
+    A cell that was made anew from something else has another key, so that old flags are never shown at it.
+    """
+    rows = [disk.read_record(path) for path in sorted(folder.glob("sanity/*/*.json"))]
+    return {row["cell"]: row["flags"] for row in rows if row["flags"] and "cell" in row}
+
+
+def examples_path(profile: str, task: str) -> Path:
+    """File that names the images of Figure 1 that are the current ones of a task."""
+    return disk.results_dir(profile) / "examples" / f"{task}.json"
+
+
+def current_examples(profile: str) -> dict[str, Path]:
+    """The images of Figure 1 that there are, task -> file in runs/<profile>/examples.
+
+    Raises BadInput if what names them is damaged.
+    """
+    found = {}
+    for task in TASKS:
+        pointer, folder = examples_path(profile, task), disk.runs_dir(profile) / "examples"
+        if pointer.is_file():
+            name = disk.read_json(pointer)
+            if name not in {path.name for path in folder.glob("*.safetensors")}:  # and so in no other folder
+                raise BadInput(f"{pointer} names no file of {folder}; delete it and run its notebook again.")
+            found[task] = folder / name
+    return found

@@ -1,0 +1,532 @@
+"""Whether the attacks of the tables can be believed: what they must beat, and what must not beat them.
+
+After Carlini et al., "On Evaluating Adversarial Robustness" (2019), on the first images of each test set and in the
+same way as in the tables. Each comparison is paired: its standard error is that of the difference on the same images.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from .. import attacks, compute, datasets, deacl, encoders, evaluate, metrics, records
+from ..datasets import Subset
+from ..heads import TaskModel, skipping
+from ..progress import track
+from ..protocols import released
+from ..settings import Attack, BadInput, EncoderRow, Sanity, Settings
+from ..show import plots
+from ..show.tiles import CLASSES, STYLE
+from ..tasks import TASKS
+from . import evidence
+
+KEYS = ["task", "dataset", "encoder", "defense"]
+SURE = 2  # standard errors by which one attack must be stronger than another to say so
+STRONGER = 0.1  # a longer attack must take this share more than the table's takes from the clean value
+DEFENSE, DASH = {"standard": "Standard", "deacl": "DeACL"}, {"standard": "-", "deacl": (0, (3, 1.5))}
+SLACK = 0.02  # of the sweep's whole range: a curve that turns back by less is still monotone
+
+Result = dict[str, Any]
+Known = Mapping[str, Tensor]  # attack of the table: statistics (N, ..) of its cell, of all test images
+Maker = Callable[..., Tensor]  # (model, images, targets, ids) -> images under attack
+Source = tuple[str, str, TaskModel]  # where transferred images come from: its name, the attack on it, the model
+
+
+class Bench(NamedTuple):
+    """A model, the images it is checked on, and how they are attacked and judged."""
+
+    model: TaskModel
+    parts: list[tuple[Tensor, Tensor, list[str]]]  # images (b, 3, H, W), targets, identifiers; those of one shape each
+    classes: int
+    reduce: metrics.Reduction
+    chance: float  # the metric of a constant prediction, as in the tables
+    batch: int  # images attacked at a time
+    attack: Attack
+    seed: int
+    precision: str
+    known: Known = MappingProxyType({})
+    order: Tensor | None = None  # (n,) where in the test set the checked images are; given if anything is known
+
+
+def first(test: Subset, n: int) -> Subset:
+    """The first `n` images of a test set, or all if it has fewer."""
+    few = copy.copy(test)
+    few.items, few.ids = test.items[:n], test.ids[:n]
+    return few
+
+
+def bench(model: TaskModel, test: Subset, defense: str, settings: Settings) -> Bench:
+    """What the checks of one row need; `test` is the whole test set of the row.
+
+    What the tables' own attacks left of the images is taken from their cells, if these are there.
+    """
+    device, section = records.pick_device(settings.device), settings.task(model.task)
+    few = first(test, settings.sanity.n)
+    parts = [(x.to(device), y.to(device), [few.ids[i] for i in rows]) for rows, x, y in datasets.batches(few, len(few))]
+    reduce = released.reduction(model.task, test.classes, model.protocol)
+    chance = model.chances[released.way(model.task, "task", test.classes, model.protocol)]
+    batch = evaluate.at_once(model, few, section.attack_batch, device)
+    precision = compute.precision(settings.precision, device)
+    cells = {kind: evaluate.stored(model, test, (defense, 0), kind, settings) for kind in ("task", "embed")}
+    known, order = {kind: found[1] for kind, found in cells.items() if found}, places(parts, few)
+    return Bench(
+        model, parts, len(test.classes), reduce, chance, batch, settings.attack, settings.seed, precision, known, order
+    )
+
+
+def places(parts: list[tuple[Tensor, Tensor, list[str]]], few: Subset) -> Tensor:
+    """Where in `few` the images of the statistics' rows are, (n,): parts are by shape, the data set is not."""
+    where = {name: i for i, name in enumerate(few.ids)}
+    return torch.tensor([where[name] for *_, ids in parts for name in ids])
+
+
+# --- attacks, and what they leave of the images ---
+
+
+def clean(model: TaskModel, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
+    """The images themselves."""
+    return x
+
+
+def attacking(b: Bench, kind: str = "task", seed: int = 0, source: TaskModel | None = None, **changes: Any) -> Maker:
+    """The table's attack `kind` with some settings changed, `seed` added to its own, made on `source` if given."""
+    attack, shifted = b.attack.model_copy(update=changes), b.seed + seed
+
+    def make(model: TaskModel, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
+        return attacks.attacked(kind, source or model, x, target, ids, attack, shifted, b.precision)
+
+    return make
+
+
+def noise(b: Bench, signs: bool) -> Maker:
+    """Noise in place of an attack: uniform in the ball, or at its corners."""
+
+    def make(model: TaskModel, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
+        names = [f"noise/{i}" for i in ids]  # not the noise that attacks start from
+        if not signs:
+            return attacks.random_start(x, b.attack.eps, names, b.seed)
+        drawn = attacks.random_start(torch.full_like(x, 0.5), 0.5, names, b.seed)
+        return (x + b.attack.eps * (drawn - 0.5).sign()).clamp(0, 1)
+
+    return make
+
+
+def statistics(b: Bench, make: Maker) -> Tensor:
+    """Statistics (n, ...) of the images that `make` gives, as evaluate.evaluate takes them under attack."""
+    task, judge = b.model.task, released.statistics(b.model.task, "task", b.model.protocol)
+
+    def part(rows: slice, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
+        adv = make(b.model, x[rows], target[rows], ids[rows])
+        with torch.no_grad():
+            return judge(task, b.model(adv), target[rows], b.classes)
+
+    return torch.cat([compute.in_parts(partial(part, x=x, target=y, ids=i), len(x), b.batch)[0] for x, y, i in b.parts])
+
+
+def value(b: Bench, stats: Tensor) -> float:
+    """The metric of these statistics."""
+    return metrics.value(b.model.task, stats, b.reduce)
+
+
+def numbers(b: Bench, stats: Tensor) -> dict[str, float]:
+    """The metric of these statistics and its standard error."""
+    return {"value": value(b, stats), "se": metrics.standard_error(b.model.task, stats, b.seed, b.reduce)}
+
+
+def gain(b: Bench, weaker: Tensor, stronger: Tensor) -> tuple[float, float]:
+    """By how much statistics `stronger` are worse than `weaker` in the metric, with the jackknife's standard error."""
+    sign = TASKS[b.model.task].sign
+    whole = sign * (value(b, weaker) - value(b, stronger))
+    n = len(weaker)
+    counts = torch.full((n,), n - 1.0)
+    without = [b.reduce(b.model.task, stats.sum(0) - stats, counts) for stats in (weaker, stronger)]  # (n,) each
+    gaps = sign * (without[0] - without[1]).double()
+    return whole, float(((n - 1) * gaps.var(correction=0)).sqrt())
+
+
+def surely_stronger(b: Bench, weaker: Tensor, stronger: Tensor) -> bool:
+    """Whether `stronger` is worse than `weaker` by more than SURE standard errors."""
+    gap, se = gain(b, weaker, stronger)
+    return gap > SURE * se + 1e-9
+
+
+def worst(b: Bench, found: list[Tensor]) -> Tensor:
+    """Of several attacks' statistics those of the one that hurts each image most."""
+    sign = TASKS[b.model.task].sign
+    values = sign * torch.tensor([metrics.per_image(b.model.task, stats, b.reduce) for stats in found])
+    return torch.stack(found)[values.argmin(0), torch.arange(len(found[0]))]
+
+
+def at_chance(b: Bench, stats: Tensor, level: float) -> bool:
+    """Whether these statistics are no better than `level`, give or take their standard error."""
+    sign, found = TASKS[b.model.task].sign, numbers(b, stats)
+    return sign * (found["value"] - level) <= found["se"] + 1e-9
+
+
+# --- the checks of one row: numbers, and sentences where something is wrong ---
+
+
+def checks(b: Bench, source: Source | None, settings: Settings) -> tuple[Result, list[str], Tensor]:
+    """All checks of one row: their numbers ("checks" of its file) and one sentence for each that fails.
+
+    source: where transferred images come from (name, attack, model); None: nowhere. The third are the statistics
+    (n, ..) of each image under that of the checks' attacks inside the table's ball that hurts it most.
+    """
+    untouched, attacked, level = statistics(b, clean), table_attack(b, "task"), b.chance
+    found: Result = {"clean": numbers(b, untouched), "attack": numbers(b, attacked), "chance": level}
+    inside: list[Tensor] = []
+    said = [*_noise(b, attacked, level, found, inside), *_longer(b, untouched, attacked, settings, found, inside)]
+    said += _sweep(b, untouched, attacked, level, settings, found)
+    said += [*_transfer(b, attacked, source, found, inside), *_embedding(b, attacked, found)]
+    return found, said, worst(b, inside)
+
+
+def table_attack(b: Bench, kind: str) -> Tensor:
+    """Statistics of the images under the table's attack `kind`: its cell's, or made here without one."""
+    return b.known[kind][b.order] if kind in b.known else statistics(b, attacking(b, kind))
+
+
+def _noise(b: Bench, attacked: Tensor, level: float, found: Result, inside: list[Tensor]) -> list[str]:
+    """Noise of the same size must be weaker than the attack."""
+    said, name = [], TASKS[b.model.task].attack
+    for key, words, signs in (("noise", "uniform noise", False), ("signs", "random signs", True)):
+        stats = statistics(b, noise(b, signs))
+        inside.append(stats)
+        found[key] = numbers(b, stats)
+        if b.attack.eps == 0 or gain(b, stats, attacked)[0] > 0:
+            continue
+        if surely_stronger(b, attacked, stats) or not at_chance(b, attacked, level):
+            said.append(
+                f"{words} of the same size harm{'s' * (not signs)} no less than {name} ({_pair(b, stats, attacked)})"
+            )
+    return said
+
+
+def _longer(
+    b: Bench, untouched: Tensor, attacked: Tensor, settings: Settings, found: Result, inside: list[Tensor]
+) -> list[str]:
+    """More steps, and more random starts, must not find much more than the table's attack."""
+    cfg, steps, said = settings.sanity, b.attack.steps * settings.sanity.more_steps, []
+    starts = [statistics(b, attacking(b, seed=k)) for k in range(1, cfg.restarts + 1)]
+    longer = {
+        "more_steps": (statistics(b, attacking(b, steps=steps)), f"with {steps} steps instead of {b.attack.steps}"),
+        "restarts": (worst(b, [attacked, *starts]), f"from the worst of {1 + cfg.restarts} random starts"),
+    }
+    inside += [*starts, longer["more_steps"][0]]
+    taken = max(0.0, gain(b, untouched, attacked)[0])
+    for key, (stats, how) in longer.items():
+        found[key] = numbers(b, stats) | {"gain": gain(b, attacked, stats)[0]}
+        if surely_stronger(b, attacked, stats) and found[key]["gain"] > STRONGER * taken:
+            name = TASKS[b.model.task].attack
+            said.append(f"{name} is clearly stronger {how} ({_pair(b, stats, attacked)}): it has not converged")
+    found["more_steps"]["steps"], found["restarts"]["starts"] = steps, 1 + cfg.restarts
+    return said
+
+
+def _sweep(b: Bench, untouched: Tensor, attacked: Tensor, level: float, settings: Settings, found: Result) -> list[str]:
+    """A larger ball must not help the model, radius 0 must change nothing, and the largest must leave only chance.
+
+    Steps grow with the radius. The table's own radius is the attack that was made already.
+    """
+    radii = sorted({0.0, b.attack.eps, *settings.sanity.eps})
+    ratio = b.attack.step / b.attack.eps if b.attack.eps else 0.25
+    curve = {
+        eps: attacked
+        if eps == b.attack.eps
+        else statistics(b, attacking(b, eps=eps, step=min(1.0, ratio * eps), steps=b.attack.steps if eps else 1))
+        for eps in radii
+    }
+    found["sweep"] = [{"eps": eps, **numbers(b, stats)} for eps, stats in curve.items()]
+    found["zero_is_clean"] = bool(torch.equal(curve[0.0], untouched))
+    back = _turns(b, list(curve.values()))
+    found["monotone"], found["reaches_chance"] = not back, at_chance(b, curve[radii[-1]], level)
+    said = [] if found["zero_is_clean"] else ["an attack of radius 0 differs from clean images"]
+    if back:
+        places = ", ".join(f"{_radius(radii[i])} to {_radius(radii[i + 1])}" for i in back)
+        said.append(f"a larger radius weakens the attack ({places})")
+    if not found["reaches_chance"]:
+        what = f"{TASKS[b.model.task].metric} {value(b, curve[radii[-1]]):.2f}, baseline {level:.2f}"
+        said.append(f"even a radius of {_radius(radii[-1])} leaves more than chance ({what})")
+    return said
+
+
+def _turns(b: Bench, curve: list[Tensor]) -> list[int]:
+    """Where a curve of statistics turns back to better values, by more than its standard error and SLACK."""
+    values = [value(b, stats) for stats in curve]
+    slack = SLACK * (max(values) - min(values))
+    gaps = [gain(b, smaller, larger) for smaller, larger in zip(curve, curve[1:], strict=False)]
+    return [i for i, (gap, se) in enumerate(gaps) if -gap > se + slack + 1e-9]
+
+
+def _transfer(b: Bench, attacked: Tensor, source: Source | None, found: Result, inside: list[Tensor]) -> list[str]:
+    """Images made on another model must be weaker than those made on this one."""
+    found["transfer"] = None
+    if source is None:
+        return []
+    name, kind, other = source
+    stats = statistics(b, attacking(b, kind, source=other))
+    inside.append(stats)
+    found["transfer"] = numbers(b, stats) | {"from": name}
+    if not surely_stronger(b, attacked, stats):
+        return []
+    white = TASKS[b.model.task].attack
+    return [f"images made on {name} harm more than {white} on the model itself ({_pair(b, stats, attacked)})"]
+
+
+def _embedding(b: Bench, attacked: Tensor, found: Result) -> list[str]:
+    """EmbedAttack, which knows nothing of the task, must not beat the task's own attack: on all images, if known."""
+    stats = table_attack(b, "embed")
+    found["embed"] = numbers(b, stats)
+    if len(b.known) == 2:
+        attacked, stats = b.known["task"], b.known["embed"]
+    if not surely_stronger(b, attacked, stats):
+        return []
+    name = TASKS[b.model.task].attack
+    return [f"EmbedAttack harms more than {name} ({_pair(b, stats, attacked)}): {name} has not found the worst"]
+
+
+def _pair(b: Bench, other: Tensor, attacked: Tensor) -> str:
+    return f"{TASKS[b.model.task].metric} {value(b, other):.2f} against {value(b, attacked):.2f}"
+
+
+def _radius(eps: float) -> str:
+    return f"{255 * eps:.3g}/255"
+
+
+def steps(attack: Attack, cfg: Sanity) -> int:
+    """Attack steps that the checks of one row take for each image, its transfer included: what they cost.
+
+    The tables' own attacks are not among them, as their cells are there.
+    """
+    return attack.steps * cfg.rounds(attack) + (attack.eps > 0)
+
+
+# --- one row and all rows, on disk ---
+
+
+def check_row(model: TaskModel, test: Subset, defense: str, source: Source | None, settings: Settings) -> Result:
+    """The checks of one row: read if they were made from exactly these inputs, else made and written.
+
+    {"task", "dataset", "encoder", "defense", "metric", "n", "attack" (settings), "cell": key of the task attack's cell,
+    "checks": numbers, "flags": sentences} and where it was computed; beside it the statistics for evaluate.worst. They
+    lie under their key in runs/<profile>/checks, with a copy of the row in results/<profile>.
+    """
+    row = about(model, test, defense, source, settings)
+    kept = stored(row, settings)
+    if kept is None:
+        b = bench(model, test, defense, settings)
+        found, said, stats = checks(b, source, settings)
+        ordered = torch.empty_like(stats)
+        ordered[places(b.parts, first(test, settings.sanity.n))] = stats
+        kept = row | {
+            "n": sum(len(ids) for *_, ids in b.parts), "checks": found, "flags": said,
+            **records.provenance(records.pick_device(settings.device)),
+        }  # fmt: skip
+        place = evaluate.checks_place(settings.profile, row, ".safetensors")
+        records.write_tensors(evaluate.packed(ordered), records.about(row["made_from"]), place)
+        records.write_record(kept, evaluate.checks_place(settings.profile, row))
+    kept = kept | {"cell": row["cell"]}  # of another version of the code, if that was kept
+    path = evidence.checks_path(settings.profile, *(row[key] for key in KEYS))
+    records.write_record(kept, path)
+    return records.read_record(path)
+
+
+def stored(row: Result, settings: Settings) -> Result | None:
+    """The checks that lie where `row`, what is known of them before they are made, says; None if they are not there."""
+    kept = records.reusable(evaluate.checks_place(settings.profile, row), row["made_from"])
+    place = evaluate.checks_place(settings.profile, row, ".safetensors")
+    return kept if records.reusable_tensors(place, row["made_from"]) else None
+
+
+def about(model: TaskModel, test: Subset, defense: str, source: Source | None, settings: Settings) -> Result:
+    """What is known of the checks of a row before they are made, and what they are made from."""
+    _, cell = evaluate.place(model, test, (defense, 0), "task", settings)
+    other = [(m.encoder.hash, records.state_hash(m.head.state_dict())) for m in (source or ())[2:]]
+    inputs = {**cell["inputs"], "checks": settings.sanity.model_dump(), "transfer": [*(source or ())[:2], *other]}
+    made = records.made_from([*cell["loops"], "embed", "checks"], **inputs)
+    names = model.task, test.name, model.encoder.name, defense
+    return {
+        "schema": records.SCHEMA, "key": records.digest(made), "made_from": made, "cell": records.digest(cell),
+        **dict(zip(KEYS, names, strict=True)), "metric": TASKS[model.task].metric,
+        "attack": settings.attack.model_dump(),
+    }  # fmt: skip
+
+
+def sources(row: EncoderRow, settings: Settings) -> list[EncoderRow]:
+    """Rows whose Standard encoder images for `row` can be transferred from, in the order in which they are tried."""
+    return [other for other in settings.encoders if other.name != row.name and "standard" in other.defenses]
+
+
+def source_of(
+    task: str, dataset: str, row: EncoderRow, model: TaskModel, settings: Settings, load: evaluate.Loader | None = None
+) -> Source | None:
+    """Where images for `row` are transferred from: another row's Standard encoder and head, under the task attack.
+
+    With a single row EmbedAttack on the same architecture at random init; None if that is a callable. Rows whose data
+    or weights are missing are passed over with missing: skip, else raise BadInput. `load`: what loads an encoder in
+    place of encoders.load.
+    """
+    for other in sources(row, settings):
+        with skipping(settings, [], []):
+            encoder = (load or encoders.load)(other, settings.data_root)
+            return other.name, "task", evaluate.prepared(task, dataset, encoder, settings, "standard")[0]
+    if row.call:
+        return None
+    blank = encoders.random_init(row, settings.seed).to(model.encoder.mean.device)
+    stride = model.stride / model.encoder.native
+    return f"{row.name} at random init", "embed", TaskModel(task, blank, model.head, stride, model.protocol)
+
+
+def run_all(settings: Settings) -> list[Result]:
+    """The checks of every row of the tables, Standard and DeACL's last epoch; results on disk are kept as far as valid.
+
+    Writes results/<profile>/sanity/<task>/<dataset>__<encoder>__<defense>.json. Raises BadInput if the settings have no
+    section 'sanity' or 'attack', or if data, weights or DeACL are missing; with missing: skip, such rows are left out.
+    """
+    for name in ("sanity", "attack"):
+        if getattr(settings, name) is None:
+            raise BadInput(f"The settings have no section '{name}'; add one (params/demo.yaml shows how).")
+    rows = [
+        (task, dataset, row, defense)
+        for task in TASKS if getattr(settings, task)
+        for dataset in settings.task(task).datasets
+        for row in settings.encoders
+        for defense in DEFENSE if defense in row.defenses
+    ]  # fmt: skip
+    found, lost = [], []
+    for task, dataset, row, defense in track(rows, desc="sanity checks"):
+        place = {"task": task, "dataset": dataset, "encoder": row.name, "defense": defense}
+        with skipping(settings, lost, [place]):
+            found.append(check(task, dataset, row, defense, settings))
+    _show_only(found, settings.profile)
+    records.write_skipped(settings.profile, "sanity", lost)
+    return found
+
+
+def check(task: str, dataset: str, row: EncoderRow, defense: str, settings: Settings) -> Result:
+    """The checks of one row, as check_row gives them; the row's worst case is then made anew with their attacks."""
+    only = row.model_copy(update={"defenses": [defense]})
+    *_, (_, epoch, weights) = deacl.variants(only, settings.profile, settings.data_root)
+    model, test = evaluate.prepare(task, dataset, row, settings, defense, weights)
+    found = check_row(model, test, defense, source_of(task, dataset, row, model, settings), settings)
+    evaluate.worst(model, test, (defense, epoch), settings)
+    return found
+
+
+def _show_only(shown: list[Result], profile: str) -> None:
+    """Take rows that the settings no longer ask for out of results/<profile>; they stay where they are stored."""
+    names = [evidence.checks_path(profile, *(result[key] for key in KEYS)) for result in shown]
+    for path in (records.results_dir(profile) / "sanity").glob("*/*.json"):
+        if path not in names:
+            path.unlink()
+
+
+# --- for the notebook and for the tables ---
+
+
+COLUMNS = ["clean", "attack", "noise", "signs", "more_steps", "restarts", "transfer", "embed", "chance"]
+
+
+def table(results: list[Result]) -> pd.DataFrame:
+    """A row for each result: KEYS, metric, n, the metric's value under each of COLUMNS, at the sweep's largest radius,
+    whether the sweep is monotone and ends at chance, and how many flags there are.
+    """
+    rows = []
+    for result in results:
+        found = result["checks"]
+        row = {key: result[key] for key in [*KEYS, "metric", "n"]} | {"chance": found["chance"]}
+        row |= {name: (found[name] or {}).get("value") for name in COLUMNS[:-1]}
+        row |= {"largest_eps": found["sweep"][-1]["value"], "monotone": found["monotone"]}
+        rows.append(row | {"reaches_chance": found["reaches_chance"], "flags": len(result["flags"])})
+    ends = ["largest_eps", "monotone", "reaches_chance", "flags"]
+    return pd.DataFrame(rows, columns=[*KEYS, "metric", "n", *COLUMNS, *ends])
+
+
+def sentences(results: list[Result]) -> list[str]:
+    """All flags, each behind its row's name."""
+    return [f"{' '.join(row[key] for key in KEYS)}: {flag}." for row in results for flag in row["flags"]]
+
+
+def eps_curves(results: list[Result]) -> pd.DataFrame:
+    """The sweeps, a row for each radius: KEYS, metric, eps ([0,1] pixel units), value, se, and of the row its chance,
+    table_eps (the radius of the tables) and whether it is flagged.
+    """
+    rows = [
+        {key: result[key] for key in [*KEYS, "metric"]} | point | {"chance": result["checks"]["chance"]}
+        | {"table_eps": result["attack"]["eps"], "flagged": bool(result["flags"])}
+        for result in results
+        for point in result["checks"]["sweep"]
+    ]  # fmt: skip
+    columns = [*KEYS, "metric", "eps", "value", "se", "chance", "table_eps", "flagged"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+@plt.rc_context(STYLE)
+def figure(curves: pd.DataFrame) -> Figure:
+    """The metric against the radius, a panel for each task and data set, three in a row; `curves`: see eps_curves.
+
+    A colour for each encoder, dashed with DeACL; dots: the majority or mean baseline; vertical: the tables' radius; a
+    dagger marks rows with a flag.
+    """
+    panels = list(curves[["task", "dataset"]].drop_duplicates().itertuples(index=False, name=None))
+    across = min(3, max(1, len(panels)))
+    down = -(-max(1, len(panels)) // across)
+    fig, axes = plt.subplots(
+        down, across, figsize=(2.4 * across, 2.4 * down + 0.5), squeeze=False, layout="constrained"
+    )
+    plt.close(fig)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    names = list(curves["encoder"].unique())
+    colours = dict(zip(names, sns.color_palette(CLASSES, len(names)), strict=True))
+    for (task, dataset), ax in zip(panels, axes.flat, strict=False):
+        _panel(curves[(curves["task"] == task) & (curves["dataset"] == dataset)], colours, ax)
+    fig.legend(handles=_handles(curves, colours), loc="outside lower center", ncols=min(3, across))
+    return fig
+
+
+def _panel(curves: pd.DataFrame, colours: dict[str, Any], ax: Axes) -> None:
+    """One task and data set; the axis of radii is logarithmic from the smallest one on."""
+    for (encoder, defense), line in curves.sort_values("eps").groupby(["encoder", "defense"], sort=False):
+        look = {"color": colours[encoder], "linestyle": DASH[defense], "marker": "o", "markersize": 3.5}
+        ax.errorbar(255 * line["eps"], line["value"], yerr=line["se"], elinewidth=0.8, capsize=1.5, **look)
+    radii = sorted(set(255 * curves["eps"]))
+    for level in curves["chance"].round(3).unique():
+        ax.axhline(level, zorder=0, **plots.CHANCE)
+    ax.axvline(255 * curves["table_eps"].iloc[0], color="0.85", linewidth=3, zorder=0)
+    if len(radii) > 1:
+        ax.set_xscale("symlog", base=2, linthresh=radii[1])
+        ax.set_xlim(-0.3 * radii[1], 1.25 * radii[-1])
+    ax.set_xticks(radii, [f"{radius:.3g}" for radius in radii])
+    ax.minorticks_off()
+    task, dataset = curves[["task", "dataset"]].iloc[0]
+    ax.set(title=f"{task.capitalize()}\n{dataset}", xlabel="eps [1/255]", ylabel=plots.axis(task), ylim=(0, None))
+    sns.despine(ax=ax)
+
+
+def _handles(curves: pd.DataFrame, colours: dict[str, Any]) -> list[Line2D]:
+    """The key: every encoder and defense, with a dagger if one of its rows is flagged, and the baseline."""
+    handles = []
+    for (encoder, defense), rows in curves.groupby(["encoder", "defense"], sort=False):
+        label = f"{encoder} {DEFENSE[defense]}{' †' * bool(rows['flagged'].any())}"
+        handles.append(
+            Line2D([], [], color=colours[encoder], linestyle=DASH[defense], marker="o", markersize=3.5, label=label)
+        )
+    return [*handles, Line2D([], [], label="majority or mean baseline", **plots.CHANCE)]
+
+
+def draw(results: list[Result], profile: str) -> Figure:
+    """The figure of all sweeps, also written to figures/<profile>/sanity.png and .pdf."""
+    fig = figure(eps_curves(results))
+    plots.save(fig, records.figures_dir(profile) / "sanity")
+    return fig
