@@ -4,23 +4,26 @@ Threat model: L-infinity ball of radius eps around x in [0,1] pixel space, white
 part of the model. A loss maps (x_adv, step 1..T) to one number per image; PGD makes each of them larger.
 """
 
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compute
+from . import compute, parts, protocol, records
 from .datasets import IGNORE, image_seed
 from .heads import TaskModel, depth_loss
-from .protocols import released
-from .settings import Attack
+from .settings import Attack, BadInput, Settings
+from .tasks import TASKS
 
 LossFn = Callable[[Tensor, int], Tensor]
 PairLoss = Callable[[Tensor, Tensor], Tensor]  # (embedding or logits, clean embedding or label) -> (B,)
 Trace = list[dict[str, Any]]  # what pgd saw, see there
+Direction = Callable[[Tensor, Tensor], Tensor]
 Finished = Callable[[Tensor, Tensor, Tensor], Tensor]  # (iterates (b, ..), positions (b,), losses (b,)) -> (b,) bool
 # added to what an image has lost for sure before it leaves, so that the rounding of another batch turns none back
 MARGIN = 0.1
@@ -37,6 +40,7 @@ def random_start(x: Tensor, eps: float, ids: list[str], seed: int) -> Tensor:
 def pgd(
     x: Tensor, loss_fn: LossFn, attack: Attack, start: Tensor | None = None, precision: str = "fp32",
     finished: Finished | None = None, loss_of: Callable[[Tensor], LossFn] | None = None, trace: Trace | None = None,
+    direction: Direction | None = None,
 ) -> Tensor:  # fmt: skip
     """Projected gradient ascent on `loss_fn` inside the ball of `attack.eps` around x.
 
@@ -44,7 +48,8 @@ def pgd(
     which the first column is climbed and the second compares iterates. Returns x_adv of the shape of x with
     |x_adv - x| <= eps and values in [0,1]: the last iterate, or with `attack.best` each image's of largest loss. Images
     that are `finished`, a function of (iterates, positions in x, losses), leave the batch as they are; `loss_of` then
-    gives the loss of those that go on, from their positions (b,) in x.
+    gives the loss of those that go on, from their positions (b,) in x. A step is the sign of the gradient, or of what
+    `direction` makes of it and of its own last answer (at first 0), (b, 3, H, W) each.
 
     A `trace` gets {"step": t, "index": positions of the images in the batch, "loss": their loss before the step,
     "zero", "nan": whether their gradient is 0 everywhere, or not finite}, (b,) each, and at the end the loss of all
@@ -53,7 +58,7 @@ def pgd(
     low, high = (x - attack.eps).clamp(min=0), (x + attack.eps).clamp(max=1)
     adv, whole = (x if start is None else start).clamp(low, high), loss_fn
     best, best_loss = adv, x.new_full((len(x),), -torch.inf)
-    going, result = torch.arange(len(x), device=x.device), x.clone()
+    going, result, moved = torch.arange(len(x), device=x.device), x.clone(), torch.zeros_like(x)
     for t in range(1, attack.steps + 1):
         if attack.best:
             best, best_loss = _better(adv, loss_fn, attack.steps, precision, best, best_loss)
@@ -65,13 +70,14 @@ def pgd(
         adv = adv.detach()
         if finished and (done := finished(adv, going, judged.detach())).any():
             result[going[done]] = adv[done]
-            going, adv, gradient, low, high, best, best_loss = (
-                part[~done] for part in (going, adv, gradient, low, high, best, best_loss)
+            going, adv, gradient, low, high, best, best_loss, moved = (
+                part[~done] for part in (going, adv, gradient, low, high, best, best_loss, moved)
             )
             if not len(going):
                 break
             loss_fn = loss_of(going)
-        adv = (adv + attack.step * gradient.sign()).clamp(low, high)
+        moved = direction(gradient, moved) if direction else gradient
+        adv = (adv + attack.step * moved.sign()).clamp(low, high)
     if attack.best and len(going):
         adv = _better(adv, loss_fn, attack.steps, precision, best, best_loss)[0]
     result[going] = adv
@@ -246,7 +252,7 @@ def depth_pgd_loss(
 
 def loss_for(kind: str, model: TaskModel, x: Tensor, target: Tensor, steps: int) -> LossFn:
     """Loss of the attack `kind` ('embed' or 'task') on the model's task, in the model's protocol."""
-    other = released.attack_loss(kind, model.task, model.protocol)
+    other = protocol.ask(model.protocol, "attack_loss", [], kind, model.task)
     if kind == "embed":
         return embed_loss(model, x, *other)
     if model.task == "classification":
@@ -256,13 +262,11 @@ def loss_for(kind: str, model: TaskModel, x: Tensor, target: Tensor, steps: int)
     return depth_pgd_loss(model, target, *other)
 
 
-def attacked(
+def perturb(
     kind: str, model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int,
     precision: str = "fp32", trace: Trace | None = None,
 ) -> Tensor:  # fmt: skip
-    """x under attack: 'clean' returns x itself, 'embed' EmbedAttack, 'task' PGD, SegPGD or DepthPGD."""
-    if kind == "clean":
-        return x
+    """x (B, 3, H, W) in [0,1] under the paper's attacks: 'embed' EmbedAttack, 'task' PGD, SegPGD or DepthPGD."""
     start = random_start(x, attack.eps, ids, seed)
     with compute.steps_in(precision, x.device):  # the clean embedding, too: its distance to itself is then 0
         loss_fn = loss_for(kind, model, x, target, attack.steps)
@@ -291,3 +295,63 @@ def _misclassified(model: TaskModel, adv: Tensor, label: Tensor, likely: Tensor)
     if likely.any():
         lost[likely] = model(adv[likely]).argmax(1) != label[likely]
     return lost
+
+
+# --- all attacks by name: a column of the tables each ---
+
+
+class Kind(NamedTuple):
+    """One attack, or none."""
+
+    title: str  # in tables; '' if it is the task's own attack, see tasks.Task
+    run: Callable[..., Tensor]  # (model, x, target, ids, attack, seed, precision, trace) -> x_adv, as `perturb`
+    loops: tuple[str, ...] = ("pgd", "strong")  # what computes it, of records.VERSIONS
+    tasks: tuple[str, ...] = tuple(TASKS)
+    fp32: bool = False  # whatever precision is asked for
+    source: str = ""  # of one's own: a hash of the file that it stands in
+
+
+KINDS = {
+    "clean": Kind("none", lambda model, x, *_: x, ()),
+    "embed": Kind("EmbedAttack", partial(perturb, "embed"), ("pgd", "embed")),
+    "task": Kind("", partial(perturb, "task"), ("pgd", "task")),
+}
+
+
+def kinds(task: str, settings: Settings) -> dict[str, Kind]:
+    """Clean images and the attacks of `settings.attacks` that serve `task`, in their order.
+
+    Raises BadInput for an attack that is neither here nor in a file of ssl_robust/strong nor has a `call`.
+    """
+    known = KINDS | parts.table("strong", "ATTACKS")
+    found = {"clean": KINDS["clean"]}
+    for own in settings.attacks:
+        if isinstance(own, str) and own not in known:
+            raise BadInput(f"There is no attack '{own}'; choose from: {', '.join(n for n in known if n != 'clean')}.")
+        found |= {own: known[own]} if isinstance(own, str) else {own.name: _of_callable(own.name, own.call, own.tasks)}
+    return {name: kind for name, kind in found.items() if task in kind.tasks}
+
+
+def title(task: str, name: str, kind: Kind) -> str:
+    """Name of an attack in tables."""
+    return kind.title or (TASKS[task].attack if name == "task" else name)
+
+
+def _of_callable(name: str, call: str, tasks: list[str]) -> Kind:
+    """An attack of one's own, called with the names of Kind.run's arguments; what it returns is checked."""
+    function = parts.part("formats.callables").named(call, f"Attack '{name}'")
+
+    def run(
+        model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int, *_: Any
+    ) -> Tensor:  # fmt: skip
+        about = {"ids": ids, "attack": attack, "seed": seed, "start": random_start(x, attack.eps, ids, seed)}
+        adv = function(model=model, x=x, target=target, **about)
+        if not isinstance(adv, Tensor) or adv.shape != x.shape or not adv.isfinite().all():
+            raise BadInput(f"Attack '{name}': {call} must return finite images of the shape of x, {tuple(x.shape)}.")
+        adv = adv.detach().to(x)
+        if (adv - x).abs().max() > attack.eps + 1e-5 or adv.min() < -1e-5 or adv.max() > 1 + 1e-5:
+            raise BadInput(f"Attack '{name}': {call} leaves the ball of eps around x, or [0,1]; clamp what it returns.")
+        return adv.clamp((x - attack.eps).clamp(min=0), (x + attack.eps).clamp(max=1))
+
+    source = records.digest(inspect.getsource(inspect.getmodule(function)))
+    return Kind(name, run, (), tuple(tasks), True, source)

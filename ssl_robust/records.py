@@ -32,7 +32,7 @@ THREADING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "MKL_C
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # What computes numbers, each with a version that is raised whenever its numbers change; every key holds those that its
-# result was made by. versions.py holds golden numbers of each, which fail where they move and the version does not.
+# result was made by. tests/golden.py has golden numbers of each, which fail where they move and the version does not.
 VERSIONS = {
     "scenes": 1,  # rendering; their pixels are hashed like all others
     "data": 1,  # reading, resizing, augmenting
@@ -76,6 +76,16 @@ def committed_dir(profile: str) -> Path:
 def record_path(profile: str, task: str, dataset: str, encoder: str, defense: str, attack: str) -> Path:
     """File of one table cell, e.g. results/demo/depth/scenes__embedded_vit__standard__embed.json."""
     return results_dir(profile) / task / f"{dataset}__{encoder}__{defense}__{attack}.json"
+
+
+def checks_path(profile: str, task: str, dataset: str, encoder: str, defense: str) -> Path:
+    """File of one row's sanity checks; a folder deeper than the records of tables, which are read by their names."""
+    return results_dir(profile) / "sanity" / task / f"{dataset}__{encoder}__{defense}.json"
+
+
+def examples_path(profile: str, task: str) -> Path:
+    """File that names the images of Figure 1 that are the current ones of a task."""
+    return results_dir(profile) / "examples" / f"{task}.json"
 
 
 def make_folder(folder: Path) -> None:
@@ -386,6 +396,23 @@ def read_tensors(path: Path, again: str = "make it again") -> "tuple[dict[str, t
     if "sha" in metadata and metadata["sha"] != _tensor_seal(tensors, metadata):
         raise BadInput(f"The file {path} is damaged (its content does not have its hash); {again}.")
     return tensors, metadata
+
+
+def packed(stats: "torch.Tensor") -> "dict[str, torch.Tensor]":
+    """Statistics as they are stored: without zeros, as confusion matrices of many classes are nearly empty."""
+    import torch
+
+    index = stats.nonzero()
+    return {"index": index.int(), "values": stats[tuple(index.T)], "shape": torch.tensor(stats.shape)}
+
+
+def unpacked(parts: "dict[str, torch.Tensor]") -> "torch.Tensor":
+    """The statistics that `packed` was given."""
+    import torch
+
+    stats = torch.zeros(parts["shape"].tolist(), dtype=torch.float64)
+    stats[tuple(parts["index"].long().T)] = parts["values"]
+    return stats
 
 
 def file_hash(path: Path) -> str:

@@ -4,6 +4,8 @@ import math
 import os
 import re
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -95,6 +97,16 @@ class Attack(_Strict):
     steps: int = Field(20, ge=1, le=10_000)
     best: bool = Field(False, description="return the iterate of the largest loss instead of the last")
     stop_when_broken: bool = Field(True, description="PGD on classes: images whose class is surely lost are finished")
+
+
+class AttackRow(_Strict):
+    """An attack of your own, a column of the tables: a Python callable, see attacks.kinds."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=50, description="the column's name, also in file names")
+    call: str = Field(
+        description="'module:function' of the attack: (model=, x=, target=, start=, attack=, **) -> x_adv"
+    )
+    tasks: list[Literal[tuple(TASKS)]] = Field([*TASKS], min_length=1, description="the tasks whose tables get it")
 
 
 class TaskSettings(_Strict):
@@ -224,7 +236,9 @@ class Settings(_Strict):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of attack steps: auto is bf16 where the device computes it fast; predictions are fp32"
     )
-    strong: bool = Field(False, description="also AutoAttack, APGD, CosPGD and losses of SEA, see ssl_robust/strong")
+    attacks: list[str | AttackRow] = Field(
+        ["embed", "task"], description="columns of the tables: the paper's, those of ssl_robust/strong, or your own"
+    )
     data_seed: int | None = Field(None, ge=0, le=SEED, description="draws the images of data sets; default: seed")
     seeds: list[Annotated[int, Field(ge=0, le=SEED)]] = Field(
         [], description="further seeds: heads and attacks are repeated with each, tables give mean and spread"
@@ -253,6 +267,14 @@ class Settings(_Strict):
         if len({name.lower() for name in names}) < len(names):  # where capitals do not count, they name the same files
             raise ValueError(f"encoder names {names} are not unique (capitals do not count); give each row its own")
         return self
+
+    @field_validator("attacks")
+    @classmethod
+    def _columns(cls, attacks: list[str | AttackRow]) -> list[str | AttackRow]:
+        names = [own if isinstance(own, str) else own.name for own in attacks]
+        if len(set(names)) < len(names) or {"clean", "worst"} & set(names) or not {"embed", "task"} <= set(names):
+            raise ValueError(f"{names} must hold embed and task and no name twice; clean and worst are there anyway")
+        return attacks
 
     @property
     def more_seeds(self) -> list[int]:
@@ -284,6 +306,17 @@ class Cluster(_Strict):
     hours: float = Field(24, gt=0, le=10_000, description="time limit of a job; one that meets it is taken up again")
     setup: list[str] = Field([], description="shell lines before each job, e.g. 'module load cuda'")
     at_once: int = Field(2, ge=1, le=1000, description="EXECUTOR=local: jobs that run at the same time")
+
+
+@contextmanager
+def skipping(settings: Settings, lost: list[dict[str, str]], rows: list[dict[str, str]]) -> Iterator[None]:
+    """With missing: skip, a BadInput inside ends the block and adds `rows` with the reason `why` to `lost`."""
+    try:
+        yield
+    except BadInput as problem:
+        if settings.missing == "stop":
+            raise
+        lost += [{**row, "why": str(problem)} for row in rows]
 
 
 def _shown(value: Any) -> str:

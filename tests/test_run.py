@@ -246,7 +246,9 @@ def test_every_command_prints_what_the_terminal_lacks_in_another_way(
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", stream)
     command = importlib.import_module(f"ssl_robust.{module}")
-    arguments = {"ops.run": ["--check"], "ops.grid": ["--executor", "local"], "ops.explain": ["table1/a/b/c/d"]}.get(module, [])
+    arguments = {"ops.run": ["--check"], "ops.grid": ["--executor", "local"], "ops.explain": ["table1/a/b/c/d"]}.get(
+        module, []
+    )
     command.main("nope" if module == "ops.committed" else ["--profile", "nope", *arguments])
     assert stream.errors == "backslashreplace"
 

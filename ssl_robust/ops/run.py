@@ -347,21 +347,7 @@ def everything_wrong(settings: Settings) -> tuple[list[str], list[str]]:
 
     stop, warn = plan.problems(settings)
     folder = _data_problem(settings)
-    return [*([folder] if folder else []), *_missing_sections(settings), *stop, *_moved()], warn
-
-
-def _moved() -> list[str]:
-    """What versions.moved says, asked again only when a source has changed."""
-    from . import versions
-
-    sources = [path.read_bytes().hex() for path in sorted(records.PACKAGE.rglob("*.py"))]
-    key, passed = records.digest([sources, records.VERSIONS]), records.home() / "golden"
-    if passed.is_file() and passed.read_text() == key:
-        return []
-    found = versions.moved()
-    if not found:
-        records.write_bytes(key.encode(), passed)
-    return found
+    return [*([folder] if folder else []), *_missing_sections(settings), *stop], warn
 
 
 def _missing_sections(settings: Settings) -> list[str]:

@@ -7,13 +7,12 @@ written here.
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from .. import deacl, encoders, evaluate, heads, records
-from ..datasets import Subset
+from .. import attacks, deacl, encoders, evaluate, records, training
 from ..encoders import Encoder
-from ..heads import TaskModel, skipping
-from ..settings import BadInput, EncoderRow, Settings
+from ..settings import BadInput, EncoderRow, Settings, skipping
+from ..show import examples
 from ..tasks import TASKS
-from ..trust import evidence
+from ..trust import sanity
 
 # What makes a result: "name"; "step", one of STEPS; "needs", names of jobs that come before it; and what grid.work() is
 # told: "encoder", and for heads, cells and checks "task", "dataset", "defense", "epoch", "weights", "seed", for cells
@@ -82,19 +81,22 @@ def _row(row: EncoderRow, tasks: list[str], settings: Settings, lost: list[dict[
     """The results of one encoder with one defense."""
     variants, before = [], []
     if row.tuned:
-        made = _tuned(row, settings)
-        yield made[0]
-        variants, before = made[1], [] if made[0].there else [made[0].job["name"]]
+        made, variants = _tuned(row, settings)
+        before = [] if made.there else [made.job["name"]]
+        yield made
     for variant in variants or deacl.variants(row, settings.profile, settings.data_root):
         # before there are weights of DeACL, the original's place is enough to see that the data are there
         encoder = _refusing(encoders.load(row, settings.data_root, None if before else variant[2]))
         for seed in (settings.seed, *settings.more_seeds):
             for task in tasks:
-                cells = evaluate.wanted_cells(task, settings, row, variant)
-                for dataset in dict.fromkeys(cell.dataset for cell in cells):
-                    here = [cell for cell in cells if cell.dataset == dataset]
-                    with skipping(settings, lost, [{"what": _where(task, here[0], seed, settings)}]):
-                        yield from _head_and_cells(task, here, seed, encoder, settings, before)
+                for dataset in evaluate.data_sets(task, settings, row, variant):
+                    where = (
+                        f"{task} {dataset} {row.name} {variant[0]}{'' if seed == settings.seed else f' seed {seed}'}"
+                    )
+                    with skipping(settings, lost, [{"what": where}]):
+                        job = {"encoder": row.name, "defense": variant[0], "epoch": variant[1], "seed": seed,
+                               "weights": str(variant[2] or ""), "task": task, "dataset": dataset}  # fmt: skip
+                        yield from _head_and_cells(where, job, row, encoder, settings, before)
 
 
 def _tuned(row: EncoderRow, settings: Settings) -> tuple[Wanted, list[evaluate.Variant]]:
@@ -107,89 +109,65 @@ def _tuned(row: EncoderRow, settings: Settings) -> tuple[Wanted, list[evaluate.V
     return Wanted(job, bool(done), why, shown), deacl.tuned(row, settings.profile, index)
 
 
-def _where(task: str, cell: evaluate.Cell, seed: int, settings: Settings) -> str:
-    """A row of a table in words: depth scenes embedded_vit deacl."""
-    again = "" if seed == settings.seed else f" seed {seed}"
-    return f"{task} {cell.dataset} {cell.row.name} {cell.variant[0]}{again}"
-
-
 def _head_and_cells(
-    task: str, cells: list[evaluate.Cell], seed: int, encoder: Encoder, settings: Settings, before: list[str]
+    where: str, place: Job, row: EncoderRow, encoder: Encoder, settings: Settings, before: list[str]
 ) -> Iterator[Wanted]:
     """One head, its cells and checks; `before`: the DeACL job that all wait for."""
-    dataset, row, (defense, epoch, weights), _ = cells[0]
-    checked = settings.sanity is not None and seed == settings.seed and defense in row.defenses
-    where, settings = _where(task, cells[0], seed, settings), seeded(settings, seed)
-    place = {"encoder": row.name, "defense": defense, "epoch": epoch, "weights": str(weights or "")}
-    place |= {"task": task, "dataset": dataset, "seed": seed}
+    task, dataset, defense = place["task"], place["dataset"], place["defense"]
+    checked = settings.sanity is not None and place["seed"] == settings.seed and defense in row.defenses
+    settings = seeded(settings, place["seed"])
+    _, _, path, made = training.sources(task, dataset, encoder, settings, defense)
+    there = not before and records.reusable_tensors(path, made) is not None
     head = {"name": f"head {where}", "step": "head", "needs": before, **place}
-    _, _, path, wanted = heads.sources(task, dataset, encoder, settings, defense)
-    made = None
-    if not before and records.reusable_tensors(path, wanted):
-        made = evaluate.prepared(task, dataset, encoder, settings, defense)
-    yield Wanted(head, bool(made), [] if made or before else records.why(path, wanted), [])
-    for kind in (cell.kind for cell in cells):
+    yield Wanted(head, there, [] if there or before else records.why(path, made), [])
+    found = evaluate.prepared(task, dataset, encoder, settings, defense) if there else None
+    for kind in attacks.kinds(task, settings):
         job = {"name": f"cell {where} {kind}", "step": "cell", "needs": [head["name"]], "kind": kind, **place}
-        yield _cell(job, made, (defense, epoch), kind, settings)
+        cell = found and evaluate.Cell(*found, kind, settings, defense, place["epoch"])
+        yield _cell(job, cell) if cell else Wanted(job, False, [], [])
     if checked:
-        others = [f"head {task} {dataset} {other.name} standard" for other in _sanity().sources(row, settings)]
-        cells_of = [f"cell {where} {kind}" for kind in ("embed", "task")]
-        job = {"name": f"checks {where}", "step": "checks", "needs": [*cells_of, *others], **place}
-        about = made and _on_disk(lambda: _checks(made, row, defense, settings))
-        yield _of_record(job, about, about and _sanity().stored(about, settings), settings)
+        others = [f"head {task} {dataset} {other.name} standard" for other in sanity.sources(row, settings)]
+        needs = [*(f"cell {where} {kind}" for kind in ("embed", "task")), *others]
+        job = {"name": f"checks {where}", "step": "checks", "needs": needs, **place}
+        about = found and _on_disk(lambda: _checks(*found, row, defense, settings))
+        yield _of_checks(job, about, settings) if about else Wanted(job, False, [], [])
 
 
-def _cell(
-    job: Job, made: tuple[TaskModel, Subset] | None, variant: tuple[str, int], kind: str, settings: Settings
-) -> Wanted:
-    if made is None:
-        return Wanted(job, False, [], [])
-    path, about = evaluate.place(*made, variant, kind, settings)
-    there = evaluate.stored(*made, variant, kind, settings) is not None
-    names = made[0].task, made[1].name, made[0].encoder.name, variant[0]
-    shown = [(records.record_path(settings.profile, *names, kind), records.digest(about))]
-    if there and kind == evaluate.kinds(made[0].task, settings)[-1]:
-        worst = evaluate.worst_place(*made, variant, settings)
-        shown.append((records.record_path(settings.profile, *names, evaluate.WORST), worst["key"]))
-    return Wanted(job, there, [] if there else records.why(path, about), shown)
+def _cell(job: Job, cell: evaluate.Cell) -> Wanted:
+    there, shown = cell.stored() is not None, [(cell.shown(), records.digest(cell.made))]
+    if there and cell.attack == [*attacks.kinds(cell.model.task, cell.settings)][-1]:
+        worst = evaluate.Worst(cell.model, cell.test, evaluate.WORST, cell.settings, cell.defense, cell.epoch)
+        shown.append((worst.shown(), records.digest(worst.made)))
+    return Wanted(job, there, [] if there else records.why(cell.path(), cell.made), shown)
 
 
-def _of_record(job: Job, about: dict[str, Any] | None, found: Any, settings: Settings) -> Wanted:
-    """The checks of a row."""
-    if about is None:
-        return Wanted(job, False, [], [])
-    names = (about[key] for key in ("task", "dataset", "encoder", "defense"))
-    shown = [(evidence.checks_path(settings.profile, *names), about["key"])]
-    why = [] if found else records.why(evaluate.checks_place(settings.profile, about), about["made_from"])
-    return Wanted(job, bool(found), why, shown)
-
-
-def _sanity() -> Any:
-    from ..trust import sanity  # here, because its pictures take seconds that not every caller needs
-
-    return sanity
-
-
-def _checks(made: tuple[TaskModel, Subset], row: EncoderRow, defense: str, settings: Settings) -> dict[str, Any]:
+def _checks(model: Any, test: Any, row: EncoderRow, defense: str, settings: Settings) -> dict[str, Any]:
     """What the sanity checks of one row are made from, by encoders that cannot compute."""
-    model, test = made
-    source = _sanity().source_of(model.task, test.name, row, model, settings, _load)
-    return _sanity().about(model, test, defense, source, settings)
+    source = sanity.source_of(model.task, test.name, row, model, settings, _load)
+    return sanity.about(model, test, defense, source, settings)
+
+
+def _of_checks(job: Job, about: dict[str, Any], settings: Settings) -> Wanted:
+    there = sanity.stored(about, settings) is not None
+    shown = [(records.checks_path(settings.profile, *(about[key] for key in evaluate.PLACE)), about["key"])]
+    why = [] if there else records.why(evaluate.checks_place(settings.profile, about), about["made_from"])
+    return Wanted(job, there, why, shown)
 
 
 def _examples(task: str, settings: Settings) -> Wanted:
     """Figure 1's images of one task."""
     rows = [(dataset, row.name) for dataset in settings.task(task).datasets for row in settings.encoders]
     needs = [f"head {task} {dataset} {name} standard" for dataset, name in rows]
-    job = {"name": f"examples {task}", "step": "examples", "task": task, "needs": needs}
-    pointer, none = evidence.examples_path(settings.profile, task), ("", {}, True)
-    found = _on_disk(lambda: evaluate.examples_stored(task, settings, _load) or none)
-    if found is None:
+    job, pointer = {"name": f"examples {task}", "step": "examples", "task": task, "needs": needs}, records.examples_path
+    try:
+        found = examples.usable(task, settings, _load)
+    except _Computes:
         return Wanted(job, False, [], [])
-    path, made, there = found
-    return Wanted(job, there, [] if there else records.why(path, made), [(pointer, path and path.name)])
+    there = found is None or found.there()
+    why, shown = [] if there else records.why(found.path, found.made), found.path.name if found else ""
+    return Wanted(job, there, why, [(pointer(settings.profile, task), shown)])
 
 
 def seeded(settings: Settings, seed: int) -> Settings:
-    """The settings of one seed, as evaluate.run_task repeats heads and attacks with settings.seeds."""
+    """The settings of one seed, as evaluate.cells repeats heads and attacks with settings.seeds."""
     return settings if seed == settings.seed else settings.again(seed)

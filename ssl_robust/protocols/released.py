@@ -16,10 +16,10 @@ from torchvision.transforms import v2
 
 from .. import metrics
 from ..datasets import IGNORE, Subset
+from ..protocol import Names, active
 from ..settings import Settings
 from ..tasks import TASKS
 
-Names = frozenset[str]
 Statistic = Callable[[str, Tensor, Tensor, int], Tensor]
 
 WARM_UP = 100  # calls of a new depth loss that leave its variance term out
@@ -152,17 +152,6 @@ JUDGING = {"segmentation": ("class0_ignored",), "depth": ("depth_unmasked", "dep
 OTHER_HEADS = {"head_recipe", "native_input", "depth_480x640"}  # differences under which heads are trained otherwise
 
 
-def active(settings: Settings) -> Names:
-    """Names of the departures that `settings.protocol` switches on."""
-    named = {"paper": (), "released": DIFFERENCES}
-    return frozenset(named[settings.protocol] if isinstance(settings.protocol, str) else settings.protocol)
-
-
-def label(names: Names) -> str | list[str]:
-    """How records write a protocol: 'paper', 'released', or the sorted names in between."""
-    return {0: "paper", len(DIFFERENCES): "released"}.get(len(names), sorted(names))
-
-
 def adjusted(settings: Settings, native: int) -> Settings:
     """`settings` with the head recipe, input size and stride of the active protocol, for an encoder of `native` px."""
     names, changes = active(settings), {}
@@ -254,9 +243,9 @@ def has_background(classes: tuple[str, ...], names: Names) -> bool:
     return "class0_ignored" in names and classes[:1] == ("background",)
 
 
-def as_judged(kind: str, model: Any, adv: Tensor) -> Tensor:
+def as_judged(kind: str, model: Any, adv: Tensor, names: Names) -> Tensor:
     """Images (B, 3, H, W) under the attack `kind` as the TaskModel `model` is shown them when they are judged."""
-    if kind == "task" and model.task != "classification" and "unnormalised_evaluation" in model.protocol:
+    if kind == "task" and model.task != "classification" and "unnormalised_evaluation" in names:
         return adv * model.encoder.std + model.encoder.mean  # which the model's normalisation turns into adv again
     return adv
 
@@ -345,7 +334,7 @@ def way(task: str, kind: str, classes: tuple[str, ...], names: Names) -> str:
     return " ".join(name for name in JUDGING.get(task, ()) if bears[name])
 
 
-def chances(task: str, targets: list[Tensor], classes: tuple[str, ...]) -> dict[str, float]:
+def chances(task: str, targets: list[Tensor], classes: tuple[str, ...], _: Names) -> dict[str, float]:
     """What the best constant prediction reaches on these targets, by the `way` in which the metric is taken."""
     found = {}
     for names in map(frozenset, chain.from_iterable(combinations(JUDGING.get(task, ()), k) for k in range(3))):

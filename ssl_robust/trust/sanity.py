@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from .. import attacks, compute, datasets, deacl, encoders, evaluate, metrics, records
+from .. import attacks, compute, datasets, deacl, encoders, evaluate, metrics, protocol, records
 from ..datasets import Subset
-from ..heads import TaskModel, skipping
+from ..encoders import Encoder
+from ..heads import TaskModel
 from ..progress import track
-from ..protocols import released
-from ..settings import Attack, BadInput, EncoderRow, Sanity, Settings
+from ..settings import Attack, BadInput, EncoderRow, Sanity, Settings, skipping
 from ..show import plots
 from ..show.tiles import CLASSES, STYLE
 from ..tasks import TASKS
@@ -73,11 +73,11 @@ def bench(model: TaskModel, test: Subset, defense: str, settings: Settings) -> B
     device, section = records.pick_device(settings.device), settings.task(model.task)
     few = first(test, settings.sanity.n)
     parts = [(x.to(device), y.to(device), [few.ids[i] for i in rows]) for rows, x, y in datasets.batches(few, len(few))]
-    reduce = released.reduction(model.task, test.classes, model.protocol)
-    chance = model.chances[released.way(model.task, "task", test.classes, model.protocol)]
+    reduce, chance = evaluate.reduction(model, test), evaluate.chance(model, test)
     batch = evaluate.at_once(model, few, section.attack_batch, device)
     precision = compute.precision(settings.precision, device)
-    cells = {kind: evaluate.stored(model, test, (defense, 0), kind, settings) for kind in ("task", "embed")}
+    row = evaluate.Cell(model, test, "task", settings, defense)
+    cells = {kind: row.of(kind).stored() for kind in ("task", "embed")}
     known, order = {kind: found[1] for kind, found in cells.items() if found}, places(parts, few)
     return Bench(
         model, parts, len(test.classes), reduce, chance, batch, settings.attack, settings.seed, precision, known, order
@@ -103,7 +103,7 @@ def attacking(b: Bench, kind: str = "task", seed: int = 0, source: TaskModel | N
     attack, shifted = b.attack.model_copy(update=changes), b.seed + seed
 
     def make(model: TaskModel, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
-        return attacks.attacked(kind, source or model, x, target, ids, attack, shifted, b.precision)
+        return attacks.KINDS[kind].run(source or model, x, target, ids, attack, shifted, b.precision)
 
     return make
 
@@ -123,7 +123,10 @@ def noise(b: Bench, signs: bool) -> Maker:
 
 def statistics(b: Bench, make: Maker) -> Tensor:
     """Statistics (n, ...) of the images that `make` gives, as evaluate.evaluate takes them under attack."""
-    task, judge = b.model.task, released.statistics(b.model.task, "task", b.model.protocol)
+    task, judge = (
+        b.model.task,
+        protocol.ask(b.model.protocol, "statistics", metrics.statistics, b.model.task, "task"),
+    )
 
     def part(rows: slice, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
         adv = make(b.model, x[rows], target[rows], ids[rows])
@@ -333,7 +336,7 @@ def check_row(model: TaskModel, test: Subset, defense: str, source: Source | Non
             **records.provenance(records.pick_device(settings.device)),
         }  # fmt: skip
         place = evaluate.checks_place(settings.profile, row, ".safetensors")
-        records.write_tensors(evaluate.packed(ordered), records.about(row["made_from"]), place)
+        records.write_tensors(records.packed(ordered), records.about(row["made_from"]), place)
         records.write_record(kept, evaluate.checks_place(settings.profile, row))
     kept = kept | {"cell": row["cell"]}  # of another version of the code, if that was kept
     path = evidence.checks_path(settings.profile, *(row[key] for key in KEYS))
@@ -350,7 +353,7 @@ def stored(row: Result, settings: Settings) -> Result | None:
 
 def about(model: TaskModel, test: Subset, defense: str, source: Source | None, settings: Settings) -> Result:
     """What is known of the checks of a row before they are made, and what they are made from."""
-    _, cell = evaluate.place(model, test, (defense, 0), "task", settings)
+    cell = evaluate.Cell(model, test, "task", settings, defense).made
     other = [(m.encoder.hash, records.state_hash(m.head.state_dict())) for m in (source or ())[2:]]
     inputs = {**cell["inputs"], "checks": settings.sanity.model_dump(), "transfer": [*(source or ())[:2], *other]}
     made = records.made_from([*cell["loops"], "embed", "checks"], **inputs)
@@ -368,7 +371,12 @@ def sources(row: EncoderRow, settings: Settings) -> list[EncoderRow]:
 
 
 def source_of(
-    task: str, dataset: str, row: EncoderRow, model: TaskModel, settings: Settings, load: evaluate.Loader | None = None
+    task: str,
+    dataset: str,
+    row: EncoderRow,
+    model: TaskModel,
+    settings: Settings,
+    load: Callable[[EncoderRow, str], Encoder] | None = None,
 ) -> Source | None:
     """Where images for `row` are transferred from: another row's Standard encoder and head, under the task attack.
 
@@ -419,7 +427,7 @@ def check(task: str, dataset: str, row: EncoderRow, defense: str, settings: Sett
     *_, (_, epoch, weights) = deacl.variants(only, settings.profile, settings.data_root)
     model, test = evaluate.prepare(task, dataset, row, settings, defense, weights)
     found = check_row(model, test, defense, source_of(task, dataset, row, model, settings), settings)
-    evaluate.worst(model, test, (defense, epoch), settings)
+    evaluate.Worst(model, test, evaluate.WORST, settings, defense, epoch).run()
     return found
 
 

@@ -1,7 +1,8 @@
 """What each loop of records.VERSIONS computes on a small problem: golden numbers that notice a forgotten version.
 
 Stored results are valid as long as their versions are, so arithmetic that changes must come with another version.
-`python -m ssl_robust.ops.versions` writes the numbers of versions that are new; those of a version never change.
+`python tests/golden.py` writes the numbers of versions that are new; those of a version never change. With --check, as
+make calls it, it says which have moved, and computes only if a source has changed since it said none.
 """
 
 import io
@@ -16,20 +17,32 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .. import attacks, datasets, deacl, encoders, evaluate, heads, metrics, records, strong, vit
-from ..datasets import IGNORE, Item, Subset
-from ..embedded import scenes
-from ..encoders import Encoder
-from ..heads import TaskModel
-from ..progress import any_terminal
-from ..protocols import released
-from ..settings import DIFFERENCES, Attack, BadInput, DeACL, Depth, EncoderRow, Sanity, Segmentation, TaskSettings
-from ..tasks import TASKS
+from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, parts, records, training, vit
+from ssl_robust.datasets import IGNORE, Item, Subset
+from ssl_robust.embedded import scenes
+from ssl_robust.encoders import Encoder
+from ssl_robust.heads import TaskModel
+from ssl_robust.progress import any_terminal
+from ssl_robust.protocols import released
+from ssl_robust.settings import (
+    DIFFERENCES,
+    Attack,
+    BadInput,
+    DeACL,
+    Depth,
+    EncoderRow,
+    Sanity,
+    Segmentation,
+    TaskSettings,
+)
+from ssl_robust.tasks import TASKS
+from ssl_robust.trust import sanity
 
-FILE = Path(__file__).with_name("versions.json")  # {loop: {"version": n, "numbers": {entry: [numbers]}}}
+FILE = Path(__file__).with_name("golden.json")  # {loop: {"version": n, "numbers": {entry: [numbers]}}}
 CLOSE = 2e-3  # relative: other CPUs and other numbers of threads add up in another order
 CLASSES = ("background", "a", "b", "c")
 Numbers = dict[str, list[float]]
+ATTACKS = attacks.KINDS | parts.table("strong", "ATTACKS")
 
 
 # --- a small model, its images and their targets ---
@@ -147,7 +160,7 @@ def _training() -> Numbers:
     for task, kind in kinds.items():
         section = kind(epochs=2, batch=3, lr=0.01, weight_decay=0.01)
         train, val = _subset(task, 6, 1), _subset(task, 3, 2)
-        head, history = heads.fit(task, _encoder(), train, val, section, 0, "cpu")
+        head, history = training.fit(task, _encoder(), train, val, section, 0, "cpu")
         losses = torch.tensor([[h["loss"], h["held_out"]] for h in history])
         found[task] = _of(losses, *head.state_dict().values())
     return found
@@ -189,14 +202,15 @@ def _attacked(kinds: dict[str, tuple[str, ...]], steps: int, *protocol: str) -> 
     for task, names in kinds.items():
         model, target = _model(task, *protocol), _target(task, X)
         for kind in names:
-            adv = evaluate.perturbed(kind, model, X, target, IDS, attack, 3, "fp32")
+            adv = ATTACKS[kind].run(model, X, target, IDS, attack, 3, "fp32", None)
             judged = heads.training_loss(task, evaluate.judged(kind, model, adv), target)
             found[f"{task} {kind}"] = [float(judged), float((adv - X).abs().mean())]
     return found
 
 
 def _strong() -> Numbers:
-    return _attacked(strong.NAMES, 1)
+    strong = parts.table("strong", "ATTACKS")
+    return _attacked({task: [name for name, kind in strong.items() if task in kind.tasks] for task in TASKS}, 1)
 
 
 def _deacl() -> Numbers:
@@ -223,8 +237,6 @@ def _released() -> Numbers:
 
 
 def _checks() -> Numbers:
-    from ..trust import sanity  # here, because its pictures take seconds
-
     found = {}
     for task in TASKS:
         model, attack = _model(task), Attack(eps=0.1, step=0.05, steps=1)
@@ -280,13 +292,13 @@ def moved() -> list[str]:
     stored, said = golden(), []
     for name, version in records.VERSIONS.items():
         if stored.get(name, {}).get("version") != version:
-            said.append(f"Version {version} of '{name}' has no golden numbers; run python -m ssl_robust.ops.versions.")
+            said.append(f"Version {version} of '{name}' has no golden numbers; run python tests/golden.py.")
             continue
         now, before = probe(name), stored[name]["numbers"]
         if wrong := [entry for entry, numbers in before.items() if not _close(numbers, now.get(entry))]:
             said.append(
                 f"What '{name}' computes has changed ({wrong[0]}) and its version, {version}, has not; undo that, or "
-                f"raise VERSIONS['{name}'] in ssl_robust/records.py and run python -m ssl_robust.ops.versions."
+                f"raise VERSIONS['{name}'] in ssl_robust/records.py and run python tests/golden.py."
             )
     return said
 
@@ -309,9 +321,24 @@ def write() -> list[str]:
     return new
 
 
+def check() -> list[str]:
+    """What `moved` says, asked again only when a source has changed since it said nothing."""
+    sources = [path.read_bytes().hex() for path in sorted(records.PACKAGE.rglob("*.py"))]
+    key, passed = records.digest([sources, records.VERSIONS]), records.home() / "golden"
+    if passed.is_file() and passed.read_text() == key:
+        return []
+    found = moved()
+    if not found:
+        records.write_bytes(key.encode(), passed)
+    return found
+
+
 if __name__ == "__main__":
     any_terminal()
     try:
+        if "--check" in sys.argv:
+            print("\n".join(said := check()), end="\n" * bool(said), file=sys.stderr)
+            sys.exit(2 * bool(said))
         print("written:", ", ".join(write()) or "nothing, as no version is new")
     except BadInput as error:
         print(error, file=sys.stderr)

@@ -1,0 +1,54 @@
+"""What each difference of the released code does to the numbers: the rows of appendix_protocols."""
+
+from typing import Any
+
+import pandas as pd
+
+from .. import evaluate
+from ..settings import BadInput, Settings
+from ..tasks import TASKS
+from . import released
+
+KINDS = {"clean": "clean", "embed": "embed", "task": "attack"}  # attack: its column
+
+
+def effects(settings: Settings) -> pd.DataFrame:
+    """What each difference of the released code does, on the first data set of each task and the first encoder.
+
+    One row for the paper's protocol, each difference that concerns the task, and all together ('released'): task,
+    dataset, encoder, protocol, metric, n, then clean, embed, attack (the task attack) with their standard errors
+    *_se. Records go to results/<profile>/protocols; those there are kept. Raises BadInput as evaluate.cells does.
+    """
+    if settings.attack is None:
+        raise BadInput("The settings have no section 'attack'; add one (params/demo.yaml shows how).")
+    rows = []
+    for task in (task for task in TASKS if getattr(settings, task)):
+        paper: dict[str, dict[str, Any]] = {}
+        concerned = [name for name, d in released.DIFFERENCES.items() if task in d["tasks"]]
+        for protocol in ("paper", *concerned, "released"):
+            found = _in_protocol(task, protocol, settings, paper)
+            paper = paper or found
+            rows.append(_effect(protocol, found))
+    return pd.DataFrame(rows)
+
+
+def _in_protocol(
+    task: str, protocol: str, settings: Settings, paper: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Records by attack; those that a single difference cannot touch are taken from `paper`."""
+    whole = protocol in ("paper", "released")
+    settings = settings.model_copy(update={"protocol": protocol if whole else [protocol]})
+    defense = f"standard-{protocol}" if protocol in {"released", *released.OTHER_HEADS} else "standard"
+    row = evaluate.prepare(task, settings.task(task).datasets[0], settings.encoders[0], settings, defense)
+    cell = evaluate.Cell(*row, "clean", settings, f"standard-{protocol}")
+    return paper | {kind: cell.of(kind).run("protocols") for kind in released.TOUCHES.get(protocol, KINDS)}
+
+
+def _effect(protocol: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One row of effects from the records of its three attacks."""
+    clean = found["clean"]
+    shown = {key: clean[key] for key in ("task", "dataset", "encoder")} | {"protocol": protocol}
+    shown |= {key: clean[key] for key in ("metric", "n")}
+    for kind, name in KINDS.items():
+        shown |= {name: found[kind]["value"], f"{name}_se": found[kind]["se"]}
+    return shown

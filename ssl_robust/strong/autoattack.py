@@ -1,0 +1,110 @@
+"""AutoAttack (Croce & Hein 2020) for classification, by the package pyautoattack; always in fp32."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .. import attacks
+from ..datasets import image_seed
+from ..heads import TaskModel
+from ..settings import Attack
+from . import STEPS
+
+QUERIES = 50  # of Square for each of these steps: 5000 for 100, as in AutoAttack
+TARGETS = 9  # classes at most that AutoAttack aims at
+
+
+def run(
+    model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int, precision: str = "fp32",
+    trace: attacks.Trace | None = None,
+) -> Tensor:  # fmt: skip
+    """`autoattack` as attacks.Kind.run; its noise is drawn from the seed and the batch's first identifier."""
+    if attack.eps == 0:
+        return x
+    return autoattack(model, x, target, attack.eps, STEPS * attack.steps, image_seed(seed, ids[0]), trace)
+
+
+def parts(classes: int) -> list[str]:
+    """The attacks that AutoAttack consists of: standard's from 4 classes on, none of a single class.
+
+    The targeted DLR loss divides by a difference of the third and fourth largest logits: with 3 classes the untargeted
+    one, which needs three, takes its place, and with 2 classes none is defined.
+    """
+    if classes < 2:
+        return []
+    dlr = {2: [], 3: ["apgd-dlr"]}.get(classes, ["apgd-t"])
+    return ["apgd-ce", *dlr, "fab-t", "square"]
+
+
+def autoattack(
+    model: TaskModel, x: Tensor, label: Tensor, eps: float, steps: int, seed: int, trace: attacks.Trace | None = None
+) -> Tensor:
+    """AutoAttack by the package pyautoattack: images (B, 3, H, W) that are misclassified if one of its parts succeeds.
+
+    Each part attacks the images that are still right. APGD and FAB take `steps` steps for each target class, Square
+    QUERIES * steps queries: with 100 steps this is the standard version. Images that stay right, or are wrong already,
+    come back as they are. The same seed gives the same images; the global random state is left alone. A `trace` gets
+    one entry with the gradients that the package asked for, see _Watched.
+    """
+    from pyautoattack import AutoAttack
+
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    if not parts(classes):
+        return x
+    watched = _Watched(model)
+    auto = AutoAttack(watched, attacks=parts(classes), device=x.device, eps=eps, seed=seed, version="custom")
+    for part in (auto.apgd, auto.apgd_targeted):  # all that the package derives from the number of steps
+        part.n_restarts, part.n_iter = 1, steps
+        part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
+    auto.fab.n_restarts, auto.fab.n_iter, auto.square.n_queries = 1, steps, QUERIES * steps
+    auto.fab.n_target_classes = auto.apgd_targeted.n_target_classes = min(TARGETS, classes - 1)
+    with _contained(x):
+        adv, _ = auto.run_standard_evaluation(x, label.long(), batch_size=len(x))
+    if trace is not None:
+        trace.append({"step": None, "counted": watched.counted()})
+    return adv.clamp((x - eps).clamp(min=0), (x + eps).clamp(max=1))  # FAB's images may be off by a rounding
+
+
+class _Watched(nn.Module):
+    """A model that counts the gradients which are asked of it, one for each image and step."""
+
+    def __init__(self, model: TaskModel) -> None:
+        super().__init__()
+        self.model, self.seen, self.zero, self.nan = model, 0, 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(self._look)
+        return self.model(x)
+
+    def _look(self, gradient: Tensor) -> None:
+        flat = gradient.flatten(1)
+        self.seen += len(flat)
+        self.zero += (flat == 0).all(1).sum()
+        self.nan += (~flat.isfinite()).any(1).sum()
+
+    def counted(self) -> dict[str, int]:
+        """How many gradients there were, and how many of them were 0 everywhere, or not finite."""
+        return {"gradients": self.seen, "zero": int(self.zero), "nan": int(self.nan)}
+
+
+@contextmanager
+def _contained(x: Tensor) -> Iterator[None]:
+    """Keeps the package's side effects inside: global random state, warnings in the log, an end to any tracing."""
+    log, trace = logging.getLogger("auto-attack"), sys.gettrace()
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with torch.random.fork_rng(devices=[x.get_device()] if x.is_cuda else []):
+            yield
+    finally:
+        log.setLevel(level)
+        sys.settrace(trace)
+
+
+ATTACKS = {"autoattack": attacks.Kind("AutoAttack", run, tasks=("classification",), fp32=True)}
