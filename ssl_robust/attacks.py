@@ -262,7 +262,7 @@ def loss_for(kind: str, model: TaskModel, x: Tensor, target: Tensor, steps: int)
     return depth_pgd_loss(model, target, *other)
 
 
-def perturb(
+def _paper(
     kind: str, model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int,
     precision: str = "fp32", trace: Trace | None = None,
 ) -> Tensor:  # fmt: skip
@@ -304,7 +304,7 @@ class Kind(NamedTuple):
     """One attack, or none."""
 
     title: str  # in tables; '' if it is the task's own attack, see tasks.Task
-    run: Callable[..., Tensor]  # (model, x, target, ids, attack, seed, precision, trace) -> x_adv, as `perturb`
+    run: Callable[..., Tensor]  # (model, x, target, ids, attack, seed, precision, trace) -> x_adv, as `attacked`
     loops: tuple[str, ...] = ("pgd", "strong")  # what computes it, of records.VERSIONS
     tasks: tuple[str, ...] = tuple(TASKS)
     fp32: bool = False  # whatever precision is asked for
@@ -313,9 +313,29 @@ class Kind(NamedTuple):
 
 KINDS = {
     "clean": Kind("none", lambda model, x, *_: x, ()),
-    "embed": Kind("EmbedAttack", partial(perturb, "embed"), ("pgd", "embed")),
-    "task": Kind("", partial(perturb, "task"), ("pgd", "task")),
+    "embed": Kind("EmbedAttack", partial(_paper, "embed"), ("pgd", "embed")),
+    "task": Kind("", partial(_paper, "task"), ("pgd", "task")),
 }
+
+
+def known() -> dict[str, Kind]:
+    """All attacks by the names that YAML calls them, those of files in ssl_robust/strong among them."""
+    return KINDS | parts.table("strong", "ATTACKS")
+
+
+def attacked(
+    kind: str, model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int,
+    precision: str = "fp32", trace: Trace | None = None,
+) -> Tensor:  # fmt: skip
+    """x (B, 3, H, W) in [0,1] under the attack `kind` of `known`; 'clean' returns x itself.
+
+    |x_adv - x| <= attack.eps and x_adv in [0,1]. Random starts are drawn per image from (seed, id), so batches do not
+    matter (but to AutoAttack). Steps are computed in `precision`; a `trace` gets what `pgd` says of its own.
+    """
+    there = {name: found for name, found in known().items() if model.task in found.tasks}
+    if kind not in there:
+        raise BadInput(f"There is no attack '{kind}' on {model.task}; choose one of: {', '.join(there)}.")
+    return there[kind].run(model, x, target, ids, attack, seed, precision, trace)
 
 
 def kinds(task: str, settings: Settings) -> dict[str, Kind]:
@@ -323,12 +343,11 @@ def kinds(task: str, settings: Settings) -> dict[str, Kind]:
 
     Raises BadInput for an attack that is neither here nor in a file of ssl_robust/strong nor has a `call`.
     """
-    known = KINDS | parts.table("strong", "ATTACKS")
-    found = {"clean": KINDS["clean"]}
+    there, found = known(), {"clean": KINDS["clean"]}
     for own in settings.attacks:
-        if isinstance(own, str) and own not in known:
-            raise BadInput(f"There is no attack '{own}'; choose from: {', '.join(n for n in known if n != 'clean')}.")
-        found |= {own: known[own]} if isinstance(own, str) else {own.name: _of_callable(own.name, own.call, own.tasks)}
+        if isinstance(own, str) and own not in there:
+            raise BadInput(f"There is no attack '{own}'; choose from: {', '.join(n for n in there if n != 'clean')}.")
+        found |= {own: there[own]} if isinstance(own, str) else {own.name: _of_callable(own.name, own.call, own.tasks)}
     return {name: kind for name, kind in found.items() if task in kind.tasks}
 
 

@@ -38,10 +38,14 @@ class Outcome(NamedTuple):
 
 
 def evaluate(
-    model: TaskModel, test: Subset, name: str, kind: attacks.Kind, attack: Attack | None, batch: int | str, seed: int,
-    device: str, precision: str = "fp32",
+    model: TaskModel, test: Subset, name: str, attack: Attack | None, batch: int | str, seed: int, device: str,
+    precision: str = "fp32", kind: attacks.Kind | None = None,
 ) -> Outcome:  # fmt: skip
-    """Every test image under the attack `name`, `kind`: `batch` at a time in `precision`, then predicted in fp32."""
+    """Every test image under the attack `name`: `batch` at a time in `precision`, then predicted in fp32.
+
+    `kind`: what the name stands for if it is not of attacks.known.
+    """
+    kind = kind or attacks.known()[name]
     rows, traces, wrong, largest, nonfinite = {}, [], [], 0.0, 0
     statistics = protocol.ask(model.protocol, "statistics", metrics.statistics, model.task, name)
     said = f"{attacks.title(model.task, name, kind)} on {model.encoder.name}, {test.name}"
@@ -186,7 +190,7 @@ class Cell:
         device, batch = records.pick_device(self.settings.device), self.settings.task(model.task).attack_batch
         precision = compute.precision(self.settings.precision, device)
         out = evaluate(
-            model, self.test, self.attack, self.kind, attack, batch, self.settings.seed, device, precision
+            model, self.test, self.attack, attack, batch, self.settings.seed, device, precision, self.kind
         )  # fmt: skip
         wrong = out.wrong if model.task == "classification" else None
         health = part("trust.health").summarise(

@@ -42,7 +42,6 @@ FILE = Path(__file__).with_name("golden.json")  # {loop: {"version": n, "numbers
 CLOSE = 2e-3  # relative: other CPUs and other numbers of threads add up in another order
 CLASSES = ("background", "a", "b", "c")
 Numbers = dict[str, list[float]]
-ATTACKS = attacks.KINDS | parts.table("strong", "ATTACKS")
 
 
 # --- a small model, its images and their targets ---
@@ -202,7 +201,7 @@ def _attacked(kinds: dict[str, tuple[str, ...]], steps: int, *protocol: str) -> 
     for task, names in kinds.items():
         model, target = _model(task, *protocol), _target(task, X)
         for kind in names:
-            adv = ATTACKS[kind].run(model, X, target, IDS, attack, 3, "fp32", None)
+            adv = attacks.attacked(kind, model, X, target, IDS, attack, 3)
             judged = heads.training_loss(task, evaluate.judged(kind, model, adv), target)
             found[f"{task} {kind}"] = [float(judged), float((adv - X).abs().mean())]
     return found

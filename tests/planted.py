@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from ssl_robust import records
+from ssl_robust import attacks, records
 from ssl_robust import settings as schema
 from ssl_robust.datasets import IGNORE, Dataset, Item
 from ssl_robust.encoders import Encoder
@@ -126,3 +126,8 @@ def stored(pattern: str, profile: str = "toy") -> Path:
     """The one file or folder below runs/<profile> that is called so; results have their key in their name."""
     (found,) = records.runs_dir(profile).glob(pattern)
     return found
+
+
+def strong_attacks(task: str) -> list[str]:
+    """Names of the attacks on a task besides the paper's."""
+    return [name for name, kind in attacks.known().items() if task in kind.tasks and name not in attacks.KINDS]

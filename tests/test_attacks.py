@@ -198,7 +198,7 @@ def test_best_iterate_is_judged_by_the_loss_of_the_last_step(weights, moved):
 
 def test_clean_is_the_image_itself():
     x = images(1)
-    assert attacks.attacked("clean", None, x, None, ["a"], None, 0) is x
+    assert attacks.KINDS["clean"].run(None, x, None, ["a"], None, 0) is x
 
 
 @pytest.mark.parametrize("kind", ["embed", "task"])

@@ -59,7 +59,7 @@ def test_cells_agree_in_both_precisions_and_say_which(task, toys):
         settings = planted.settings(profile=precision, precision=precision, encoders=[row])
         model_, test = evaluate.prepare(task, "toys", settings.encoders[0], settings)
         for kind in ("clean", "embed", "task"):
-            cells[precision, kind] = evaluate.cell(model_, test, ("standard", 0), kind, settings)
+            cells[precision, kind] = evaluate.Cell(model_, test, kind, settings).run()
     clean = cells["fp32", "clean"]
     assert cells["bf16", "clean"]["value"] == clean["value"] and cells["bf16", "clean"]["precision"] == "fp32"
     for kind in ("embed", "task"):

@@ -17,7 +17,7 @@ import torch
 import trees
 from PIL import Image
 
-from ssl_robust import catalogue, datasets, heads, records
+from ssl_robust import catalogue, datasets, records, training
 from ssl_robust.catalogue import CIFAR10_CLASSES, Part
 from ssl_robust.datasets import IGNORE, Item, Subset
 from ssl_robust.ops import plan
@@ -826,7 +826,7 @@ def _refused_everywhere(settings, task, name, words):
     (wrong,), remarks = datasets.look(settings)
     assert re.search(words, wrong) and remarks == [] and wrong in plan.problems(settings)[0]
     with pytest.raises(BadInput, match=words):
-        heads.fitted(task, name, planted.encoder(), settings)
+        training.fitted(task, name, planted.encoder(), settings)
     assert not [*Path(records.runs_dir(settings.profile)).rglob("*.safetensors")]
 
 

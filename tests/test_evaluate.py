@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, records
+from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, protocol, records, training
 from ssl_robust.datasets import IGNORE
-from ssl_robust.protocols import released
+from ssl_robust.protocols import effects, released
 from ssl_robust.settings import Attack, BadInput
-from ssl_robust.show import plots
+from ssl_robust.show import examples, plots
 from ssl_robust.tasks import TASKS
 from ssl_robust.trust import evidence, paired
 
@@ -25,7 +25,7 @@ FIELDS = {
     "seconds", "notebook", "git", "versions", "device", "threads", "made",
     "precision", "batch", "health", "damaged", "numerics",
 }  # fmt: skip
-ALL = (*evaluate.KINDS, evaluate.WORST)
+ALL = (*attacks.KINDS, evaluate.WORST)
 NAMES = {"classification": "PGD", "segmentation": "SegPGD", "depth": "DepthPGD"}
 
 
@@ -35,7 +35,7 @@ def _test_set(task, settings=None):
 
 def _cell(task, kind, defense="standard", **changes):
     settings = planted.settings(**changes)
-    return evaluate.cell(planted.model(task), _test_set(task, settings), (defense, 0), kind, settings)
+    return evaluate.Cell(planted.model(task), _test_set(task, settings), kind, settings, defense).run()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -43,7 +43,7 @@ def test_clean_and_attacked_take_one_path(task, toys):
     model, test = planted.model(task), _test_set(task)
     found = {
         (kind, eps): evaluate.evaluate(model, test, kind, Attack(eps=eps, step=0.3, steps=2), 4, 0, "cpu")
-        for kind in evaluate.KINDS
+        for kind in attacks.KINDS
         for eps in (0.0, 0.3)
     }
     clean = found["clean", 0.3]
@@ -87,12 +87,12 @@ def test_images_without_a_finite_prediction_are_counted_and_wrong(task, toys):
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("kind", evaluate.KINDS)
+@pytest.mark.parametrize("kind", attacks.KINDS)
 def test_a_record_says_all(task, kind, toys):
     record = _cell(task, kind)
     path = records.record_path("toy", task, "toys", "planted", "standard", kind)
     assert records.read_record(path) == record and set(record) >= FIELDS
-    assert record["precision"] == "fp32" and record["health"]["flags"] is not None and record["damaged"] == 0
+    assert record["precision"] == "fp32" and "nonfinite" in record["health"] and record["damaged"] == 0
     assert record["protocol"] == "paper"
     assert record["attack_name"] == {"clean": "none", "embed": "EmbedAttack", "task": NAMES[task]}[kind]
     assert (record["metric"], record["n"], record["nonfinite"]) == (TASKS[task].metric, 8, 0)
@@ -138,18 +138,18 @@ def test_the_eigen_crop_and_the_stride_make_another_record(evaluations):
     settings, test = planted.settings(), _test_set("segmentation")
     for stride in (0.5, 0.25):
         model = planted.model("segmentation", stride=stride)
-        keys.add(evaluate.cell(model, test, ("standard", 0), "clean", settings)["key"])
+        keys.add(evaluate.Cell(model, test, "clean", settings).run()["key"])
     assert len(keys) == len(evaluations) == 6
 
 
 def test_an_attack_without_settings_is_refused(toys):
     settings = planted.settings().model_copy(update={"attack": None})
-    run = partial(evaluate.cell, planted.model("depth"), _test_set("depth"), ("standard", 0))
-    for refused in (lambda: run("embed", settings), lambda: evaluate.run_task("depth", settings),
-                    lambda: evaluate.examples("depth", settings), lambda: evaluate.effects(settings)):  # fmt: skip
+    cell = partial(evaluate.Cell, planted.model("depth"), _test_set("depth"), settings=settings)
+    for refused in (lambda: cell("embed").run(), lambda: evaluate.run_task("depth", settings),
+                    lambda: examples.make("depth", settings), lambda: effects.effects(settings)):  # fmt: skip
         with pytest.raises(BadInput, match="no section 'attack'; add one"):
             refused()
-    assert run("clean", settings)["settings"]["attack"] is None
+    assert cell("clean").run()["settings"]["attack"] is None
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -173,7 +173,7 @@ def test_of_many_large_targets_a_few_pixels_are_looked_at(toys, monkeypatch):
     train.items, train.ids = train.items * 500, train.ids * 500
     fine = torch.arange(1000)[:, None].div(500, rounding_mode="floor").expand(1000, 2000).to(torch.uint8)
     monkeypatch.setattr(datasets.Subset, "read", lambda subset, i: (None, fine))
-    found = heads.training_targets(train)
+    found = training.training_targets(train)
     assert 2000 <= len(found) < 4000 and found[0].shape == (143, 286)
     assert metrics.constant_value("segmentation", found[:1], 3) == pytest.approx(0.25, abs=0.002)
 
@@ -185,10 +185,10 @@ def test_a_prediction_that_is_no_number_is_no_class_in_pictures(task):
     assert heads.labels(task, logits).flatten().tolist() == [0, -1 if task == "classification" else IGNORE]
 
 
-@pytest.mark.parametrize("protocol", ["paper", "released"])
+@pytest.mark.parametrize("protocol_", ["paper", "released"])
 @pytest.mark.parametrize("task", TASKS)
-def test_differences_are_those_of_the_tables_values(task, protocol, tuned):
-    found = evaluate.run_task(task, tuned.model_copy(update={"protocol": protocol}))
+def test_differences_are_those_of_the_tables_values(task, protocol_, tuned):
+    found = evaluate.run_task(task, tuned.model_copy(update={"protocol": protocol_}))
     cells = {(r["defense"], r["attack"]): _reread(r) for r in found}
     clean = cells["standard", "clean"]
     for kind in ALL:
@@ -214,10 +214,10 @@ def test_a_background_that_does_not_count_is_not_in_the_statistics(toys, monkeyp
     named = replace(planted.TOYS, classes={"segmentation": ("background", "b", "c")})
     monkeypatch.setitem(datasets.DATASETS, "toys", named)
     settings = planted.settings(protocol=["class0_ignored"])
-    test = released.test_images(_test_set("segmentation", settings), released.active(settings))
+    test = released.test_images(_test_set("segmentation", settings), protocol.active(settings))
     model = planted.model("segmentation")
-    model.protocol, model.chances = released.active(settings), {"class0_ignored": 0.1}
-    record = evaluate.cell(model, test, ("standard", 0), "clean", settings)
+    model.protocol, model.chances = protocol.active(settings), {"class0_ignored": 0.1}
+    record = evaluate.Cell(model, test, "clean", settings).run()
     assert record["chance"] == 0.1 and all(0 not in image[::3] for image in record["statistics"])
     assert paired.resampled(record)[0].tolist() == pytest.approx([record["value"]])
 
@@ -234,7 +234,7 @@ def test_other_weights_head_or_native_size_make_another_record(evaluations):
     models.append(planted.model("depth"))
     models[-1].head.conv.bias += 0.01
     for count, model in enumerate(models, 1):
-        evaluate.cell(model, test, ("standard", 0), "clean", settings)
+        evaluate.Cell(model, test, "clean", settings).run()
         assert len(evaluations) == count
 
 
@@ -274,16 +274,18 @@ def test_lost_statistics_are_made_again(evaluations):
 
 
 def _stats(task, kind):
-    return evaluate.unpacked(load_file(planted.stored(f"cells/{task}__toys__planted__standard__{kind}__*.safetensors")))
+    return records.unpacked(load_file(planted.stored(f"cells/{task}__toys__planted__standard__{kind}__*.safetensors")))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
     settings = planted.settings()
     model, test = planted.model(task), _test_set(task, settings)
-    assert evaluate.worst(model, test, ("standard", 0), settings) is None  # nothing was attacked yet
-    found = {kind: evaluate.cell(model, test, ("standard", 0), kind, settings) for kind in evaluate.KINDS}
-    worst = evaluate.worst(model, test, ("standard", 0), settings)
+    row = evaluate.Worst(model, test, evaluate.WORST, settings)
+    with pytest.raises(BadInput, match="needs the cells clean, embed, task; run them"):
+        row.run()
+    found = {kind: evaluate.Cell(model, test, kind, settings).run() for kind in attacks.KINDS}
+    worst = row.run()
     hurt = min if TASKS[task].sign > 0 else max
     singly = {kind: metrics.per_image(task, _stats(task, kind)) for kind in ALL}
     expected = [hurt(values) for values in zip(*(singly[kind] for kind in found), strict=True)]
@@ -296,37 +298,35 @@ def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
     )
     if task == "classification":
         assert worst["value"] == pytest.approx(sum(expected) / 8)
-    assert evaluate.worst(model, test, ("standard", 0), settings) == worst  # read, with the time it was made
-    other = settings.model_copy(update={"seed": 1})
-    assert evaluate.worst(model, test, ("standard", 0), other) is None
+    assert row.run() == worst  # read, with the time it was made
+    assert evaluate.Worst(model, test, evaluate.WORST, settings.model_copy(update={"seed": 1})).stored() is None
 
 
 def test_examples_are_made_once_and_again_when_something_changed(toys, monkeypatch):
     made, original = [], attacks.attacked
     monkeypatch.setattr(attacks, "attacked", lambda *args: made.append(args[0]) or original(*args))
     settings = planted.settings()
-    (path,) = evaluate.examples("depth", settings)
+    (path,) = examples.make("depth", settings)
     stamp = path.stat().st_mtime_ns
-    assert evaluate.examples("depth", settings) == [path] and path.stat().st_mtime_ns == stamp and len(made) == 3
-    (other,) = evaluate.examples("depth", settings.model_copy(update={"attack": Attack(steps=2)}))
+    assert examples.make("depth", settings) == [path] and path.stat().st_mtime_ns == stamp and len(made) == 3
+    (other,) = examples.make("depth", settings.model_copy(update={"attack": Attack(steps=2)}))
     assert len(made) == 6 and evidence.current_examples("toy") == {"depth": other} and path.stat().st_mtime_ns == stamp
     path.write_bytes(path.read_bytes()[:-1])
-    evaluate.examples("depth", settings)
+    examples.make("depth", settings)
     assert len(made) == 9 and plots.load_example(path)["eps"] == settings.attack.eps
 
 
 def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(toys, monkeypatch):
-    model, test, original = planted.model("depth"), _test_set("depth"), attacks.attacked
-    asked = []
+    model, test, kind, asked = planted.model("depth"), _test_set("depth"), attacks.KINDS["task"], []
 
-    def hungry(kind, model, x, *rest):
+    def hungry(model, x, *rest):
         asked.append(len(x))
         if len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(kind, model, x, *rest)
+        return kind.run(model, x, *rest)
 
     whole = evaluate.evaluate(model, test, "task", Attack(steps=2), 8, 0, "cpu")
-    monkeypatch.setattr(attacks, "attacked", hungry)
+    monkeypatch.setitem(attacks.KINDS, "task", kind._replace(run=hungry))
     parts = evaluate.evaluate(model, test, "task", Attack(steps=2), 8, 0, "cpu")
     assert asked == [8, 4, 2, 2, 2, 2] and parts.batch == 2 and whole.batch == 8
     assert torch.allclose(whole.stats, parts.stats, rtol=1e-4)
@@ -387,7 +387,7 @@ def test_a_task_is_evaluated_in_all_variants_and_other_rows_are_stored_but_not_s
 
 def test_checkpoints_between_are_evaluated_on_the_first_data_set_alone(tuned, monkeypatch):
     monkeypatch.setitem(datasets.DATASETS, "toys2", planted.TOYS)
-    monkeypatch.setattr(evaluate, "KINDS", ("clean",))
+    monkeypatch.setattr(attacks, "kinds", lambda task, settings: {"clean": attacks.KINDS["clean"]})
     settings = tuned.model_copy(update={"depth": tuned.depth.model_copy(update={"datasets": ["toys", "toys2"]})})
     found = [(r["dataset"], r["defense"]) for r in evaluate.run_task("depth", settings)]
     found = list(dict.fromkeys(found))
@@ -468,16 +468,16 @@ def test_rows_whose_deacl_was_skipped_are_skipped_for_its_reason(partly):
 
 
 def test_examples_are_of_the_first_row_that_can_be_used(partly):
-    (path,) = evaluate.examples("depth", partly, 2)
+    (path,) = examples.make("depth", partly, 2)
     with safe_open(path, "pt") as file:
         assert (file.metadata()["dataset"], file.metadata()["encoder"]) == ("toys", "planted")
     nothing = partly.model_copy(update={"encoders": partly.encoders[:1]})
-    assert evaluate.examples("depth", nothing, 2) == [] and evidence.current_examples("toy") == {}  # no old pictures
+    assert examples.make("depth", nothing, 2) == [] and evidence.current_examples("toy") == {}  # no old pictures
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_examples_hold_images_and_what_was_said_of_them(task, tuned):
-    (path,) = evaluate.examples(task, tuned, 3)
+    (path,) = examples.make(task, tuned, 3)
     with safe_open(path, "pt") as file:
         about, shown = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     assert set(shown) == {"images", "target", "adv_embed", "adv_task", "pred_clean", "pred_embed", "pred_task"}
@@ -492,4 +492,4 @@ def test_examples_hold_images_and_what_was_said_of_them(task, tuned):
     assert torch.equal(shown["adv_task"], adv)
     assert torch.equal(shown["pred_task"], heads.labels(task, model(adv)))
     before = path.read_bytes()
-    assert evaluate.examples(task, tuned, 3)[0].read_bytes() == before
+    assert examples.make(task, tuned, 3)[0].read_bytes() == before

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from test_run import PROFILE as TINY
 from test_run import write_notebook, write_profile
 
-from ssl_robust import datasets, deacl, evaluate, heads, records
+from ssl_robust import datasets, deacl, evaluate, records, training
 from ssl_robust.embedded import scenes
 from ssl_robust.formats import checkpoints
 from ssl_robust.ops import run
@@ -288,7 +288,7 @@ def test_a_data_folder_that_is_read_only_is_enough(root):
     with no_privileges():
         assert datasets.check(settings) == [] and len(datasets.overview(settings)) == 3
         encoder = planted.encoder()
-        heads.fitted("classification", "cifar10", encoder, settings)
+        training.fitted("classification", "cifar10", encoder, settings)
     assert files(data) == before and list(root.rglob("*.safetensors"))
 
 
@@ -384,11 +384,11 @@ def test_a_record_of_another_version_is_not_used_again(tmp_path):
 
 def test_a_head_with_a_flipped_weight_is_trained_again(toys):
     settings, encoder = planted.settings(), planted.encoder()
-    model, _ = heads.fitted("classification", "toys", encoder, settings)
+    model, _ = training.fitted("classification", "toys", encoder, settings)
     path = planted.stored("heads/*")
     data = path.read_bytes()
     path.write_bytes(flipped(data, len(data) - 6, 7))
-    again, _ = heads.fitted("classification", "toys", encoder, settings)
+    again, _ = training.fitted("classification", "toys", encoder, settings)
     assert torch.equal(model.head.linear.weight, again.head.linear.weight) and path.read_bytes() == data
 
 
@@ -455,7 +455,7 @@ def test_a_result_of_other_settings_is_never_used_again(change, toys):
     def computed(settings):
         row = settings.encoders[0]
         model, test = evaluate.prepare("classification", "toys", row, settings)
-        record = evaluate.cell(model, test, ("standard", 0), "embed", settings)
+        record = evaluate.Cell(model, test, "embed", settings).run()
         return record["key"], records.record_path("toy", "classification", "toys", row.name, "standard", "embed")
 
     key, path = computed(planted.settings(encoders=ROWS))

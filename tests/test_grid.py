@@ -11,9 +11,10 @@ import pytest
 import submitit
 import yaml
 
-from ssl_robust import evaluate, records
+from ssl_robust import attacks, evaluate, records
 from ssl_robust.ops import grid, run
 from ssl_robust.settings import BadInput, Cluster, Sanity
+from ssl_robust.show import examples
 from ssl_robust.trust import sanity
 
 SECTION = {"datasets": ["scenes"], "n_train": 12, "n_val": 6, "n_test": 4, "epochs": 1, "batch": 6, "lr": 0.01}
@@ -479,9 +480,9 @@ def names(listed: list[dict]) -> list[str]:
     return [job["name"].replace("classification toys planted ", "") for job in listed]
 
 
-CELLS = [f"cell {d} {kind}" for d in ("deacl-epoch1", "deacl") for kind in evaluate.KINDS]
+CELLS = [f"cell {d} {kind}" for d in ("deacl-epoch1", "deacl") for kind in attacks.KINDS]
 DEACL = ["head deacl-epoch1", "head deacl", *CELLS]
-STANDARD = ["head standard", *(f"cell standard {kind}" for kind in evaluate.KINDS)]
+STANDARD = ["head standard", *(f"cell standard {kind}" for kind in attacks.KINDS)]
 ROWS = {"b": ["standard"], "a": ["standard", "deacl"]}
 CHECKS = Sanity(n=2, more_steps=1, restarts=1, eps=[0.0, 0.25])
 PICTURES = ["examples classification"]
@@ -512,7 +513,7 @@ def test_missing_follows_what_is_made(toy: dict) -> None:
     before = sorted(p for p in stored if "worst" not in p.name)  # which no job makes
     stamps = [path.stat().st_mtime_ns for path in before]
     evaluate.run_task("classification", settings)  # finds every record
-    assert len(evaluate.examples("classification", settings)) == 1  # and the images for Figure 1
+    assert len(examples.make("classification", settings)) == 1  # and the images for Figure 1
     assert [path.stat().st_mtime_ns for path in before] == stamps
     changed = settings.model_copy(update={"attack": settings.attack.model_copy(update={"steps": 2})})
     assert len(grid.missing(changed)[0]) == 7  # EmbedAttack and PGD of three variants, and the pictures
@@ -549,7 +550,7 @@ def test_seeds_repeat_heads_and_cells_but_not_deacl(toy: dict) -> None:
     settings = toy_settings(**toy, seeds=[5], encoders=[{"name": "planted", "timm": "embedded_vit"}])
     listed = grid.missing(settings)[0]
     assert names(listed) == [s for name in STANDARD[:1] for s in (name, f"{name} seed 5")] + [
-        *(f"cell standard{seed} {kind}" for seed in ("", " seed 5") for kind in evaluate.KINDS),
+        *(f"cell standard{seed} {kind}" for seed in ("", " seed 5") for kind in attacks.KINDS),
         *PICTURES,
     ]
     for job in listed:

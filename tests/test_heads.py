@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save_file
 
-from ssl_robust import datasets, encoders, heads, records
+from ssl_robust import compute, datasets, encoders, heads, protocol, records, training
 from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
 from ssl_robust.heads import HEADS, TaskModel
-from ssl_robust.protocols import released
 from ssl_robust.settings import BadInput, EncoderRow, TaskSettings
 from ssl_robust.tasks import TASKS
 
@@ -206,7 +205,7 @@ def test_protocol_of_the_optimisers():
     section = TaskSettings(epochs=5, batch=16, lr=0.5, weight_decay=0.01)
     kinds = {"classification": torch.optim.Adam, "segmentation": torch.optim.AdamW, "depth": torch.optim.AdamW}
     for task, kind in kinds.items():
-        optimizer = heads.make_optimizer(task, HEADS[task](4, 3), section)
+        optimizer = training.make_optimizer(task, HEADS[task](4, 3), section)
         assert type(optimizer) is kind
         assert optimizer.defaults["lr"] == 0.5 and optimizer.defaults["weight_decay"] == 0.01
 
@@ -221,13 +220,13 @@ def test_training_learns_and_leaves_the_encoder_alone(task, toys):
     settings, encoder = planted.settings(**{task: {"epochs": 25, "n_train": 18, "lr": lr}}), planted.encoder()
     before = records.state_hash(encoder.state_dict())
     train, val = _subsets(task, settings, encoder)
-    head, history = heads.fit(task, encoder, train, val, settings.task(task), 0, "cpu")
+    head, history = training.fit(task, encoder, train, val, settings.task(task), 0, "cpu")
     assert records.state_hash(encoder.state_dict()) == before
     assert all(not p.requires_grad and p.grad is None for p in encoder.parameters())
     scores = [h["held_out"] for h in history]
     best = min(scores) if task == "depth" else max(scores)
-    held_out = heads.encoded(encoder, val, 4, "cpu")
-    assert heads._held_out_metric(task, head, encoder, held_out, 3) == pytest.approx(best)
+    held_out = training.encoded(encoder, val, 4, "cpu")
+    assert training._held_out_metric(task, head, encoder, held_out, 3) == pytest.approx(best)
     assert [h["epoch"] for h in history] == list(range(1, 26))
     assert history[-1]["loss"] < 0.9 * history[0]["loss"] and best != scores[0]
 
@@ -239,9 +238,9 @@ def test_the_head_of_the_best_held_out_epoch_is_kept(task, toys, monkeypatch):
 
     def fit(scores):
         told = iter(scores)
-        monkeypatch.setattr(heads, "_held_out_metric", lambda *args: sign * next(told))
+        monkeypatch.setattr(training, "_held_out_metric", lambda *args: sign * next(told))
         section = settings.task(task).model_copy(update={"epochs": len(scores)})
-        head, _ = heads.fit(task, encoder, *_subsets(task, settings, encoder), section, 0, "cpu")
+        head, _ = training.fit(task, encoder, *_subsets(task, settings, encoder), section, 0, "cpu")
         return records.state_hash(head.state_dict())
 
     assert fit([0.1, 0.9, 0.2]) == fit([0.1, 0.2]) != fit([0.1, 0.2, 0.9])
@@ -252,7 +251,7 @@ def test_training_is_deterministic_and_leaves_global_randomness_alone(toys):
     torch.manual_seed(3)
     state = torch.random.get_rng_state()
     fits = [
-        heads.fit("depth", encoder, *_subsets("depth", settings, encoder), settings.depth, seed, "cpu")
+        training.fit("depth", encoder, *_subsets("depth", settings, encoder), settings.depth, seed, "cpu")
         for seed in (0, 0, 1)
     ]
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -263,7 +262,7 @@ def test_training_is_deterministic_and_leaves_global_randomness_alone(toys):
 @pytest.mark.parametrize("batch", [1, 11, 100])  # of 12 images; 11 leaves one over
 def test_any_batch_size_trains(batch, toys):
     settings, encoder = planted.settings(segmentation={"batch": batch, "epochs": 1}), planted.encoder()
-    _, history = heads.fit(
+    _, history = training.fit(
         "segmentation", encoder, *_subsets("segmentation", settings, encoder), settings.segmentation, 0, "cpu"
     )
     assert math.isfinite(history[0]["loss"])
@@ -272,7 +271,7 @@ def test_any_batch_size_trains(batch, toys):
 def test_features_are_in_the_order_of_the_images(toys):
     encoder = planted.encoder()
     subset = datasets.load("segmentation", "toys", "test", planted.settings(), 16)
-    cls, patches, target = heads.features(encoder, subset, 3, "cpu")
+    cls, patches, target = training.features(encoder, subset, 3, "cpu")
     image, mask = subset[5]
     alone = encoder(image.float()[None] / 255)
     assert torch.allclose(cls[5], alone[0][0], atol=1e-5) and torch.allclose(patches[5], alone[1][0], atol=1e-5)
@@ -284,21 +283,21 @@ def test_training_on_images_of_different_sizes_is_refused(toys):
     items[1] = items[1]._replace(image=items[1].image[:, 1:], target=items[1].target[1:])  # same grid of patches, 23 px
     subset = datasets.Subset("toys", "depth", items, datasets.transform("depth", "test", "original", 16))
     with pytest.raises(BadInput, match="images of toys differ in size; set 'size'"):
-        heads.features(planted.encoder(), subset, 2, "cpu")
+        training.features(planted.encoder(), subset, 2, "cpu")
 
 
 def _with_room_for(room, task, encoder, settings, monkeypatch):
     """Head and history where `room` bytes of tokens may be kept."""
-    monkeypatch.setattr(heads, "CACHE", room)
-    head, history = heads.fit(task, encoder, *_subsets(task, settings, encoder), settings.task(task), 0, "cpu")
+    monkeypatch.setattr(training, "CACHE", room)
+    head, history = training.fit(task, encoder, *_subsets(task, settings, encoder), settings.task(task), 0, "cpu")
     return records.state_hash(head.state_dict()), history
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_streamed_tokens_train_the_same_head_as_kept_ones(task, toys, monkeypatch):
     settings, encoder = planted.settings(), planted.encoder()  # 3 epochs on 2 views or sides
-    encodings, original = [], heads.encoded
-    monkeypatch.setattr(heads, "encoded", lambda *args: encodings.append(len(args[1])) or original(*args))
+    encodings, original = [], training.encoded
+    monkeypatch.setattr(training, "encoded", lambda *args: encodings.append(len(args[1])) or original(*args))
     whole = _with_room_for(2**30, task, encoder, settings, monkeypatch)
     kept = [n for n in encodings if n > 1]
     assert sorted(kept) == [6, 12, 12]  # the held-out images once, each view or side once
@@ -318,7 +317,7 @@ def test_kept_sides_are_those_that_each_epoch_draws(task, toys):
     settings, encoder = planted.settings(), planted.encoder()
     train = datasets.load(task, "toys", "train", settings, 16)
     order, drawn = [4, 0, 7, 9, 2, 11], []
-    kept, streamed = (make(encoder, train, 4, "cpu") for make in (heads._kept, heads._streamed))
+    kept, streamed = (make(encoder, train, 4, "cpu") for make in (training._kept, training._streamed))
     for train.view in range(12):
         mine, other = ([torch.cat(c) for c in zip(*source(order, 4), strict=True)] for source in (kept, streamed))
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, other, strict=True))
@@ -329,12 +328,12 @@ def test_kept_sides_are_those_that_each_epoch_draws(task, toys):
 def test_a_mirrored_image_has_the_mirrored_depth(toys):
     train = datasets.load("depth", "toys", "train", planted.settings(), 24)
     (_, patches, depth), (_, other, mirrored) = (
-        heads.features(planted.encoder(), _turned(train, flip), 4, "cpu") for flip in (False, True)
+        training.features(planted.encoder(), _turned(train, flip), 4, "cpu") for flip in (False, True)
     )
     assert torch.equal(mirrored, depth.flip(2)) and not torch.equal(mirrored, depth)
     assert not torch.allclose(other, patches, atol=1e-3)
     train.flip = None
-    rows = next(heads._kept(planted.encoder(), train, 4, "cpu")(range(12), 12))
+    rows = next(training._kept(planted.encoder(), train, 4, "cpu")(range(12), 12))
     for i in range(12):
         assert torch.equal(rows[2][i], (mirrored if train.flipped(i) else depth)[i])
         assert torch.equal(rows[1][i], (other if train.flipped(i) else patches)[i])
@@ -348,15 +347,15 @@ def _turned(subset, flip):
 def test_images_are_encoded_as_many_at_a_time_as_the_device_takes(toys, monkeypatch):
     settings, encoder = planted.settings(depth={"size": 24}), planted.encoder(patch=8)
     train, _ = _subsets("depth", settings, encoder)
-    monkeypatch.setitem(heads.compute.TOKENS, "cpu", 35)  # 1 + 3 x 3 tokens an image
-    assert heads.encoded_at_once(encoder, train, settings.depth, "cpu") == 3
-    assert heads.encoded_at_once(encoder, train, settings.depth.model_copy(update={"attack_batch": 7}), "cpu") == 7
+    monkeypatch.setitem(compute.TOKENS, "cpu", 35)  # 1 + 3 x 3 tokens an image
+    assert training.encoded_at_once(encoder, train, settings.depth, "cpu") == 3
+    assert training.encoded_at_once(encoder, train, settings.depth.model_copy(update={"attack_batch": 7}), "cpu") == 7
 
 
 def test_tokens_are_encoded_in_smaller_batches_when_memory_runs_out(toys, monkeypatch):
     encoder, tried, original = planted.encoder(), [], heads.tokens
     train, _ = _subsets("depth", planted.settings(), encoder)
-    whole = heads.features(encoder, train, 12, "cpu")
+    whole = training.features(encoder, train, 12, "cpu")
 
     def hungry(encoder, x, task):
         tried.append(len(x))
@@ -364,8 +363,8 @@ def test_tokens_are_encoded_in_smaller_batches_when_memory_runs_out(toys, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(encoder, x, task)
 
-    monkeypatch.setattr(heads, "tokens", hungry)
-    found = heads.features(encoder, train, 6, "cpu")
+    monkeypatch.setattr(training, "tokens", hungry)
+    found = training.features(encoder, train, 6, "cpu")
     assert tried == [6, 3, 3, 3, 3]  # the next batch does not try again what did not fit
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, whole, strict=True))
 
@@ -373,13 +372,13 @@ def test_tokens_are_encoded_in_smaller_batches_when_memory_runs_out(toys, monkey
 def test_tokens_are_kept_as_far_as_there_is_room(toys, monkeypatch):
     settings, encoder = planted.settings(), planted.encoder()
     subsets = _subsets("depth", settings, encoder)
-    of_train, of_val = (heads.token_bytes(encoder, subset, "cpu") for subset in subsets)
-    assert of_train == sum(part.nbytes for part in heads.features(encoder, subsets[0], 4, "cpu"))
+    of_train, of_val = (training.token_bytes(encoder, subset, "cpu") for subset in subsets)
+    assert of_train == sum(part.nbytes for part in training.features(encoder, subsets[0], 4, "cpu"))
 
     def sources(room, **section):
-        monkeypatch.setattr(heads, "CACHE", room)
+        monkeypatch.setattr(training, "CACHE", room)
         section = settings.depth.model_copy(update=section)
-        found = heads.token_sources(encoder, *subsets, section, "cpu")
+        found = training.token_sources(encoder, *subsets, section, "cpu")
         return ["kept" if "_kept" in source.__qualname__ else "streamed" for source in found]
 
     assert sources(2 * of_train + of_val) == ["kept", "kept"]
@@ -392,7 +391,7 @@ def test_tokens_are_kept_as_far_as_there_is_room(toys, monkeypatch):
 @pytest.mark.parametrize("size", [1, 4, 12, 20])
 def test_regrouped_batches_hold_the_same_rows(groups, size):
     rows = torch.arange(36.0).reshape(12, 3)
-    found = list(heads._regrouped(zip(rows.split(groups), (-rows).split(groups), strict=True), size))
+    found = list(training._regrouped(zip(rows.split(groups), (-rows).split(groups), strict=True), size))
     assert [len(a) for a, _ in found] == [len(part) for part in rows.split(size)]
     assert torch.equal(torch.cat([a for a, _ in found]), rows) and torch.equal(torch.cat([b for _, b in found]), -rows)
 
@@ -402,7 +401,7 @@ def test_streamed_images_of_different_sizes_are_refused_too(task, toys):
     items = datasets.list_items("toys", task, "train", 0, "")[:3]
     items[1] = items[1]._replace(image=items[1].image[:, 1:], target=items[1].target[1:])
     subset = datasets.Subset("toys", task, items, datasets.transform(task, "test", "original", 16))
-    source = heads._streamed(planted.encoder(), subset, 2, "cpu")
+    source = training._streamed(planted.encoder(), subset, 2, "cpu")
     with pytest.raises(BadInput, match="images of toys differ in size; set 'size'"):
         list(source([0, 1, 2], 2))
 
@@ -413,15 +412,15 @@ def test_streamed_images_of_different_sizes_are_refused_too(task, toys):
 @pytest.fixture
 def trainings(toys, monkeypatch):
     """One entry for each head that is trained."""
-    found, fit = [], heads.fit
-    monkeypatch.setattr(heads, "fit", lambda *args: found.append(args[0]) or fit(*args))
+    found, fit = [], training.fit
+    monkeypatch.setattr(training, "fit", lambda *args: found.append(args[0]) or fit(*args))
     return found
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_head_is_trained_once(task, trainings):
-    first, history = heads.fitted(task, "toys", planted.encoder(), planted.settings())
-    again, history_again = heads.fitted(task, "toys", planted.encoder(), planted.settings(**{task: {"n_test": 1}}))
+    first, history = training.fitted(task, "toys", planted.encoder(), planted.settings())
+    again, history_again = training.fitted(task, "toys", planted.encoder(), planted.settings(**{task: {"n_test": 1}}))
     assert trainings == [task] and history_again == history
     assert records.state_hash(first.head.state_dict()) == records.state_hash(again.head.state_dict())
     x = planted.images(2, 24)
@@ -432,7 +431,7 @@ def test_a_head_is_trained_once(task, trainings):
 def test_a_head_is_trained_again_for_other_inputs(trainings):
     def fitted(native=16, seed=0, **section):
         encoder = planted.encoder(native=native, seed=seed)
-        return heads.fitted("classification", "toys", encoder, planted.settings(classification=section))
+        return training.fitted("classification", "toys", encoder, planted.settings(classification=section))
 
     for count, change in enumerate([{}, {"lr": 0.02}, {"n_train": 11}, {"size": 12}, {"native": 20}, {"seed": 1}], 1):
         fitted(**change)
@@ -443,42 +442,42 @@ def test_a_head_is_trained_again_for_other_inputs(trainings):
 
 def test_what_evaluation_alone_depends_on_is_no_part_of_a_head(trainings):
     for section in ({}, {"stride": 0.25}, {"attack_batch": 2}, {"n_test": 3}):
-        heads.fitted("segmentation", "toys", planted.encoder(), planted.settings(segmentation=section))
-    heads.fitted("segmentation", "toys", planted.encoder(), planted.settings(protocol=["segpgd_two_means"]))
+        training.fitted("segmentation", "toys", planted.encoder(), planted.settings(segmentation=section))
+    training.fitted("segmentation", "toys", planted.encoder(), planted.settings(protocol=["segpgd_two_means"]))
     assert trainings == ["segmentation"]
 
 
 def test_the_released_recipe_makes_another_head(trainings):
-    for count, protocol in enumerate(["paper", ["head_recipe"], ["native_input"], "released"], 1):
-        model, _ = heads.fitted("segmentation", "toys", planted.encoder(), planted.settings(protocol=protocol))
-        assert len(trainings) == count and model.protocol == released.active(planted.settings(protocol=protocol))
+    for count, names in enumerate(["paper", ["head_recipe"], ["native_input"], "released"], 1):
+        model, _ = training.fitted("segmentation", "toys", planted.encoder(), planted.settings(protocol=names))
+        assert len(trainings) == count and model.protocol == protocol.active(planted.settings(protocol=names))
 
 
 def test_head_files_are_the_same_bytes_each_time(toys):
     found = set()
     for profile in "abcdef":  # the order of two metadata entries would be another one in half of all files
-        heads.fitted("depth", "toys", planted.encoder(), planted.settings(profile=profile, depth={"epochs": 1}))
+        training.fitted("depth", "toys", planted.encoder(), planted.settings(profile=profile, depth={"epochs": 1}))
         found.add(planted.stored("heads/depth__toys__planted__standard__*", profile).read_bytes())
     assert len(found) == 1
     assert set(load(found.pop())) == {"conv.weight", "conv.bias"}
 
 
 def test_a_damaged_head_is_trained_again(trainings):
-    heads.fitted("depth", "toys", planted.encoder(), planted.settings())
+    training.fitted("depth", "toys", planted.encoder(), planted.settings())
     path = planted.stored("heads/depth__toys__planted__standard__*")
     whole, trained = path.read_bytes(), load(path.read_bytes())
     for content in (whole[:-10], whole[:5], b""):
         path.write_bytes(content)
-        heads.fitted("depth", "toys", planted.encoder(), planted.settings())
+        training.fitted("depth", "toys", planted.encoder(), planted.settings())
         assert all(torch.equal(v, trained[k]) for k, v in load(path.read_bytes()).items())
     save_file({"conv.bias": torch.zeros(1)}, path)  # a foreign file without a key
-    heads.fitted("depth", "toys", planted.encoder(), planted.settings())
+    training.fitted("depth", "toys", planted.encoder(), planted.settings())
     assert len(trainings) == 5
 
 
 def test_fit_all_lists_every_head(toys, monkeypatch):
-    monkeypatch.setattr(heads.encoders, "load", lambda row, root: planted.encoder())
-    table = heads.fit_all(planted.settings())
+    monkeypatch.setattr(encoders, "load", lambda row, root: planted.encoder())
+    table = training.fit_all(planted.settings())
     assert table["task"].tolist() == list(TASKS)
     assert table["metric"].tolist() == [TASKS[t].metric for t in TASKS]
     assert (table["epoch"].between(1, 3)).all() and table["held_out"].notna().all()
@@ -496,11 +495,11 @@ def _absent(name):
 
 
 def test_fit_all_skips_what_is_missing_and_says_why(toys, monkeypatch):
-    monkeypatch.setattr(heads.encoders, "load", _absent("gone"))
+    monkeypatch.setattr(encoders, "load", _absent("gone"))
     rows = [{"name": "gone"}, {"name": "planted"}]
     settings = planted.settings(encoders=rows, missing="skip", depth={"datasets": ["toys", "nowhere"]})
     path = records.results_dir("toy") / "heads" / "skipped.json"
-    table = heads.fit_all(settings)
+    table = training.fit_all(settings)
     assert list(zip(table["task"], table["encoder"], strict=True)) == [(task, "planted") for task in TASKS]
     lost = records.read_json(path)
     assert [(r["task"], r["dataset"], r["encoder"]) for r in lost] == [
@@ -509,14 +508,14 @@ def test_fit_all_skips_what_is_missing_and_says_why(toys, monkeypatch):
     ]  # fmt: skip
     assert "checkpoint of gone" in lost[0]["why"] and "nowhere" in lost[-1]["why"]
     with pytest.raises(BadInput, match="checkpoint of gone"):
-        heads.fit_all(settings.model_copy(update={"missing": "stop"}))
-    heads.fit_all(planted.settings(encoders=rows[1:], missing="skip"))
+        training.fit_all(settings.model_copy(update={"missing": "stop"}))
+    training.fit_all(planted.settings(encoders=rows[1:], missing="skip"))
     assert not path.exists()
 
 
 def test_fit_all_with_nothing_left_is_an_empty_table(toys, monkeypatch):
-    monkeypatch.setattr(heads.encoders, "load", _absent("planted"))
-    table = heads.fit_all(planted.settings(missing="skip"))
+    monkeypatch.setattr(encoders, "load", _absent("planted"))
+    table = training.fit_all(planted.settings(missing="skip"))
     assert table.empty and {"task", "dataset", "encoder", "metric", "first_loss", "last_loss"} <= set(table)
 
 
@@ -571,11 +570,11 @@ def test_a_head_that_diverges_is_refused_by_name(toys):
     bad = copy.deepcopy(encoder)
     bad.backbone.proj.weight.fill_(math.nan)
     with pytest.raises(BadInput, match="gives tokens that are not finite on toys"):
-        heads.fit("depth", bad, *_subsets("depth", settings, bad), settings.depth, 0, "cpu")
-    original = heads._epoch
-    heads._epoch = lambda *args: math.nan
+        training.fit("depth", bad, *_subsets("depth", settings, bad), settings.depth, 0, "cpu")
+    original = training._epoch
+    training._epoch = lambda *args: math.nan
     try:
         with pytest.raises(BadInput, match=r"depth head of 'planted' on toys diverged in epoch 1 .*lower depth.lr"):
-            heads.fit("depth", encoder, *_subsets("depth", settings, encoder), settings.depth, 0, "cpu")
+            training.fit("depth", encoder, *_subsets("depth", settings, encoder), settings.depth, 0, "cpu")
     finally:
-        heads._epoch = original
+        training._epoch = original

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from test_stages import _load
 
-from ssl_robust import deacl, encoders, evaluate, heads, records, settings
+from ssl_robust import deacl, encoders, evaluate, records, settings, training
 from ssl_robust.ops import lab, run
 from ssl_robust.settings import BadInput
-from ssl_robust.show import report
+from ssl_robust.show import examples, report
 
 PROFILE = {"profile": "toy", "seed": 0, "device": "cpu", "precision": "fp32", "attack": {"steps": 2, "eps": 0.03},
            "encoders": [{"name": "planted", "timm": "embedded_vit", "defenses": ["standard", "deacl"]}],
@@ -37,7 +37,7 @@ def _tables(changes=()):
         deacl.finetune_all(s)
         records.finish(s.profile, "02_deacl")
     records.need(s.profile, "02_deacl")
-    evaluate.examples("depth", s)
+    examples.make("depth", s)
     found = evaluate.run_task("depth", s)
     report.write_table(3, s.profile)
     records.finish(s.profile, "05_attack_depth", records=len(found))
@@ -73,7 +73,7 @@ def test_eps_that_is_tried_changes_no_table_and_trains_nothing(project, monkeypa
     _tables()
     places = records.results_dir("toy"), records.figures_dir("toy"), records.runs_dir("toy")
     before = _bytes(*places)
-    monkeypatch.setattr(heads, "fit", None)
+    monkeypatch.setattr(training, "fit", None)
     monkeypatch.setattr(deacl, "train_epoch", None)
     s, found = _tables({"attack": {"steps": 2, "eps": 0.06}})
     assert {r["settings"]["attack"]["eps"] for r in found if r["attack"] != "clean"} == {0.06}

@@ -167,7 +167,7 @@ def test_record_and_notes_say_on_how_many_of_the_images_the_head_was_trained(roo
     trees.nyuv2(root)
     used = _settings(root, n_train)
     model, test = evaluate.prepared("depth", "nyuv2", planted.encoder(), used, "standard")
-    record = evaluate.cell(model, test, ("standard", 0), "clean", used)
+    record = evaluate.Cell(model, test, "clean", used).run()
     assert (record["n_train"], record["n_train_asked"]) == (3, n_asked)  # one is held out
     said = tables.table_files(3, [record])["md"]
     words = "Fewer training images were there than asked for: the head on nyuv2 was trained on 3 of 5 images."

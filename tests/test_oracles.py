@@ -5,14 +5,15 @@ import math
 
 import pytest
 import torch
-from planted import Backbone, brightness_model, images, model, target
+from planted import Backbone, brightness_model, images, model, strong_attacks, target
 from torch import nn
 
-from ssl_robust import attacks, datasets, deacl, evaluate, metrics, strong
+from ssl_robust import attacks, datasets, deacl, evaluate, metrics
 from ssl_robust.datasets import IGNORE, Item
 from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
 from ssl_robust.heads import BINS, HEADS, MIN_DEPTH, TaskModel
 from ssl_robust.settings import Attack, DeACL
+from ssl_robust.strong import autoattack
 from ssl_robust.tasks import TASKS
 
 EPS = 8 / 255
@@ -385,7 +386,7 @@ def test_rmse_of_a_monotone_depth_model_through_the_whole_pipeline(toys):
 
 # --- adversarial images that surely exist, or surely do not ---
 
-ALL = [(task, kind) for task in TASKS for kind in ("task", *strong.NAMES[task])]
+ALL = [(task, kind) for task in TASKS for kind in ("task", *strong_attacks(task))]
 AIMED = {"apgd_far": 0, "apgd_near": 1}  # the side on which the scene has to lie for the attack to hurt
 
 
@@ -411,12 +412,11 @@ def _badness(task, planted, adv, truth):
 
 @pytest.mark.parametrize(("task", "kind"), ALL)
 def test_what_surely_exists_is_found_and_what_surely_does_not_is_not(task, kind, monkeypatch):
-    monkeypatch.setattr(strong, "QUERIES", 5)
+    monkeypatch.setattr(autoattack, "QUERIES", 5)
     margins = [0.01, -0.01, 0.025, -0.025, 0.045, -0.045]  # of a ball of 0.031
     planted, x, truth = _planted(task, margins)
     assert (_badness(task, planted, x, truth) < 0.15).all()
-    run = strong.attacked if kind in strong.TITLES else attacks.attacked
-    adv = run(kind, planted, x, truth, _ids(6), Attack(steps=20 if kind == "task" else 4), 0)
+    adv = attacks.attacked(kind, planted, x, truth, _ids(6), Attack(steps=20 if kind in ("task", "mifgsm") else 4), 0)
     badness = _badness(task, planted, adv, truth)
     hurt = [i for i in range(4) if kind not in AIMED or (margins[i] > 0) == bool(AIMED[kind])]
     assert (badness[hurt] > 0.85).all()

@@ -13,7 +13,7 @@ import torch
 import trees
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_robust import datasets, encoders, evaluate, heads, records
+from ssl_robust import attacks, datasets, encoders, records
 from ssl_robust.ops import cost, plan, run
 from ssl_robust.settings import BadInput, EncoderRow, Settings, check, read_params
 from ssl_robust.tasks import TASKS
@@ -135,7 +135,7 @@ def test_an_images_size_is_what_the_transform_makes():
 def test_rows_and_steps_of_a_tiny_profile_by_hand():
     work = plan.all_work(settings())
     for task in TASKS:
-        cells = [w for w in only(work, task=task) if w.what in evaluate.KINDS]
+        cells = [w for w in only(work, task=task) if w.what in attacks.KINDS]
         rows = [(w.defense, w.what, w.images, w.steps) for w in cells]
         named = [d for d in ("standard", "deacl-epoch1", "deacl") for _ in range(3)] + ["Figure 1"] * 3
         kinds = [("clean", 0), ("embed", 3), ("task", 3)] * 4
@@ -218,7 +218,7 @@ def test_strong_attacks_and_sanity_checks_are_counted_where_asked_for():
 
 
 def test_heads_whose_tokens_do_not_fit_are_encoded_in_every_epoch(monkeypatch):
-    monkeypatch.setattr(heads, "CACHE", 10 * 4 * 160)
+    monkeypatch.setattr(training, "CACHE", 10 * 4 * 160)
     (cls, dense) = (
         only(plan.all_work(settings()), task=t, what="tokens", stage="01_heads")[0] for t in ("classification", "depth")
     )
@@ -317,7 +317,7 @@ def ratios(folder: Path) -> dict[str, list[tuple[float, float, bool]]]:
     """(expected, measured) seconds of each record of a run, and whether images left the attack early, by task."""
     base, found = profile(folder.parent.name), {task: [] for task in TASKS}
     for record in records.read_records(folder):
-        if record["attack"] not in evaluate.KINDS:
+        if record["attack"] not in attacks.KINDS:
             continue
         used = base.model_copy(update={record["task"]: type(base.task(record["task"]))(**record["settings"]["task"])})
         (row,) = [r for r in base.encoders if r.name == record["encoder"]]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ssl_robust import datasets, evaluate, settings
+from ssl_robust.trust import evidence
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 WEIGHTS = "weights/vit_tiny_patch16_224.tinyimagenet200.fp16.safetensors"
@@ -45,7 +46,7 @@ def test_cross_entropy_has_no_gradient_on_most_images_of_this_head(certain):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_pgd_breaks_it_all_the_same(certain, precision):
     model, test, given = certain
-    clean, _ = evaluate.measured(model, test, "clean", given)
-    found, _ = evaluate.measured(model, test, "task", given.model_copy(update={"precision": precision}))
+    clean, _ = evaluate.Cell(model, test, "clean", given).measured()
+    found, _ = evaluate.Cell(model, test, "task", given.model_copy(update={"precision": precision})).measured()
     assert clean["value"] > 0.3 and found["value"] <= 0.02
-    assert found["health"]["zero_gradient"] == 0 and not found["health"]["flags"]
+    assert found["health"]["zero_gradient"] == 0 and not evidence.flags(found["health"])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from ssl_robust import attacks, datasets, encoders, evaluate, heads, metrics, records, settings
+from ssl_robust import attacks, datasets, encoders, evaluate, heads, metrics, protocol, records, settings, training
 from ssl_robust.datasets import IGNORE, Subset
-from ssl_robust.protocols import released
+from ssl_robust.protocols import effects, released
 from ssl_robust.settings import DIFFERENCES, Attack, BadInput
 from ssl_robust.tasks import TASKS
 
@@ -45,7 +45,7 @@ def test_the_differences_are_those_of_the_settings():
 
 
 @pytest.mark.parametrize(
-    ("protocol", "names", "label"),
+    ("given", "names", "label"),
     [
         ("paper", (), "paper"),
         ([], (), "paper"),
@@ -54,9 +54,9 @@ def test_the_differences_are_those_of_the_settings():
         (list(DIFFERENCES), DIFFERENCES, "released"),
     ],
 )
-def test_protocols_and_how_records_write_them(protocol, names, label):
-    assert released.active(_in(protocol)) == frozenset(names)
-    assert released.label(frozenset(names)) == label
+def test_protocols_and_how_records_write_them(given, names, label):
+    assert protocol.active(_in(given)) == frozenset(names)
+    assert protocol.label(frozenset(names)) == label
 
 
 def test_an_unknown_difference_is_refused():
@@ -76,7 +76,7 @@ def test_nothing_is_replaced_in_the_papers_protocol():
     assert released.test_images(test, NONE) is test
     for task in TASKS:
         assert released.reduction(task, CLASSES, NONE) is metrics.value_of_sums
-        for kind in evaluate.KINDS:
+        for kind in attacks.KINDS:
             assert released.statistics(task, kind, NONE) is metrics.statistics
         for kind in ("embed", "task"):
             assert released.attack_loss(kind, task, NONE) == []
@@ -91,7 +91,7 @@ def test_a_difference_leaves_the_other_tasks_alone(name, toys):
         replaced += [released.adjusted(given, 224).task(task) != given.task(task)]
         replaced += [released.reduction(task, CLASSES, names) is not metrics.value_of_sums]
         replaced += [released.statistics(task, "task", names) is not metrics.statistics]
-        replaced += [released.as_judged("task", _model(task, name), adv) is not adv]
+        replaced += [released.as_judged("task", _model(task, name), adv, names) is not adv]
         subset = Subset("scenes", task, [], datasets.transform(task, "test", 32, 16))
         replaced += [released.test_images(subset, names) is not subset]
         changed |= {task} if any(replaced) else set()
@@ -280,7 +280,7 @@ def test_images_of_dense_task_attacks_are_judged_without_normalisation(task):
     bare = _model(task, "unnormalised_evaluation")
     bare.encoder.mean.zero_()
     bare.encoder.std.fill_(1)
-    for kind in evaluate.KINDS:
+    for kind in attacks.KINDS:
         without = kind == "task" and task != "classification"
         assert torch.allclose(evaluate.judged(kind, model, x), (bare if without else model)(x), atol=1e-5)
         assert torch.equal(evaluate.judged(kind, _model(task), x), model(x))
@@ -325,7 +325,7 @@ def test_miou_without_the_background():
     reference = MulticlassJaccardIndex(3, ignore_index=0)(said[shown != IGNORE], target[shown != IGNORE].long())
     assert metrics.value("segmentation", stats, reduce) == pytest.approx(float(reference), abs=1e-6)
     # the best constant is class 2, 3 of the 5 pixels that count, over two classes
-    found = released.chances("segmentation", list(target), CLASSES)
+    found = released.chances("segmentation", list(target), CLASSES, NONE)
     assert found[released.way("segmentation", "task", CLASSES, _names("class0_ignored"))] == pytest.approx(3 / 5 / 2)
 
 
@@ -424,7 +424,7 @@ def _records(task, protocol):
 def test_every_record_is_made_anew_in_another_protocol(task, planted_encoder):
     found = {label: _records(task, label) for label in ("paper", "released")}
     single = _records(task, ["depth_unmasked", "embed_mse"])
-    for kind in evaluate.KINDS:
+    for kind in attacks.KINDS:
         records_of = [found["paper"][kind], found["released"][kind], single[kind]]
         assert [r["protocol"] for r in records_of] == ["paper", "released", ["depth_unmasked", "embed_mse"]]
         assert len({r["key"] for r in records_of}) == 3
@@ -444,7 +444,7 @@ def test_released_depth_differs_where_it_must(planted_encoder):
 
 def test_effects_are_a_row_for_each_difference_of_a_task(planted_encoder):
     given = planted.settings(attack={"steps": 2}, segmentation={"epochs": 2})
-    table = evaluate.effects(given)
+    table = effects.effects(given)
     for task in TASKS:
         rows = table[table["task"] == task].set_index("protocol")
         names = [name for name, d in released.DIFFERENCES.items() if task in d["tasks"]]
@@ -452,12 +452,12 @@ def test_effects_are_a_row_for_each_difference_of_a_task(planted_encoder):
         assert rows[["clean", "embed", "attack", "clean_se", "embed_se", "attack_se"]].notna().all().all()
         assert (rows["n"] == 8).all() and (rows["encoder"] == "planted").all()
         for name in names:
-            untouched = set(evaluate.KINDS) - set(released.TOUCHES.get(name, evaluate.KINDS))
+            untouched = set(attacks.KINDS) - set(released.TOUCHES.get(name, attacks.KINDS))
             for kind in untouched:
                 column = {"task": "attack"}.get(kind, kind)
                 assert rows[column][name] == rows[column]["paper"]
     assert not list(records.results_dir("toy").glob("*/*__*__*__*.json"))  # no table shows them
-    again = evaluate.effects(given)
+    again = effects.effects(given)
     assert again.equals(table)
 
 
@@ -465,16 +465,16 @@ def test_effects_are_a_row_for_each_difference_of_a_task(planted_encoder):
 def test_attacks_that_a_difference_cannot_touch_give_the_same_number(name, kinds, planted_encoder):
     task = next(t for t in reversed(TASKS) if t in released.DIFFERENCES[name]["tasks"])
     paper, other = _records(task, "paper"), _records(task, [name])
-    for kind in set(evaluate.KINDS) - set(kinds):
+    for kind in set(attacks.KINDS) - set(kinds):
         assert other[kind]["value"] == paper[kind]["value"] and other[kind]["statistics"] == paper[kind]["statistics"]
 
 
 def test_effects_leave_the_heads_of_the_paper_alone(planted_encoder, monkeypatch):
-    trained, fit = [], heads.fit
-    monkeypatch.setattr(heads, "fit", lambda *args: trained.append(args[0]) or fit(*args))
+    trained, fit = [], training.fit
+    monkeypatch.setattr(training, "fit", lambda *args: trained.append(args[0]) or fit(*args))
     alone = planted.settings(attack={"steps": 1}).model_copy(update={"classification": None, "depth": None})
     for _ in range(2):
-        evaluate.effects(alone)
+        effects.effects(alone)
         assert len(trained) == 4  # the paper's, head_recipe, native_input and all together
     folder = records.runs_dir("toy") / "heads"
     names = ("standard", "standard-head_recipe", "standard-native_input", "standard-released")

@@ -818,7 +818,7 @@ def test_captions_say_what_is_flagged_in_the_figures(project):
     save_file({}, project / "runs/test/examples/depth__0.safetensors", about)
     (project / "runs/test/examples/segmentation__0.safetensors").write_bytes(b"damaged")
     for task in ("depth", "segmentation"):
-        records.write_json(f"{task}__0.safetensors", evidence.examples_path("test", task))
+        records.write_json(f"{task}__0.safetensors", records.examples_path("test", task))
     for name in ("fig1", "fig2", "sanity"):
         records.write_bytes(b"\x89PNG picture", project / f"figures/test/{name}.png")
     page = report.write_index("test").read_text()
@@ -840,7 +840,7 @@ def test_figure_1_is_drawn_with_the_daggers_of_its_attacks(project, monkeypatch,
     images = {name: torch.full((1, 3, 4, 4), 0.5) for name in ("images", "adv_embed", "adv_task")}
     masks = {name: mask.clone() for name in ("target", "pred_clean", "pred_embed", "pred_task")}
     records.write_tensors(images | masks, about, project / "runs/test/examples/segmentation__0.safetensors")
-    records.write_json("segmentation__0.safetensors", evidence.examples_path("test", "segmentation"))
+    records.write_json("segmentation__0.safetensors", records.examples_path("test", "segmentation"))
     for defense, attack in (("standard", "task"), ("standard", "clean"), ("deacl", "embed")):
         path = records.record_path("test", "segmentation", "scenes", "embedded_vit", defense, attack)
         records.write_json({**records.read_json(path), "health": {"flags": ["weak"]}}, path)

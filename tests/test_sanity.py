@@ -167,7 +167,7 @@ def test_all_rows_are_checked_written_and_kept(tuned, monkeypatch):
         (task, "toys", "planted", defense) for task in TASKS for defense in ("standard", "deacl")
     ]
     for row in found:
-        path = evidence.checks_path("toy", *(row[k] for k in sanity.KEYS))
+        path = records.checks_path("toy", *(row[k] for k in sanity.KEYS))
         assert records.read_record(path) == row and row["n"] == 4 and row["checks"]["zero_is_clean"]
         assert row["checks"]["transfer"]["from"] == "planted at random init"
     assert records.read_records(records.results_dir("toy")) == []  # no record of a table
@@ -244,7 +244,7 @@ def test_checks_whose_statistics_are_gone_are_made_again(suffix, tuned):
 def test_a_damaged_result_is_made_again(tuned):
     only = tuned.model_copy(update={"segmentation": None, "depth": None})
     first, _ = sanity.run_all(only)
-    path = evidence.checks_path("toy", *(first[k] for k in sanity.KEYS))
+    path = records.checks_path("toy", *(first[k] for k in sanity.KEYS))
     path.write_text(path.read_text().replace('"n": 4', '"n": 5'))
     assert sanity.run_all(only)[0]["checks"] == first["checks"] and records.read_record(path)["n"] == 4
 

@@ -11,10 +11,10 @@ import planted
 import pytest
 from safetensors.torch import load_file
 
-from ssl_robust import datasets, deacl, encoders, evaluate, heads, records, strong
+from ssl_robust import datasets, deacl, encoders, evaluate, heads, records, strong, training
 from ssl_robust.ops import plan, run, stages, wanted
 from ssl_robust.settings import EncoderRow, Sanity
-from ssl_robust.show import report
+from ssl_robust.show import examples, report
 from ssl_robust.tasks import TASKS
 from ssl_robust.trust import evidence, sanity
 
@@ -42,9 +42,9 @@ def _settings(**changes):
 def _make(settings):
     """What the notebooks 01 to 05 and 07 do."""
     deacl.finetune_all(settings)
-    heads.fit_all(settings)
+    training.fit_all(settings)
     for task in TASKS:
-        evaluate.examples(task, settings)
+        examples.make(task, settings)
         evaluate.run_task(task, settings)
     sanity.run_all(settings)
 

@@ -8,27 +8,29 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from planted import brightness_model, images, model, target
+from planted import brightness_model, images, model, strong_attacks, target
 from pyautoattack import AutoAttack
 
-from ssl_robust import attacks, strong
+from ssl_robust import attacks
 from ssl_robust.datasets import IGNORE, image_seed
 from ssl_robust.settings import Attack, BadInput
+from ssl_robust.strong import apgd, autoattack, dense
 from ssl_robust.tasks import TASKS
 from ssl_robust.trust import evidence, health
 
 SHORT = Attack(steps=2)
-EACH = pytest.mark.parametrize(("task", "name"), [(task, name) for task in TASKS for name in strong.NAMES[task]])
+NAMES = {task: strong_attacks(task) for task in TASKS}
+EACH = pytest.mark.parametrize(("task", "name"), [(task, name) for task in TASKS for name in NAMES[task]])
 OWN = pytest.mark.parametrize(
-    ("task", "name"), [(task, name) for task in TASKS for name in strong.NAMES[task] if name != "autoattack"]
+    ("task", "name"), [(task, name) for task in TASKS for name in NAMES[task] if name != "autoattack"]
 )
-PIXEL_LOSSES = [strong.mean_cross_entropy, strong.cosine_weighted, strong.wrongness, *strong.LOSSES["sea"]]
+PIXEL_LOSSES = [dense.mean_cross_entropy, dense.cosine_weighted, dense.wrongness, *dense.LOSSES["sea"]]
 
 
 @pytest.fixture(autouse=True)
 def queries(monkeypatch):
     """Few of them: what Square would still find takes most of AutoAttack's time."""
-    monkeypatch.setattr(strong, "QUERIES", 5)
+    monkeypatch.setattr(autoattack, "QUERIES", 5)
 
 
 def _ids(count):
@@ -36,7 +38,7 @@ def _ids(count):
 
 
 def _run(name, planted, x, truth, attack=SHORT, seed=0, **more):
-    return strong.attacked(name, planted, x, truth, _ids(len(x)), attack, seed, **more)
+    return attacks.attacked(name, planted, x, truth, _ids(len(x)), attack, seed, **more)
 
 
 def _saturated(task, factor=1e5):
@@ -57,8 +59,8 @@ def _around_half(margins):
 
 
 def test_names_serve_as_file_names_and_have_titles():
-    names = [name for task in TASKS for name in strong.NAMES[task]]
-    assert len(set(names)) == len(names) and set(strong.TITLES) == set(names)
+    names = [name for task in TASKS for name in NAMES[task]]
+    assert {*names} <= {*attacks.known()} and all(attacks.known()[name].title for name in names)
     assert all(re.fullmatch(r"[a-z]+(_[a-z]+)?", name) for name in names)
 
 
@@ -100,13 +102,11 @@ def test_starts_are_drawn_from_seed_and_image(task, name, seed, monkeypatch):
         pass
 
     def stop(*given, **named):
-        raise Started(given[5] if name == "autoattack" else given[3 if name == "cospgd" else 4])
+        raise Started(given[5] if name == "autoattack" else given[3 if name in ("cospgd", "mifgsm") else 4])
 
     x = images(2)
-    place = attacks if name == "cospgd" else strong
-    monkeypatch.setattr(
-        place, {"cospgd": "pgd", "sea": "shrinking", "autoattack": "autoattack"}.get(name, "apgd"), stop
-    )
+    loop = {"cospgd": "pgd", "mifgsm": "pgd", "sea": "shrinking", "autoattack": "autoattack"}.get(name, "apgd")
+    monkeypatch.setattr({"pgd": attacks, "autoattack": autoattack}.get(loop, dense), loop, stop)
     with pytest.raises(Started) as started:
         _run(name, model(task), x, target(task, x), seed=seed)
     if name == "autoattack":
@@ -119,8 +119,10 @@ def test_starts_are_drawn_from_seed_and_image(task, name, seed, monkeypatch):
 def test_an_image_is_attacked_alike_in_any_batch(task, name):
     planted, x = model(task), images(3)
     truth, ids = target(task, x), _ids(3)
-    together = strong.attacked(name, planted, x, truth, ids, SHORT, 0)
-    alone = [strong.attacked(name, planted, x[i : i + 1], truth[i : i + 1], ids[i : i + 1], SHORT, 0) for i in range(3)]
+    together = attacks.attacked(name, planted, x, truth, ids, SHORT, 0)
+    alone = [
+        attacks.attacked(name, planted, x[i : i + 1], truth[i : i + 1], ids[i : i + 1], SHORT, 0) for i in range(3)
+    ]
     # rounding turns the sign of a gradient that is all but zero, hence not every pixel
     assert torch.isclose(torch.cat(alone), together, atol=1e-6).float().mean() > 0.99
 
@@ -134,7 +136,7 @@ def test_steps_in_bf16_stay_in_the_ball(task, name):
 
 def test_an_attack_of_another_task_is_refused():
     for name in ("sea", "pgd"):
-        with pytest.raises(BadInput, match=f"no strong attack '{name}' on depth; choose one of: apgd_depth"):
+        with pytest.raises(BadInput, match=f"no attack '{name}' on depth; choose one of: clean, embed, task, apgd"):
             _run(name, model("depth"), images(1), None)
 
 
@@ -158,7 +160,7 @@ def test_every_attack_says_how_its_gradients_were(task, name):
     if name == "autoattack":
         assert found["gradients"] > SHORT.steps and found["nan_share"] == 0
     else:
-        last = round(0.4 * 5 * SHORT.steps) if name == "sea" else 5 * SHORT.steps
+        last = {"sea": round(0.4 * 5 * SHORT.steps), "mifgsm": SHORT.steps}.get(name, 5 * SHORT.steps)
         assert (found["images"], found["steps"], found["nan_gradient"]) == (3, last, 0)
 
 
@@ -190,7 +192,7 @@ def test_of_several_losses_the_trace_is_of_the_one_that_was_taken():
         attacks.note(found, None, torch.arange(2), torch.tensor(losses[-1]))
         return found
 
-    joined = strong._of_chosen([trace([1.0, 2.0], [3.0, 4.0]), trace([5.0, 6.0])], torch.tensor([1, 0]))
+    joined = dense._of_chosen([trace([1.0, 2.0], [3.0, 4.0]), trace([5.0, 6.0])], torch.tensor([1, 0]))
     assert [(e["step"], e["index"].tolist(), e["loss"].tolist()) for e in joined] == [
         (1, [1], [2.0]), (2, [1], [4.0]), (1, [0], [5.0]), (None, [0, 1], [5.0, 4.0])
     ]  # fmt: skip
@@ -224,12 +226,11 @@ def test_autoattack_with_three_classes_and_a_saturated_softmax(seed):
     assert left[0] == 6 > left[1] >= left[2]
 
 
-@pytest.mark.parametrize("name", ["task", *strong.NAMES["segmentation"]])
+@pytest.mark.parametrize("name", ["task", *NAMES["segmentation"]])
 def test_every_attack_breaks_pixels_whose_softmax_is_saturated(name):
     x, _ = _around_half([0.02, 0.06])
     planted, mask = _saturated("segmentation"), torch.ones(2, 16, 16, dtype=torch.uint8)
-    run = attacks.attacked if name == "task" else strong.attacked
-    wrong = planted(run(name, planted, x, mask, _ids(2), Attack(steps=16), 0)).argmax(1) != mask
+    wrong = planted(attacks.attacked(name, planted, x, mask, _ids(2), Attack(steps=16), 0)).argmax(1) != mask
     assert wrong[0].all() and not wrong[1].any()
 
 
@@ -245,7 +246,7 @@ def test_at_least_as_strong_as_pgd_in_what_is_judged(task, name, seed):
     pgd = attacks.attacked("task", planted, x, truth, _ids(2), Attack(), 0)
     adv = _run(name, planted, x, truth, Attack(steps=6))
     truth = truth.long() if task == "segmentation" else truth
-    judged = [strong.SCORES[task](planted(images), truth).mean() for images in (adv, pgd)]
+    judged = [dense.SCORES[task](planted(images), truth).mean() for images in (adv, pgd)]
     assert judged[0] >= judged[1] * (1 - 1e-4)
 
 
@@ -253,9 +254,9 @@ def test_at_least_as_strong_as_pgd_in_what_is_judged(task, name, seed):
 
 
 def test_its_parts_are_those_that_are_defined():
-    assert strong.parts(2) == ["apgd-ce", "fab-t", "square"]
-    assert strong.parts(3) == ["apgd-ce", "apgd-dlr", "fab-t", "square"]
-    assert strong.parts(4) == strong.parts(1000) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert autoattack.parts(2) == ["apgd-ce", "fab-t", "square"]
+    assert autoattack.parts(3) == ["apgd-ce", "apgd-dlr", "fab-t", "square"]
+    assert autoattack.parts(4) == autoattack.parts(1000) == ["apgd-ce", "apgd-t", "fab-t", "square"]
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 12])
@@ -270,7 +271,7 @@ def test_it_runs_with_any_number_of_classes(classes):
         gap = linear(x).topk(2).values.diff().abs().flatten()
         order = linear(x).argsort(1, descending=True)
         reach = gap / (weight[order[:, 0]] - weight[order[:, 1]]).abs().sum(1)
-        adv = strong.autoattack(linear, x, order[:, 0], float(reach.max() * scale), 6, 0)
+        adv = autoattack.autoattack(linear, x, order[:, 0], float(reach.max() * scale), 6, 0)
         if scale > 1:
             assert (linear(adv).argmax(1) != order[:, 0]).all()
         assert (adv - x).abs().max() <= reach.max() * scale + 1e-6
@@ -287,7 +288,7 @@ def _attributes(auto):
 
 def test_with_the_papers_steps_it_is_the_standard_version(monkeypatch):
     made = []
-    monkeypatch.setattr(strong, "QUERIES", 50)
+    monkeypatch.setattr(autoattack, "QUERIES", 50)
     monkeypatch.setattr(
         AutoAttack, "run_standard_evaluation", lambda self, x, y, batch_size: made.append(self) or (x, y)
     )
@@ -309,8 +310,8 @@ def test_images_that_are_wrong_already_come_back_as_they_are():
 
 
 def test_checkpoints_by_hand():
-    assert strong.checkpoints(100) == {22, 41, 57, 70, 80, 87, 93, 99}
-    assert strong.checkpoints(4) == {1, 2, 3, 4} and strong.checkpoints(1) == {1}
+    assert apgd.checkpoints(100) == {22, 41, 57, 70, 80, 87, 93, 99}
+    assert apgd.checkpoints(4) == {1, 2, 3, 4} and apgd.checkpoints(1) == {1}
 
 
 def _followed(peaks, starts, steps, eps=0.1):
@@ -322,7 +323,7 @@ def _followed(peaks, starts, steps, eps=0.1):
         seen.append(adv.detach()[:, 0, 0, 0].tolist())
         return -((adv[:, 0, 0, 0] - peaks) ** 2)
 
-    adv = strong.apgd(x, loss_fn, eps, steps, torch.tensor(starts).double()[:, None, None, None].expand_as(x))
+    adv = apgd.apgd(x, loss_fn, eps, steps, torch.tensor(starts).double()[:, None, None, None].expand_as(x))
     return torch.tensor(seen), adv[:, 0, 0, 0].tolist()
 
 
@@ -342,7 +343,7 @@ def test_the_step_is_halved_where_the_best_has_not_changed():
         seen.append(float(adv[0, 0, 0, 0].detach()))
         return adv.flatten(1).sum(1), torch.tensor([1000.0 if len(seen) == 1 else len(seen)])
 
-    adv = strong.apgd(x, loss_fn, 0.1, 100)
+    adv = apgd.apgd(x, loss_fn, 0.1, 100)
     assert torch.equal(adv, x)
     # at 22 back to 0.5, with steps of 0.1 and momentum from 0.6; not at 41, as it was halved at 22; at 57 again
     assert seen[22:24] == pytest.approx([0.6, 0.5 + 0.75 * 0.1 - 0.25 * 0.1])
@@ -363,13 +364,13 @@ def test_best_iterate_is_never_worse_than_the_start_or_the_other_iterates():
     x, start, last_is_worse = images(4), attacks.random_start(images(4), 0.2, _ids(4), 0), 0
     for steps in (1, 2, 3, 5, 8, 12):
         seen = []
-        adv = strong.apgd(x, lambda a, t, seen=seen: seen.append(_waves(a).detach()) or _waves(a), 0.2, steps, start)
+        adv = apgd.apgd(x, lambda a, t, seen=seen: seen.append(_waves(a).detach()) or _waves(a), 0.2, steps, start)
         assert len(seen) == steps + 1 and torch.equal(_waves(adv), torch.stack(seen).amax(0))
         last_is_worse += int((seen[-1] < _waves(adv)).sum())
     assert last_is_worse  # so the last iterate alone would not do
     assert (_waves(adv) >= _waves(start)).all()
     top = start.clamp(x - 0.2, x + 0.2)
-    assert torch.equal(strong.apgd(x, lambda a, t: -((a - top) ** 2).flatten(1).sum(1), 0.2, 5, start), top)
+    assert torch.equal(apgd.apgd(x, lambda a, t: -((a - top) ** 2).flatten(1).sum(1), 0.2, 5, start), top)
 
 
 def test_iterates_are_judged_by_the_score_where_there_is_one():
@@ -378,7 +379,7 @@ def test_iterates_are_judged_by_the_score_where_there_is_one():
     def loss_fn(adv, t):  # ascends to brighter images, darker ones are judged better
         return adv.flatten(1).sum(1), -adv.detach().flatten(1).sum(1)
 
-    assert torch.equal(strong.apgd(x, loss_fn, 0.1, 10), x)
+    assert torch.equal(apgd.apgd(x, loss_fn, 0.1, 10), x)
 
 
 def test_a_gradient_that_is_no_number_moves_nothing():
@@ -388,7 +389,7 @@ def test_a_gradient_that_is_no_number_moves_nothing():
     def loss_fn(adv, t):
         return adv.flatten(1).sum(1).sqrt() - adv.flatten(1).sum(1).sqrt()  # the first image: infinity minus infinity
 
-    adv = strong.apgd(x, loss_fn, 0.1, 3)
+    adv = apgd.apgd(x, loss_fn, 0.1, 3)
     assert adv.isfinite().all() and torch.equal(adv[0], x[0])
 
 
@@ -409,12 +410,12 @@ def test_ignored_pixels_have_no_influence(loss, scored):
     logits, mask = scored
     other = torch.where((mask == IGNORE)[:, None], 50 * logits.flip(1), logits).requires_grad_(True)
     assert torch.equal(loss(other, mask), loss(logits, mask))
-    if loss is not strong.wrongness:
+    if loss is not dense.wrongness:
         loss(other, mask).sum().backward()
         assert (other.grad.movedim(1, -1)[mask == IGNORE] == 0).all() and (other.grad != 0).any()
 
 
-@OWN
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task in ("segmentation", "depth") for name in NAMES[task]])
 def test_an_image_without_a_target_stays_where_it_starts(task, name):
     planted, x = model(task), images(2)
     nothing = torch.full((2, 16, 16), float(IGNORE) if task == "segmentation" else 0.0)
@@ -442,14 +443,14 @@ def _by_hand(name, scores, label):
     }[name]
 
 
-@pytest.mark.parametrize("loss", [loss for loss in PIXEL_LOSSES if loss is not strong.wrongness])
+@pytest.mark.parametrize("loss", [loss for loss in PIXEL_LOSSES if loss is not dense.wrongness])
 def test_pixel_losses_by_hand(loss, scored):
     logits, mask = scored
     for found, scores, labels in zip(loss(logits, mask), logits, mask, strict=True):
         pixels = [(r, c) for r in range(6) for c in range(5) if labels[r, c] != IGNORE]
         total = 0.0
         for r, c in pixels:
-            weight = 1 / int((labels == labels[r, c]).sum()) if loss is strong.balanced_cross_entropy else 1
+            weight = 1 / int((labels == labels[r, c]).sum()) if loss is dense.balanced_cross_entropy else 1
             total += weight * _by_hand(loss.__name__, scores[:, r, c].tolist(), int(labels[r, c]))
         assert float(found) == pytest.approx(total / len(pixels), rel=1e-4)
 
@@ -461,8 +462,8 @@ def test_a_further_wrong_pixel_outweighs_any_cross_entropy(scored):
     fewer, more = (torch.nn.functional.one_hot(mask % IGNORE, 4).movedim(-1, 1).float() for _ in range(2))
     more[0, label, r, c], more[0, 3, r, c] = 0, 1  # one pixel wrong, by little
     fewer *= 0.01  # none wrong, all nearly
-    assert strong.wrongness(more, mask)[0] > strong.wrongness(fewer, mask)[0] > strong.wrongness(100 * fewer, mask)[0]
-    assert strong.wrongness(-1e30 * fewer, mask).max() <= 1
+    assert dense.wrongness(more, mask)[0] > dense.wrongness(fewer, mask)[0] > dense.wrongness(100 * fewer, mask)[0]
+    assert dense.wrongness(-1e30 * fewer, mask).max() <= 1
 
 
 def test_the_aimed_class_is_the_likeliest_that_the_mask_lacks(scored):
@@ -470,9 +471,9 @@ def test_the_aimed_class_is_the_likeliest_that_the_mask_lacks(scored):
     mask[1, 0, 0], mask[1, 5] = 3, 2  # the second image has all classes; class 3 is its rarest
     mask[0][mask[0] == 2] = 1  # the first lacks 2 and 3
     logits[0, 2] += 5
-    loss = strong.towards_class(lambda x: x, logits, mask)
+    loss = dense.towards_class(lambda x: x, logits, mask)
     aim = torch.where(mask == IGNORE, mask, torch.tensor([2, 3])[:, None, None])
-    assert torch.allclose(loss(logits, mask), -strong.mean_cross_entropy(logits, aim))
+    assert torch.allclose(loss(logits, mask), -dense.mean_cross_entropy(logits, aim))
 
 
 def test_towards_one_class_makes_every_pixel_wrong():
@@ -484,29 +485,29 @@ def test_towards_one_class_makes_every_pixel_wrong():
 def test_far_and_near_move_the_depth_to_their_sides():
     planted, x = model("depth"), images(3)
     truth = target("depth", x)
-    score = strong.squared_error
+    score = dense.squared_error
     far, near = (_run(name, planted, x, 0 * truth + end, Attack(steps=6)) for name, end in
-                 (("apgd_far", strong.MIN_DEPTH), ("apgd_near", strong.MAX_DEPTH)))  # fmt: skip
+                 (("apgd_far", dense.MIN_DEPTH), ("apgd_near", dense.MAX_DEPTH)))  # fmt: skip
     assert (planted(far).mean((1, 2)) > planted(x).mean((1, 2))).all()
     assert (planted(near).mean((1, 2)) < planted(x).mean((1, 2))).all()
     prediction = torch.tensor([[[1.0, 2.0], [3.0, 9.0]]])
     depth = torch.tensor([[[2.0, 2.0], [5.0, 0.0]]])  # the last pixel was not seen
     assert float(score(prediction, depth)) == pytest.approx(5 / 3)
-    assert float(strong.farther(prediction, depth)) == pytest.approx(-(9 + 8 + 7) / 3)
-    assert float(strong.nearer(prediction, depth)) == pytest.approx(-2, abs=0.01)
+    assert float(dense.farther(prediction, depth)) == pytest.approx(-(9 + 8 + 7) / 3)
+    assert float(dense.nearer(prediction, depth)) == pytest.approx(-2, abs=0.01)
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_ensemble_is_as_strong_as_its_strongest_member(order, monkeypatch):
     planted, x = model("segmentation", 1), images(3)
     mask, attack = target("segmentation", x), Attack(steps=1)
-    losses = strong.LOSSES["sea"][::order]
+    losses = dense.LOSSES["sea"][::order]
     start = attacks.random_start(x, attack.eps, _ids(3), 0)
     singly = []
     for loss in losses:
-        objective = strong._objective(planted, mask, loss, strong.wrongness)
-        singly.append(strong.wrongness(planted(strong.shrinking(x, objective, attack.eps, 5, start)), mask))
-    monkeypatch.setitem(strong.LOSSES, "sea", losses)
-    together = strong.wrongness(planted(_run("sea", planted, x, mask, attack)), mask)
+        objective = dense._objective(planted, mask, loss, dense.wrongness)
+        singly.append(dense.wrongness(planted(apgd.shrinking(x, objective, attack.eps, 5, start)), mask))
+    monkeypatch.setitem(dense.LOSSES, "sea", losses)
+    together = dense.wrongness(planted(_run("sea", planted, x, mask, attack)), mask)
     assert torch.allclose(together, torch.stack(singly).amax(0))
     assert not torch.allclose(singly[0], singly[-1])

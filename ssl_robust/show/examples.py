@@ -55,7 +55,7 @@ class Examples:
         x, target, ids = x.to(device), target.to(device), [self.test.ids[i] for i in indices]
         shown, precision = {"images": x, "target": target}, compute.precision(s.precision, device)
         for name in KINDS:
-            adv = attacks.KINDS[name].run(model, x, target, ids, s.attack, s.seed, precision)
+            adv = attacks.attacked(name, model, x, target, ids, s.attack, s.seed, precision)
             with torch.no_grad():
                 shown |= {
                     f"adv_{name}": adv,
@@ -67,24 +67,23 @@ class Examples:
         records.write_tensors(shown, records.about(self.made) | about, self.path)
 
 
-def usable(task: str, settings: Settings, load: Loader = encoders.load) -> Examples | None:
+def usable(task: str, settings: Settings, load: Loader | None = None, count: int = COUNT) -> Examples | None:
     """The examples of a task, made or not; None if every row is skipped. `load`: what loads an encoder."""
     standard = [row for row in settings.encoders if "standard" in row.defenses] or settings.encoders
     for dataset in settings.task(task).datasets:
         for row in standard:
             with skipping(settings, [], []):
-                return Examples(
-                    *evaluate.prepared(task, dataset, load(row, settings.data_root), settings, "standard"), settings
-                )
+                encoder = (load or encoders.load)(row, settings.data_root)
+                return Examples(*evaluate.prepared(task, dataset, encoder, settings, "standard"), settings, count)
     return None
 
 
-def make(task: str, settings: Settings) -> list[Path]:
+def make(task: str, settings: Settings, count: int = COUNT) -> list[Path]:
     """The file of a task's examples, made if it is not there; [] if every row is skipped.
 
     results/<profile>/examples/<task>.json names it, and Figure 1 is drawn from it. BadInput without attack settings.
     """
-    found, pointer = usable(task, settings), records.examples_path(settings.profile, task)
+    found, pointer = usable(task, settings, count=count), records.examples_path(settings.profile, task)
     if found is None:
         pointer.unlink(missing_ok=True)  # no old pictures either
         return []

@@ -18,7 +18,7 @@ def run(
     model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int, precision: str = "fp32",
     trace: attacks.Trace | None = None,
 ) -> Tensor:  # fmt: skip
-    """As attacks.perturb of the kind 'task', but for the direction of its steps; no image leaves early."""
+    """As attacks.attacked of the kind 'task', but for the direction of its steps; no image leaves early."""
     loss, start = (
         attacks.loss_for("task", model, x, target, attack.steps),
         attacks.random_start(x, attack.eps, ids, seed),

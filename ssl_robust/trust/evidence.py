@@ -61,8 +61,7 @@ def reasons(record: Record) -> list[str]:
 
 def own_flags(record: Record) -> list[str]:
     """Sentences on a record's own attack, by its health record's numbers and today's thresholds; none without one."""
-    health = record.get("health") or {}
-    return flags(health) if {"images", "gradients"} & {*health} else list(health.get("flags", ()))
+    return flags(record.get("health"))
 
 
 def flags(health: Record | None) -> list[str]:
@@ -114,11 +113,6 @@ def seed_values(record: Record) -> list[float]:
     return [record["value"], *(r["value"] for r in record.get("over_seeds", ()))]
 
 
-def checks_path(profile: str, task: str, dataset: str, encoder: str, defense: str) -> Path:
-    """File of one row's sanity checks; a folder deeper than the records of tables, which are read by their names."""
-    return disk.results_dir(profile) / "sanity" / task / f"{dataset}__{encoder}__{defense}.json"
-
-
 def sanity_flags(folder: Path) -> dict[str, list[str]]:
     """Flags of the sanity checks below `folder` by the key of the cell that they judge; empty without such checks.
 
@@ -128,11 +122,6 @@ def sanity_flags(folder: Path) -> dict[str, list[str]]:
     return {row["cell"]: row["flags"] for row in rows if row["flags"] and "cell" in row}
 
 
-def examples_path(profile: str, task: str) -> Path:
-    """File that names the images of Figure 1 that are the current ones of a task."""
-    return disk.results_dir(profile) / "examples" / f"{task}.json"
-
-
 def current_examples(profile: str) -> dict[str, Path]:
     """The images of Figure 1 that there are, task -> file in runs/<profile>/examples.
 
@@ -140,7 +129,7 @@ def current_examples(profile: str) -> dict[str, Path]:
     """
     found = {}
     for task in TASKS:
-        pointer, folder = examples_path(profile, task), disk.runs_dir(profile) / "examples"
+        pointer, folder = disk.examples_path(profile, task), disk.runs_dir(profile) / "examples"
         if pointer.is_file():
             name = disk.read_json(pointer)
             if name not in {path.name for path in folder.glob("*.safetensors")}:  # and so in no other folder

@@ -28,7 +28,6 @@ from ..settings import Attack, BadInput, EncoderRow, Sanity, Settings, skipping
 from ..show import plots
 from ..show.tiles import CLASSES, STYLE
 from ..tasks import TASKS
-from . import evidence
 
 KEYS = ["task", "dataset", "encoder", "defense"]
 SURE = 2  # standard errors by which one attack must be stronger than another to say so
@@ -103,7 +102,7 @@ def attacking(b: Bench, kind: str = "task", seed: int = 0, source: TaskModel | N
     attack, shifted = b.attack.model_copy(update=changes), b.seed + seed
 
     def make(model: TaskModel, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
-        return attacks.KINDS[kind].run(source or model, x, target, ids, attack, shifted, b.precision)
+        return attacks.attacked(kind, source or model, x, target, ids, attack, shifted, b.precision)
 
     return make
 
@@ -339,7 +338,7 @@ def check_row(model: TaskModel, test: Subset, defense: str, source: Source | Non
         records.write_tensors(records.packed(ordered), records.about(row["made_from"]), place)
         records.write_record(kept, evaluate.checks_place(settings.profile, row))
     kept = kept | {"cell": row["cell"]}  # of another version of the code, if that was kept
-    path = evidence.checks_path(settings.profile, *(row[key] for key in KEYS))
+    path = records.checks_path(settings.profile, *(row[key] for key in KEYS))
     records.write_record(kept, path)
     return records.read_record(path)
 
@@ -433,7 +432,7 @@ def check(task: str, dataset: str, row: EncoderRow, defense: str, settings: Sett
 
 def _show_only(shown: list[Result], profile: str) -> None:
     """Take rows that the settings no longer ask for out of results/<profile>; they stay where they are stored."""
-    names = [evidence.checks_path(profile, *(result[key] for key in KEYS)) for result in shown]
+    names = [records.checks_path(profile, *(result[key] for key in KEYS)) for result in shown]
     for path in (records.results_dir(profile) / "sanity").glob("*/*.json"):
         if path not in names:
             path.unlink()
