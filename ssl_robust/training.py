@@ -16,6 +16,7 @@ from . import compute, datasets, encoders, metrics, protocol, records
 from .datasets import Subset
 from .encoders import Encoder
 from .heads import HEADS, TaskModel, predict, tokens, training_loss
+from .parts import part
 from .progress import track
 from .settings import BadInput, Settings, TaskSettings, skipping
 from .tasks import TASKS
@@ -235,7 +236,7 @@ def fitted(
     train, val, path, made = sources(task, dataset, encoder, settings, defense)
     found = records.reusable_tensors(path, made)
     if found is None:
-        datasets.remarks(task, dataset, settings)  # refuses targets, those of the test too, that cannot be meant
+        part("trust.data").remarks(task, dataset, settings)  # refuses what cannot be meant
         chances = _chances(train, settings)
         head, history = fit(task, encoder.to(device), train, val, section, settings.seed, device)
         more = {"history": json.dumps(history), "chances": json.dumps(chances)}

@@ -11,13 +11,16 @@ import planted
 import pytest
 import torch
 import trees
+from PIL import Image
 from torchvision import datasets as tv_datasets
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-from ssl_robust import catalogue, datasets
-from ssl_robust.catalogue import DATASETS, IGNORE
-from ssl_robust.datasets import Subset
+from ssl_robust import datasets
+from ssl_robust.catalogue import nyuv2, tiny_imagenet
+from ssl_robust.datasets import DATASETS, Subset
+from ssl_robust.items import IGNORE
 from ssl_robust.settings import BadInput
+from ssl_robust.trust import data
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -444,7 +447,7 @@ def test_the_full_ade20k_is_said_to_be_in_colour(tmp_path, root):
     with pytest.raises(BadInput, match="is a colour picture .mode RGB.; store one number a pixel"):
         datasets.load("segmentation", "ade20k", "test", settings, 8)  # where damage is looked for, which it is not
     with pytest.raises(BadInput, match="is a colour picture .mode RGB.; store one number a pixel"):
-        datasets.overview(settings)
+        data.overview(settings)
 
 
 @pytest.mark.parametrize("label", [10, -1, 1.5])
@@ -505,10 +508,10 @@ def test_nyu_pictures_of_12_bits_are_refused(tmp_path):
 def test_zipped_images_of_16_bits_keep_their_upper_ones(tmp_path):
     ramp = np.tile(np.arange(64, dtype=np.uint16) * 1040, (4, 1))
     (tmp_path / "a.zip").write_bytes(trees.zipped("x.png", trees.png(ramp)))
-    assert np.array_equal(catalogue._zipped(tmp_path / "a.zip", "x.png")[..., 2], ramp >> 8)
+    assert np.array_equal(tiny_imagenet._zipped(tmp_path / "a.zip", "x.png")[..., 2], ramp >> 8)
     (tmp_path / "a.zip").write_bytes(trees.zipped("x.png", trees.png(ramp >> 4)))
     with pytest.raises(BadInput, match="x.png of .*a.zip has 16 bits a value of which it uses the lower ones only"):
-        catalogue._zipped(tmp_path / "a.zip", "x.png")
+        tiny_imagenet._zipped(tmp_path / "a.zip", "x.png")
 
 
 @pytest.mark.parametrize(
@@ -522,7 +525,7 @@ def test_zipped_images_of_16_bits_keep_their_upper_ones(tmp_path):
 def test_archives_that_cannot_be_read_are_said(tmp_path, hurt, words):
     whole = trees.zipped("x.png", b"ssl" * 1000)
     (tmp_path / "a.zip").write_bytes(hurt(whole))
-    part = datasets.Part(catalogue._zipped, tmp_path / "a.zip", "x.png")
+    part = datasets.Part(tiny_imagenet._zipped, tmp_path / "a.zip", "x.png")
     with pytest.raises(BadInput, match=words):
         datasets.read(datasets.Item("i", part, 0), "classification")
     home = tmp_path / "tiny-imagenet-200"
@@ -530,7 +533,7 @@ def test_archives_that_cannot_be_read_are_said(tmp_path, hurt, words):
     listed = trees.zipped("tiny-imagenet-200/wnids.txt", b"ssl" * 1000)
     (home / "a.zip").write_bytes(hurt(listed))
     with pytest.raises(BadInput, match="a.zip (is locked|is packed|cannot be read)"):
-        catalogue._tiny_text(home, "wnids.txt")
+        tiny_imagenet._tiny_text(home, "wnids.txt")
 
 
 ENCODED = {"BOM": "utf-8-sig", "UTF-16": "utf-16", "UTF-8": "utf-8"}
@@ -597,7 +600,7 @@ def test_palettes_are_no_depth(tmp_path):
     trees.depth_folder(tmp_path)
     subset = _subset(tmp_path, "sevenscenes", "depth")
     file = subset.items[0].target.file
-    catalogue.Image.fromarray(np.zeros((20, 26), np.uint8)).convert("P").save(file)
+    Image.fromarray(np.zeros((20, 26), np.uint8)).convert("P").save(file)
     with pytest.raises(BadInput, match=f"{file} is a colour picture .mode P.; store one number a pixel"):
         subset[0]
 
@@ -621,10 +624,10 @@ def test_check_covers_every_task_at_once(tmp_path):
     tasks = {t: {"datasets": [name, "nothing"], "n_val": 1} for t, name in sets.items()}
     deacl = {"dataset": "imagenette", "n_val": 1}
     settings = planted.settings(data_root=str(tmp_path), counts="any", deacl=deacl, **tasks)
-    assert len(datasets.check(settings)) == 7  # two of each task, one of DeACL
+    assert len(data.check(settings)) == 7  # two of each task, one of DeACL
     for make in (trees.tiny_imagenet, trees.cityscapes, trees.nyuv2, trees.wnids):
         make(tmp_path)
-    found = datasets.check(settings)
+    found = data.check(settings)
     assert len(found) == 3 and all("'nothing'" in sentence for sentence in found)
 
 
@@ -679,14 +682,14 @@ def test_real_ade20k_pairs():
     assert len(subset) == 3 and subset.classes[0] == "wall" and subset.classes[2] == "sky"
     for i in range(3):
         image, mask = subset.read(i)
-        raw = np.array(catalogue.Image.open(subset.items[i].target.file))
+        raw = np.array(Image.open(subset.items[i].target.file))
         assert image.shape[1:] == mask.shape and ((mask == IGNORE).numpy() == (raw == 0)).all()
         assert (mask.numpy()[raw > 0] == raw[raw > 0] - 1).all()
 
 
 def test_real_nyu_split():
     file = Path(_real("nyuv2/splits.mat")) / "nyuv2" / "splits.mat"
-    train, test = (catalogue._nyu_split(file, split) for split in ("train", "test"))
+    train, test = (nyuv2._nyu_split(file, split) for split in ("train", "test"))
     assert (
         (len(train), len(test))
         == (795, 654)

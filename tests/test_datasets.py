@@ -17,11 +17,14 @@ import torch
 import trees
 from PIL import Image
 
-from ssl_robust import catalogue, datasets, records, training
-from ssl_robust.catalogue import CIFAR10_CLASSES, Part
+from ssl_robust import datasets, records, training
+from ssl_robust.catalogue import pictures
+from ssl_robust.catalogue.cifar import CIFAR10_CLASSES
 from ssl_robust.datasets import IGNORE, Item, Subset
+from ssl_robust.items import Part
 from ssl_robust.ops import plan
 from ssl_robust.settings import BadInput
+from ssl_robust.trust import data
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -178,7 +181,7 @@ def test_pictures_of_rare_modes(mode):
     whole = smooth.convert({"La": "LA", "RGBa": "RGBA"}.get(mode, "RGB"))
     rare = smooth.convert("L").convert("P").convert("PA") if mode == "PA" else whole.convert(mode)
     rare.tile = ()  # as a picture that was opened has
-    assert np.abs(catalogue.rgb(rare, "it").astype(int) - GRAY[..., None]).max() <= 2  # YCbCr rounds
+    assert np.abs(pictures.rgb(rare, "it").astype(int) - GRAY[..., None]).max() <= 2  # YCbCr rounds
 
 
 def test_palettes_with_transparent_entries(tmp_path):
@@ -277,7 +280,7 @@ def test_scenes_serve_all_tasks_with_their_own_splits(root):
 @pytest.mark.parametrize("task", ["classification", "segmentation", "depth"])
 def test_real_files(task):
     name = REAL[task][0]
-    problems = [p for p in datasets.check(_settings(DATA)) if f"'{name}'" in p]
+    problems = [p for p in data.check(_settings(DATA)) if f"'{name}'" in p]
     if problems:
         pytest.skip(f"{name} is not in {DATA.parent.name}/data beside the project")
     subset = _load(task, "test", DATA, native=32, n_test=5)
@@ -576,26 +579,26 @@ def test_a_missing_data_folder_is_said_with_the_remedy(tmp_path):
 
 
 def test_check_lists_everything_that_is_missing(tmp_path):
-    assert len(datasets.check(_settings(tmp_path))) == 4  # one of each task and of DeACL
+    assert len(data.check(_settings(tmp_path))) == 4  # one of each task and of DeACL
     for task in REAL:
         REAL[task][1](tmp_path)
-    assert datasets.check(_settings(tmp_path)) == []
-    assert datasets.overview(_settings(tmp_path))["images"].tolist() == [4, 3, 3] * 3 + [4, 3]
+    assert data.check(_settings(tmp_path)) == []
+    assert data.overview(_settings(tmp_path))["images"].tolist() == [4, 3, 3] * 3 + [4, 3]
     (tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt").unlink()
-    (problem,) = datasets.check(_settings(tmp_path))
+    (problem,) = data.check(_settings(tmp_path))
     assert "'voc2012' (test)" in problem
 
 
 def test_data_sets_that_are_not_there_are_skipped_where_that_is_wanted(tmp_path):
     REAL["depth"][1](tmp_path)
     settings = _settings(tmp_path).model_copy(update={"missing": "skip"})
-    assert datasets.usable("depth", settings) == settings.depth.datasets
-    assert datasets.usable("segmentation", settings) == [] == datasets.usable("deacl", settings)
-    overview = datasets.overview(settings)
+    assert data.usable("depth", settings) == settings.depth.datasets
+    assert data.usable("segmentation", settings) == [] == data.usable("deacl", settings)
+    overview = data.overview(settings)
     assert overview["images"].tolist() == [0, 0, 4, 3, 3, 0]
     assert "was not found" in overview["hash"][1]
     with pytest.raises(BadInput, match="was not found"):
-        datasets.overview(_settings(tmp_path))
+        data.overview(_settings(tmp_path))
 
 
 def test_no_data_of_deacl_are_wanted_where_no_row_is_fine_tuned(tmp_path):
@@ -606,11 +609,11 @@ def test_no_data_of_deacl_are_wanted_where_no_row_is_fine_tuned(tmp_path):
 
 
 def test_unknown_names_list_what_there_is():
-    words = "no data set 'cifar' .* for classification; choose one of: scenes, cifar10, .*; or give a folder"
+    words = "no data set 'cifar' .* for classification; choose one of: cifar10, .*scenes, .*; or give a folder"
     with pytest.raises(BadInput, match=f"{words} of your own, cifar/{{train,test}}/CLASS"):
         datasets.list_items("cifar", "classification", "train", 0, "")
     for name in ("", "a/b", "..", "a__b", "_a", "a b"):
-        with pytest.raises(BadInput, match="cannot be a data set; choose one of: scenes, .* name a folder by letters"):
+        with pytest.raises(BadInput, match="cannot be a data set; choose one of: .*scenes.* name a folder by letters"):
             datasets.entry(name, "depth")
     with pytest.raises(BadInput, match="no data set 'cifar10' for depth"):
         datasets.entry("cifar10", "depth")
@@ -673,7 +676,7 @@ def test_unreadable_targets_are_left_out_too(tmp_path, root):
     victim.write_bytes(victim.read_bytes()[:60])
     left = datasets.load("segmentation", "voc2012", "test", settings, 8)
     assert left.damaged == [str(victim)] and len(left) == 2
-    overview = datasets.overview(settings.model_copy(update={"classification": None, "depth": None, "deacl": None}))
+    overview = data.overview(settings.model_copy(update={"classification": None, "depth": None, "deacl": None}))
     assert overview["images"].tolist() == [4, 3, 2] and overview["damaged"].tolist() == [0, 0, 1]
     trees.picture(victim, (26, 20), "L")  # it can be read again, and is wrong
     with pytest.raises(BadInput, match="has size"):
@@ -743,14 +746,14 @@ def test_chunks_without_sense_never_raise_anything_else(tmp_path, kind, content,
 def test_whatever_the_library_raises_is_a_damaged_image(tmp_path, root, monkeypatch, error):
     trees.voc(tmp_path)
     settings = _settings(tmp_path, size="original").model_copy(update={"damaged": "skip"})
-    victim, rgb = datasets.load("segmentation", "voc2012", "test", settings, 8).items[0].image, catalogue.rgb
+    victim, rgb = datasets.load("segmentation", "voc2012", "test", settings, 8).items[0].image, pictures.rgb
 
     def broken(picture, place, shape=()):
         if place == victim:
             raise error
         return rgb(picture, place, shape)
 
-    monkeypatch.setattr(catalogue, "rgb", broken)
+    monkeypatch.setattr(pictures, "rgb", broken)
     victim.touch()
     left = datasets.load("segmentation", "voc2012", "test", settings, 8)
     assert left.damaged == [str(victim)] and len(left) == 2
@@ -802,7 +805,7 @@ def test_names_need_not_be_utf_8(tmp_path, root):
     test = datasets.load("classification", "drinks", "test", settings, 8)
     assert len({datasets.image_seed(0, i) for i in test.ids}) == len(test) == 8
     assert test.classes == ("caf\ufffd", "th\ufffd") and test[0][0].shape == (3, 8, 8) and len(test.hash) == 16
-    assert datasets.overview(settings)["images"].tolist() == [6, 6, 8]
+    assert data.overview(settings)["images"].tolist() == [6, 6, 8]
 
 
 # --- targets that cannot be meant ---
@@ -821,9 +824,9 @@ def _depth(root, **section):
 def _refused_everywhere(settings, task, name, words):
     """In 00_data, by --check, and before a head is trained."""
     with pytest.raises(BadInput, match=words) as refusal:
-        datasets.overview(settings)
+        data.overview(settings)
     assert "\n" not in str(refusal.value)
-    (wrong,), remarks = datasets.look(settings)
+    (wrong,), remarks = data.look(settings)
     assert re.search(words, wrong) and remarks == [] and wrong in plan.problems(settings)[0]
     with pytest.raises(BadInput, match=words):
         training.fitted(task, name, planted.encoder(), settings)
@@ -844,9 +847,9 @@ def test_masks_of_0_and_255_are_refused(tmp_path, root):
     words = "masks of street that were read hold 0 and 255 only, .* has no class; store class 1, 'object', as 1"
     _refused_everywhere(_segmentation(tmp_path), "segmentation", "street", words)
     _masks(tmp_path, lambda i: half // 255)
-    assert datasets.look(_segmentation(tmp_path)) == ([], [])
+    assert data.look(_segmentation(tmp_path)) == ([], [])
     _masks(tmp_path, lambda i: half > 0)  # 1 bit: black and white are 0 and 1
-    assert datasets.look(_segmentation(tmp_path)) == ([], [])
+    assert data.look(_segmentation(tmp_path)) == ([], [])
 
 
 def test_one_object_anywhere_makes_0_and_255_possible(tmp_path, root):
@@ -858,17 +861,17 @@ def test_one_object_anywhere_makes_0_and_255_possible(tmp_path, root):
         trees.stored(tmp_path / "street" / "masks" / "train" / f"{i}.png", rare)
     settings = _segmentation(tmp_path, n_train=38)
     _masks(tmp_path, lambda i: rare)
-    assert "hold 0 and 255 only" in datasets.look(settings)[0][0]
+    assert "hold 0 and 255 only" in data.look(settings)[0][0]
     with_object = rare.copy()
     with_object[5, 5] = 1
     last = datasets.load("segmentation", "street", "train", settings, 8).items[-1].target
     trees.stored(last, with_object)
-    assert datasets.look(settings) == ([], [])
+    assert data.look(settings) == ([], [])
 
 
 def test_one_class_needs_no_second_one(tmp_path, root):
     trees.mask_folder(tmp_path, classes=("road",))
-    assert datasets.look(_segmentation(tmp_path)) == ([], [])
+    assert data.look(_segmentation(tmp_path)) == ([], [])
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -884,13 +887,13 @@ def test_classes_that_occur_in_no_mask_are_remarked_on(tmp_path, root, capsys):
     trees.mask_folder(tmp_path, classes=("sky", "road", "car"))
     _masks(tmp_path, lambda i: np.full((20, 26), 2 * (i % 2), np.uint8))
     settings = _segmentation(tmp_path)
-    (remark,) = datasets.look(settings)[1]
+    (remark,) = data.look(settings)[1]
     assert remark == "No pixel of the 12 masks of street that were read is of class 1 (road)."
     assert remark in plan.problems(settings)[1] and plan.problems(settings)[0] == []
-    datasets.overview(settings)
+    data.overview(settings)
     assert remark in capsys.readouterr().out
     trees.voc(tmp_path)  # of official data sets the numbers are known, and a few images hold few classes
-    assert datasets.look(_segmentation(tmp_path, "voc2012").model_copy(update={"counts": "any"})) == ([], [])
+    assert data.look(_segmentation(tmp_path, "voc2012").model_copy(update={"counts": "any"})) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -910,7 +913,7 @@ def test_masks_of_other_numbers_are_refused(tmp_path, pixels, value):
     path = datasets.load("segmentation", "street", "test", settings, 8).items[0].target
     Image.fromarray(pixels).save(path, "tiff")  # PNG holds none of them
     with pytest.raises(BadInput, match=f"mask {path} has the value {value}; store class numbers from 0 to 255"):
-        datasets.overview(settings)
+        data.overview(settings)
 
 
 def test_masks_of_whole_floats_are_class_numbers(tmp_path):
@@ -927,7 +930,7 @@ def test_masks_of_whole_floats_are_class_numbers(tmp_path):
 def test_depths_in_other_units_are_refused(tmp_path, root, scale, median):
     trees.depth_folder(tmp_path, scale=scale)  # 2500, stored
     if median is None:
-        assert datasets.look(_depth(tmp_path)) == ([], [])
+        assert data.look(_depth(tmp_path)) == ([], [])
         return
     words = f"depths of sevenscenes are in other units.* {median} m, .*; correct depth_scale in sevenscenes/meta.json"
     _refused_everywhere(_depth(tmp_path), "depth", "sevenscenes", words)
@@ -956,7 +959,7 @@ def test_sparse_depths_are_remarked_on(tmp_path, root):
         sparse = np.zeros((20, 26), np.uint16)
         sparse[3, 3] = 2500
         trees.stored(path, sparse)
-    wrong, (remark,) = datasets.look(_depth(tmp_path))
+    wrong, (remark,) = data.look(_depth(tmp_path))
     assert wrong == [] and remark.startswith("Hardly a pixel of the depth maps of sevenscenes is valid")
 
 
@@ -965,15 +968,15 @@ def test_damage_stops_the_look_unless_it_is_skipped(tmp_path, root):
     settings = _segmentation(tmp_path)
     victim = datasets.load("segmentation", "street", "train", settings, 8).items[0].image
     victim.write_bytes(b"")
-    (wrong,), _ = datasets.look(settings)
+    (wrong,), _ = data.look(settings)
     assert f"{victim} cannot be read" in wrong
-    assert datasets.look(settings.model_copy(update={"damaged": "skip"})) == ([], [])
+    assert data.look(settings.model_copy(update={"damaged": "skip"})) == ([], [])
     assert not (records.runs_dir(settings.profile)).exists()  # nothing is written by looking
 
 
 def test_rendered_scenes_are_not_looked_at(root, monkeypatch):
     monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("they are as they should be"))
-    assert datasets.remarks("depth", "scenes", planted.settings()) == []
+    assert data.remarks("depth", "scenes", planted.settings()) == []
 
 
 def test_pictures_are_looked_at_before_anything_long(tmp_path, root):
@@ -982,7 +985,7 @@ def test_pictures_are_looked_at_before_anything_long(tmp_path, root):
         trees.stored(path, np.full((8, 8), 4000, np.uint16))
     settings = planted.settings(data_root=str(tmp_path), classification={"datasets": ["deep"]}, segmentation=None,
                                 depth=None, deacl=None)  # fmt: skip
-    (wrong,), _ = datasets.look(settings)
+    (wrong,), _ = data.look(settings)
     assert "has 16 bits a value of which it uses the lower ones only" in wrong
 
 
@@ -1036,7 +1039,7 @@ def test_official_counts_are_demanded_unless_any_will_do(tmp_path):
         BadInput, match=r"'voc2012' \(test\) has 4 images in .* official one has 1,449; complete it \(make data"
     ):
         datasets.load("segmentation", "voc2012", "test", _settings(tmp_path, counts="official"), 8)
-    found = [p for p in datasets.check(_settings(tmp_path, counts="official")) if "'voc2012'" in p]
+    found = [p for p in data.check(_settings(tmp_path, counts="official")) if "'voc2012'" in p]
     assert len(found) == 1 and "counts: any" in found[0]
     assert len(_load("segmentation", "test", tmp_path)) == 3
 
@@ -1044,18 +1047,18 @@ def test_official_counts_are_demanded_unless_any_will_do(tmp_path):
 def test_files_with_an_official_checksum_are_compared(tmp_path, monkeypatch):
     trees.cifar(tmp_path)
     with pytest.raises(BadInput, match="data_batch_1 differs from the official file .* fetch it again"):
-        datasets.verify("cifar10", str(tmp_path))
+        data.verify("cifar10", str(tmp_path))
     content = (tmp_path / "cifar-10-batches-py" / "test_batch").read_bytes()
     sums = {"cifar-10-batches-py/test_batch": hashlib.md5(content).hexdigest()}
     right = dataclasses.replace(datasets.DATASETS["cifar10"], md5=sums)
     monkeypatch.setitem(datasets.DATASETS, "cifar10", right)
-    datasets.verify("cifar10", str(tmp_path))
-    datasets.verify("folder_of_mine", str(tmp_path))
+    data.verify("cifar10", str(tmp_path))
+    data.verify("folder_of_mine", str(tmp_path))
 
 
 def test_check_names_data_sets_without_training_images(tmp_path):
     trees.voc(tmp_path)
-    (problem,) = datasets.problems("segmentation", "voc2012", _settings(tmp_path, n_val=8))
+    (problem,) = data.problems("segmentation", "voc2012", _settings(tmp_path, n_val=8))
     assert "n_val takes them all" in problem
 
 

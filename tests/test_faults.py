@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from test_run import PROFILE as TINY
 from test_run import write_notebook, write_profile
 
-from ssl_robust import datasets, deacl, evaluate, records, training
+from ssl_robust import deacl, evaluate, records, training
 from ssl_robust.embedded import scenes
 from ssl_robust.formats import checkpoints
 from ssl_robust.ops import run
@@ -286,7 +286,7 @@ def test_a_data_folder_that_is_read_only_is_enough(root):
         encoders=[{"name": "planted", "timm": "embedded_vit"}],
     )  # fmt: skip
     with no_privileges():
-        assert datasets.check(settings) == [] and len(datasets.overview(settings)) == 3
+        assert data.check(settings) == [] and len(data.overview(settings)) == 3
         encoder = planted.encoder()
         training.fitted("classification", "cifar10", encoder, settings)
     assert files(data) == before and list(root.rglob("*.safetensors"))

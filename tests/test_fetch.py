@@ -15,9 +15,10 @@ import pytest
 import trees
 
 from ssl_robust import datasets
-from ssl_robust.catalogue import Archive
+from ssl_robust.items import Archive
 from ssl_robust.ops import fetch
 from ssl_robust.settings import BadInput
+from ssl_robust.trust import data
 
 
 @pytest.fixture
@@ -254,8 +255,8 @@ def test_everything_is_fetched_once(small, tmp_path, capsys):
         "tiny_imagenet: complete, 12 train images",
     ):
         assert line in told.splitlines()
-    assert datasets.check(_settings(root)) == [] and not any((root / "downloads").iterdir())
-    assert datasets.overview(_settings(root))["images"].tolist() == [12, 1, 4, 7, 1, 4, 3, 1, 2, 11, 1]
+    assert data.check(_settings(root)) == [] and not any((root / "downloads").iterdir())
+    assert data.overview(_settings(root))["images"].tolist() == [12, 1, 4, 7, 1, 4, 3, 1, 2, 11, 1]
     requests = len(small.asked)
     assert requests == 5 and fetch.fetch(_settings(root)) == [] and len(small.asked) == requests
 

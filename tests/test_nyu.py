@@ -9,11 +9,12 @@ import pytest
 import torch
 import trees
 
-from ssl_robust import catalogue, datasets, evaluate
-from ssl_robust.catalogue import DATASETS
-from ssl_robust.datasets import Subset
+from ssl_robust import datasets, evaluate
+from ssl_robust.catalogue import nyuv2
+from ssl_robust.datasets import DATASETS, Subset
 from ssl_robust.settings import BadInput
 from ssl_robust.show import tables
+from ssl_robust.trust import data
 
 
 def _subset(root, split="train", counts="any"):
@@ -85,7 +86,7 @@ def test_half_an_archive_is_refused_by_name(tmp_path):
 def test_a_damaged_pair_names_its_archive_and_can_be_left_out(root, arrays):
     trees.nyu_archives(root, train=(3, 2))
     file = root / "nyuv2" / "data" / "train-000001.tar"
-    offset, size = catalogue._tar_index(file)["train/den_0001a/00005.h5"]
+    offset, size = nyuv2._tar_index(file)["train/den_0001a/00005.h5"]
     content, pair = file.read_bytes(), trees.hdf5(**arrays)[:size] if arrays else b"?" * size
     file.write_bytes(content[:offset] + pair.ljust(size, b"\0") + content[offset + size :])
     with pytest.raises(BadInput, match=f"{file} cannot be read .*; replace or remove it, or set damaged: skip"):
@@ -173,7 +174,7 @@ def test_record_and_notes_say_on_how_many_of_the_images_the_head_was_trained(roo
     words = "Fewer training images were there than asked for: the head on nyuv2 was trained on 3 of 5 images."
     assert said.count("was trained on") == said.count(words) == short
     head = "The depth head on nyuv2 is trained on 3 of 5 images, as no more are there; make data fetches them (35.2 GB)"
-    assert datasets.shortages(used) == ([f"{head}, or lower depth.n_train."] if short else [])
+    assert data.shortages(used) == ([f"{head}, or lower depth.n_train."] if short else [])
 
 
 def test_a_folder_of_ones_own_with_fewer_images_is_said_too(tmp_path):
@@ -182,10 +183,10 @@ def test_a_folder_of_ones_own_with_fewer_images_is_said_too(tmp_path):
         data_root=str(tmp_path), classification=None, segmentation=None, deacl=None,
         depth={"datasets": ["rooms"], "n_train": 8, "n_val": 2},
     )  # fmt: skip
-    assert datasets.shortages(few) == []  # all 8 are there, of which 2 are held out
+    assert data.shortages(few) == []  # all 8 are there, of which 2 are held out
     more = few.model_copy(update={"depth": few.depth.model_copy(update={"n_train": 1000})})
     said = "The depth head on rooms is trained on 6 of 1,000 images, as no more are there; add images, or lower"
-    assert datasets.shortages(more) == [f"{said} depth.n_train."]
+    assert data.shortages(more) == [f"{said} depth.n_train."]
 
 
 def test_official_sets_that_are_smaller_than_n_train_are_whole(tmp_path):
@@ -195,5 +196,5 @@ def test_official_sets_that_are_smaller_than_n_train_are_whole(tmp_path):
         data_root=str(tmp_path), counts="any", classification=None, depth=None, deacl=None, segmentation=cut
     )
     assert datasets.asked("segmentation", "voc2012", used) == 1464  # all there are, whatever other sets have
-    (said,) = datasets.shortages(used)
+    (said,) = data.shortages(used)
     assert said.startswith("The segmentation head on voc2012 is trained on 7 of 1,464 images, as no more are there")

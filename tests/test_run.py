@@ -16,6 +16,7 @@ from nbformat import v4
 from ssl_robust import progress, records
 from ssl_robust.ops import run
 from ssl_robust.settings import BadInput
+from ssl_robust.trust import data
 
 PROJECT = Path(__file__).resolve().parents[1]
 ATTACK = {"eps": 0.03, "step": 0.01, "steps": 3}
@@ -277,13 +278,13 @@ def test_data_folder_is_made_absolute(project: Path, monkeypatch: pytest.MonkeyP
 def test_check_lists_all_missing_things(
     project: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssl_robust import datasets, encoders
+    from ssl_robust import encoders
 
-    monkeypatch.setattr(datasets, "check", lambda settings: ["No cifar10.", "No voc."])
+    monkeypatch.setattr(data, "check", lambda settings: ["No cifar10.", "No voc."])
     monkeypatch.setattr(encoders, "check", lambda settings: [f"No weights of {settings.encoders[0].name}."])
     said = "No cifar10.\nNo voc.\nNo weights of embedded_vit.\n"
     assert outcome(capfd, "--check", "--profile", "tiny")[::2] == (2, said)
-    monkeypatch.setattr(datasets, "check", lambda settings: [])
+    monkeypatch.setattr(data, "check", lambda settings: [])
     monkeypatch.setattr(encoders, "check", lambda settings: [])
     assert outcome(capfd, "--check", "--profile", "tiny")[::2] == (0, "")
 
@@ -301,9 +302,8 @@ def test_check_lists_parameters_of_every_section(project: Path, capfd: pytest.Ca
 def test_check_lists_folder_sections_and_data_together_and_skipped_ones_as_warnings(
     project: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssl_robust import datasets
 
-    monkeypatch.setattr(datasets, "check", lambda settings: [f"No cifar10 in {settings.data_root}."])
+    monkeypatch.setattr(data, "check", lambda settings: [f"No cifar10 in {settings.data_root}."])
     write_notebook(project)
     write_profile(project, PROFILE | {"attack": None})
     code, out, err = outcome(capfd, "--check", "--profile", "tiny", "--data", "not/there")
@@ -320,9 +320,8 @@ def test_check_lists_folder_sections_and_data_together_and_skipped_ones_as_warni
 def test_plan_is_printed_and_nothing_is_run(
     project: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssl_robust import datasets
 
-    monkeypatch.setattr(datasets, "check", lambda settings: ["No cifar10; get it."])
+    monkeypatch.setattr(data, "check", lambda settings: ["No cifar10; get it."])
     write_notebook(project, "raise SystemExit")
     code, out, err = outcome(capfd, "--plan", "--profile", "tiny")
     assert (code, err) == (0, "") and out.startswith("Plan of profile tiny; nothing is run.")

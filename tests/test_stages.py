@@ -16,7 +16,7 @@ from ssl_robust.ops import plan, run, stages, wanted
 from ssl_robust.settings import EncoderRow, Sanity
 from ssl_robust.show import examples, report
 from ssl_robust.tasks import TASKS
-from ssl_robust.trust import evidence, sanity
+from ssl_robust.trust import data, evidence, sanity
 
 QUICK = {"n_train": 6, "n_val": 2, "n_test": 4, "epochs": 1}
 CHECKS = Sanity(n=2, more_steps=2, restarts=1, eps=[0.0, 0.25])
@@ -69,7 +69,7 @@ def made(everything, toys, monkeypatch):
     monkeypatch.setattr(run, "not_executed", lambda notebook, settings: "")
     monkeypatch.setattr(run, "shown_by", lambda notebook, profile: records.shown(profile))
     monkeypatch.setattr(stages, "FILES", {})
-    records.finish("toy", "00_data", hashes=datasets.hashes(_settings()))
+    records.finish("toy", "00_data", hashes=data.hashes(_settings()))
     return toys
 
 

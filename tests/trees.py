@@ -11,7 +11,8 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from ssl_robust.catalogue import CIFAR10_CLASSES, IGNORE
+from ssl_robust.catalogue.cifar import CIFAR10_CLASSES
+from ssl_robust.items import IGNORE
 
 RNG = np.random.default_rng(0)
 WNIDS = ("n03", "n01", "n02")  # as in wnids.txt: not sorted

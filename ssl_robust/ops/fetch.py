@@ -21,9 +21,11 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from .. import datasets, records
-from ..catalogue import DATASETS, Archive
+from ..datasets import DATASETS
+from ..items import Archive
 from ..progress import any_terminal, track
 from ..settings import BadInput, Settings, check, read_params
+from ..trust import data
 from .run import BAD_INPUT, INTERRUPTED, PARAMS, data_folder, read_profile
 
 CHUNK = 2**20
@@ -178,10 +180,10 @@ def _tasks(name: str, settings: Settings) -> list[str]:
 
 def _problems(name: str, settings: Settings) -> list[str]:
     """What is wrong with one data set for all tasks that use it."""
-    found = [problem for task in _tasks(name, settings) for problem in datasets.problems(task, name, settings)]
+    found = [problem for task in _tasks(name, settings) for problem in data.problems(task, name, settings)]
     if not found and settings.counts == "official":
         try:
-            datasets.verify(name, settings.data_root)
+            data.verify(name, settings.data_root)
         except BadInput as problem:
             found = [str(problem)]
     return list(dict.fromkeys(found))
@@ -208,14 +210,14 @@ def _instead(name: str, files: Sequence[Archive]) -> str:
 
 def _short(name: str, settings: Settings) -> bool:
     """Whether fewer training images are there than some task asks for."""
-    return any(datasets.shortage(task, name, settings) for task in _tasks(name, settings))
+    return any(data.shortage(task, name, settings) for task in _tasks(name, settings))
 
 
 def _missing(name: str, settings: Settings, small: bool) -> list[str]:
     """Gets one data set if it must and can; returns what is wrong afterwards, with the remedy."""
     wrong, root = _problems(name, settings), Path(settings.data_root)
     known = DATASETS.get(name)
-    files = known.archives if known and small else datasets.archives(name, settings)
+    files = known.archives if known and small else data.archives(name, settings)
     larger = bool(files) and files is known.larger
     if wrong and known and known.by_hand:
         remedy = f"{name} cannot be fetched: {known.by_hand.format(root=root)}; then repeat make data."
@@ -250,7 +252,7 @@ def fetch(settings: Settings, small: bool = False) -> list[str]:
         left += wrong
         if not wrong:
             print(_summary(name, settings), flush=True)
-    for sentence in datasets.shortages(settings):
+    for sentence in data.shortages(settings):
         print(sentence, flush=True)
     return left
 

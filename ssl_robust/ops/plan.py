@@ -1,509 +1,323 @@
-"""What a profile will do before it does it: rows, FLOPs, minutes, memory, disk, what is missing; and on many GPUs."""
+"""What a profile will do before it does it: rows, FLOPs, time, disk, and what is missing.
+
+FLOPs are counted, one image through one step of each row on torch's meta device, which computes shapes only. Their rate
+is measured on this machine by such steps; those of GPUs that one does not have are data-sheet numbers, see ASSUMED.
+"""
 
 import math
 import shutil
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import timm
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from .. import catalogue, compute, datasets, encoders, heads, records, strong
-from ..evaluate import EXAMPLES, KINDS
-from ..protocols import released
+from .. import attacks, compute, datasets, deacl, encoders, heads, protocol, records, training
 from ..settings import BadInput, EncoderRow, Settings, TaskSettings
+from ..show import examples
+from ..strong import dense
 from ..tasks import TASKS
-from . import cost
-from .cost import Cost, Device, Step, attack_step, encoder_of, image_size, reading, traced
-
-if TYPE_CHECKING:
-    from . import wanted
+from ..trust import data
+from . import wanted
+from .wanted import Job, Wanted
 
 STAGES = ("00_data", "01_heads", "02_deacl", "03_attack_classification", "04_attack_segmentation",
           "05_attack_depth", "06_figures", "07_sanity")  # fmt: skip
 START, DRAW = 9.0, 11.0  # seconds of a notebook for imports and pictures; more of them in 06_figures
-CELL = 0.1  # seconds of a table cell for its metric and its record
 SCENES_PER_SECOND = 30.0  # rendered on two CPU cores
-MEMORY, CONTEXT = 1.3, 1e9  # assumed: what is not counted, as a factor, and bytes of the CUDA context
+READ = 2e-8  # seconds of a CPU core to decode a pixel of a stored image
+TAKEN = {"standard": 0.15, "deacl": 0.45}  # share of its steps until PGD on classes has surely lost an image; fitted
+STRONG = 5  # times the steps of the profile's attack, and so many losses at most
+# TFLOP/s of attack steps and of heads: 30 % of the data sheet's bf16 and 50 % of its fp32; assumed, not measured
+ASSUMED = {"H100": (297.0, 33.5), "RTX 4090": (49.5, 41.3), "L4": (36.3, 15.2)}
 PATIENCE = 3.0  # seconds for the hub to answer
-LOOKS = 4  # predictions of each image in 07_sanity besides the attacks: noise, signs, transfer, clean
-STANDING = 0.1  # assumed share of images that APGD on cross-entropy leaves to the other parts of AutoAttack
-GPU_COUNTS = (1, 8, 64)
-SHARE = 8  # images of a batch of DeACL that a GPU gets at least
-ASSUMED_SHARING = 0.9  # assumed efficiency of several GPUs that share a batch
-UNKNOWN = 10**9  # images of a data set that is not there yet: more than any profile asks for
+OWN = 20  # classes of a folder whose own are not known yet
+Rate = Callable[[str, str], float]  # (task or 'deacl', 'attack' or 'head') -> FLOPs a second
 
 
-class Work(NamedTuple):
-    """One line of the plan."""
-
-    stage: str
-    task: str  # one of TASKS, 'deacl', or '' for what belongs to no task
-    dataset: str
-    encoder: str
-    defense: str
-    what: str  # clean, embed, task, strong: a table cell; tokens, head, deacl, read, sanity, notebook
-    images: int
-    steps: int = 0
-    flops: float = 0.0
-    written: float = 0.0  # bytes
-    launches: float = 0.0
-    low_flops: float = 0.0  # of these FLOPs and bytes: those of attack steps, which may be in bf16
-    low_written: float = 0.0
-    read: float = 0.0  # seconds of one CPU core to read images
-    fixed: float = 0.0  # seconds that no device shortens: rendering, imports, pictures
+# --- one image through one step ---
 
 
-def seconds(work: list[Work], device: Device) -> float:
-    """Expected seconds of these lines on `device`."""
-    return sum(_computing(w, device) + cost.seconds(0, 0, w.launches, device) + w.fixed for w in work)
+class Step(NamedTuple):
+    """FLOPs of one image: forward, and forward and backward together."""
+
+    forward: float
+    whole: float
 
 
-def _computing(w: Work, device: Device) -> float:
-    """Seconds of FLOPs, bytes and reading: what more devices would share. Other processes read while it computes."""
-    steps = cost.seconds(w.low_flops, w.low_written, 0, cost.in_steps(device))
-    computing = steps + cost.seconds(w.flops - w.low_flops, w.written - w.low_written, 0, device)
-    return max(computing, w.read / device.readers) if device.readers > 1 else computing + w.read
+@cache
+def encoder_of(row_name: str, model: str, native: int | None) -> encoders.Encoder:
+    """The architecture of a row on the meta device; an encoder of the user's own counts as a ViT-B/16."""
+    with torch.device("meta"):
+        row = EncoderRow(name=row_name, timm=model, native=native)
+        return encoders.random_init(row)
+
+
+def meta(row: EncoderRow) -> encoders.Encoder:
+    """The encoder of a row as shapes without numbers."""
+    return encoder_of(row.name, "vit_base_patch16_224" if row.call else row.timm, row.native)
+
+
+def counted(loss: Callable[[], Tensor]) -> Step:
+    """What a loss and its gradient cost."""
+    with FlopCounterMode(display=False) as flops:
+        value = loss()
+        forward = flops.get_total_flops()
+        value.backward()
+    return Step(forward, flops.get_total_flops())
+
+
+@cache
+def attack_step(encoder: encoders.Encoder, task: str, size: tuple[int, int], classes: int, stride: float) -> Step:
+    """One image of `size` (H, W) through a step of the task's own attack; the forward pass is a prediction."""
+    with torch.device("meta"):
+        model = heads.TaskModel(task, encoder, heads.HEADS[task](encoder.dim, classes), stride)
+        x = torch.zeros(1, 3, *size, requires_grad=True)
+    return counted(lambda: model(x).sum())
+
+
+@cache
+def head_step(encoder: encoders.Encoder, task: str, size: tuple[int, int], classes: int) -> Step:
+    """One training step of a head on the tokens of one image; the loss itself costs next to nothing."""
+    with torch.device("meta"):
+        head, grid = heads.HEADS[task](encoder.dim, classes), [-(-side // encoder.patch) for side in size]
+        cls, patches = torch.zeros(1, encoder.dim), torch.zeros(1, encoder.dim, *grid)
+    return counted(lambda: heads.predict(head.eval(), encoder, cls, patches, size).sum())
+
+
+@cache
+def tuning_step(encoder: encoders.Encoder) -> tuple[Step, Step]:
+    """DeACL on one image of the native size: a step of its attack, and a step of eq. 2."""
+    with torch.device("meta"):
+        x = torch.zeros(1, 3, encoder.native, encoder.native)
+        moved, goal = x.clone().requires_grad_(), torch.zeros(1, encoder.dim)
+    attack = counted(lambda: encoder.cls(moved).sum())
+    encoder.backbone.requires_grad_(True)
+    train = counted(lambda: sum(deacl.loss_terms(encoder, goal, x, x)))
+    encoder.backbone.requires_grad_(False)
+    return attack, train
+
+
+# --- images and sizes, before any file is there ---
 
 
 def counts(task: str, name: str, settings: Settings) -> tuple[int, int, int]:
     """Images used for training, held out, and for the test: n_train, n_val, n_test, or what the data set has."""
     section = settings.deacl if task == "deacl" else settings.task(task)
-    wanted = section.n_train, section.n_val, getattr(section, "n_test", 0)
+    asked = section.n_train, section.n_val, getattr(section, "n_test", 0)
     if name == "scenes":
-        return wanted
-    has = [_there(name, task, split, settings) for split in ("train", "test")]
-    val = min(wanted[1], has[0])
-    return min(wanted[0], has[0] - val), val, min(wanted[2], has[1])
+        return asked
+    train, test = (_has(name, task, split, settings) for split in ("train", "test"))
+    val = min(asked[1], train)
+    return min(asked[0], train - val), val, min(asked[2], test)
 
 
-@cache
-def _listed(name: str, task: str, split: str, root: str) -> int:
+def _has(name: str, task: str, split: str, settings: Settings) -> float:
+    """Images of a split: those that are listed, else those of the official data set that are asked for."""
+    with suppress(BadInput):
+        return len(datasets.list_items(name, task, split, 1, settings.data_root))
+    official = datasets.DATASETS[name].counts.get(split, ()) if name in datasets.DATASETS else ()
+    enough = [n for n in official if n >= datasets.asked(task, name, settings)]
+    return min(enough, default=max(official, default=10**9))
+
+
+def classes_of(name: str, task: str, settings: Settings) -> int:
+    """Classes of a data set, OWN while they are not known."""
     try:
-        return len(datasets.list_items(name, task, split, 1, root))
+        return len(datasets.class_names(name, task, settings.data_root))
     except BadInput:
-        return UNKNOWN
+        return OWN
 
 
-def _there(name: str, task: str, split: str, settings: Settings) -> int:
-    """Images of a split: the official number, or where parts are accepted and for folders of one's own, the listed."""
-    official = catalogue.DATASETS[name].counts.get(split) if name in catalogue.DATASETS else None
-    if official and settings.counts == "official":
-        listed = _listed(name, task, split, settings.data_root) if len(official) > 1 else UNKNOWN
-        enough = [n for n in official if n >= datasets.asked(task, name, settings)]
-        return listed if listed in official else min(enough, default=max(official))  # which make data brings
-    if task == "deacl" and split == "test":
-        return 0
-    return min(_listed(name, task, split, settings.data_root), max(official or (UNKNOWN,)))
+def image_size(task: str, split: str, name: str, row: EncoderRow, settings: Settings) -> tuple[int, int]:
+    """(H, W) of an image of 'train' or 'test' as the encoder gets it; see datasets.transform."""
+    native = meta(row).native
+    size = "native" if task == "deacl" else section_of(task, row, settings).size
+    known = datasets.DATASETS.get(name)
+    height, width = known.shape if known else (375, 500)  # of a common photograph
+    if task in ("classification", "deacl"):
+        side = size if isinstance(size, int) else native
+        return side, side
+    if task == "segmentation" and split == "train":
+        return native, native
+    small = min(height, width)
+    if isinstance(size, tuple):
+        size = "original" if height < size[0] or width < size[1] else size[0]
+    goal = {"native": native, "original": max(small, native)}.get(size, size)
+    return round(height * goal / small), round(width * goal / small)
 
 
-# --- the work of a profile ---
+def section_of(task: str, row: EncoderRow, settings: Settings) -> TaskSettings:
+    """The settings of a task as the protocol has them for this encoder."""
+    return protocol.adjusted(settings, meta(row).native).task(task)
 
 
-def all_work(settings: Settings) -> list[Work]:
-    """Every line of the plan, in the order of the stages."""
-    lines, used = [*_data(settings)], [(t, name) for t, name in datasets.wanted(settings) if t != "deacl"]
-    tasks = list(dict.fromkeys(task for task, _ in used))
+def step_of(task: str, name: str, row: EncoderRow, settings: Settings) -> Step:
+    """One image of a table row in one attack step."""
+    size = image_size(task, "test", name, row, settings)
+    return attack_step(meta(row), task, size, classes_of(name, task, settings), stride_of(task, row, settings))
+
+
+def stride_of(task: str, row: EncoderRow, settings: Settings) -> float:
+    """Stride of the sliding window as a fraction of it; 1 where there is none."""
+    return getattr(section_of(task, row, settings), "stride", 1.0)
+
+
+# --- what a job costs ---
+
+
+def jobs_of(settings: Settings) -> list[Job]:
+    """Every job of a profile that is still without any result, as wanted.results lists them."""
+    found: list[Job] = []
+    tasks = [task for task in TASKS if getattr(settings, task)]
     for row in settings.encoders:
-        lines += [w for task, name in used for w in _heads("01_heads", task, name, row, settings, "standard")]
-    lines += [w for row in settings.encoders for w in _deacl(row, settings)]
-    if settings.attack:
-        lines += [w for task in tasks for w in _table(task, settings)]
-    lines = [_with_seeds(w, settings) for w in lines]
-    if settings.attack and settings.sanity:
-        lines += [w for task, name in used for row in settings.encoders for w in _sanity(task, name, row, settings)]
-    stages = STAGES if settings.sanity else STAGES[:-1]
-    lines += [Work(stage, "", "", "", "", "notebook", 0, fixed=START) for stage in stages]
-    return [*lines, Work("06_figures", "", "", "", "", "notebook", 0, fixed=DRAW)]
-
-
-def remaining(settings: Settings, jobs: list[dict[str, Any]], stages: list[str]) -> float:
-    """Expected seconds on this machine for these jobs (wanted.Job) and for running the notebooks of these stages."""
-    device, times, seeds = cost.this_device(settings), Counter(map(_line_of, jobs)), 1 + len(settings.more_seeds)
-    total = 0.0
-    for w in all_work(settings):
-        what = {"tokens": "head", "Figure 1": "examples"}.get(w.defense if w.defense == "Figure 1" else w.what, w.what)
-        place = {"deacl": (w.encoder,), "examples": (w.task,)}.get(what, w[1:5])
-        many = {"deacl": 1, "sanity": 1, "examples": seeds, "strong": seeds * len(strong.NAMES.get(w.task, ""))}
-        share = w.stage in stages if what in ("notebook", "read") else times[what, *place] / many.get(what, seeds)
-        total += share * seconds([w], device)
-    return total
-
-
-def _line_of(job: dict[str, Any]) -> tuple[str, ...]:
-    """The lines of the plan that a job is one of."""
-    what = {"cell": job.get("kind"), "checks": "sanity"}.get(job["step"], job["step"])
-    if what in ("deacl", "examples"):
-        return what, job["encoder" if what == "deacl" else "task"]
-    what = what if what in (*KINDS, "head", "sanity") else "strong"
-    return what, *(job[name] for name in ("task", "dataset", "encoder", "defense"))
-
-
-def _with_seeds(w: Work, settings: Settings) -> Work:
-    """Heads and attacks are repeated with each further seed; data and DeACL are not."""
-    times = 1 if w.task in ("", "deacl") or w.what == "read" else 1 + len(settings.seeds)
-    return w._replace(**{name: times * getattr(w, name) for name in w._fields[w._fields.index("flops") :]})
-
-
-def _times(made: Cost, passes: float, calls: float, low: bool = False, **more: float) -> dict[str, float]:
-    """Totals of `passes` images in `calls` batches; `low`: of attack steps."""
-    flops, written = made.flops * passes, made.written * passes
-    totals = {"flops": flops, "written": written, "launches": made.launches * calls}
-    return totals | {"low_flops": low * flops, "low_written": low * written} | more
-
-
-def at_once(task: str, name: str, part: str, row: EncoderRow, settings: Settings) -> int:
-    """Images of `part` 'train' or 'test' that are encoded or attacked at a time."""
-    section, encoder = section_of(task, row, settings), encoder_of(row)
-    size, count = image_size(task, part, name, section.size, encoder.native), 1
-    if task == "segmentation" and part == "test":
-        count = cost.windows(size, encoder.native, section.stride)
-        size = tuple(min(side, encoder.native) for side in size)
-    tokens = compute.tokens_of(encoder.patch, size, count)
-    return compute.batch_for(tokens, cost.kind(settings), section.attack_batch)
-
-
-def _sum(*totals: dict[str, float]) -> dict[str, float]:
-    return {key: sum(total[key] for total in totals) for key in totals[0]}
-
-
-def _data(settings: Settings) -> Iterator[Work]:
-    """00_data reads every image once; the scenes are rendered."""
-    used = datasets.wanted(settings)
-    rendered = [counts(task, name, settings) for task, name in used if name == "scenes"]
-    for task, name in used:
-        n = sum(counts(task, name, settings))
-        if name != "scenes":
-            yield Work("00_data", task, name, "", "", "read", n, fixed=n * reading(name, (0, 0)))  # in one process
-    if rendered:
-        n = sum(map(max, zip(*rendered, strict=True)))  # the tasks share the scenes of a split
-        yield Work("00_data", "", "scenes", "", "", "read", n, fixed=n / SCENES_PER_SECOND)
-
-
-def tuned(row: EncoderRow, settings: Settings) -> bool:
-    """Whether DeACL is run for this row here."""
-    return row.tuned and settings.deacl is not None
+        found += [{"step": "deacl", "encoder": row.name}] * (row.tuned and settings.deacl is not None)
+        for task in tasks:
+            for i, name in enumerate(settings.task(task).datasets):
+                for defense in variants(row, settings, i == 0):
+                    place = {"task": task, "dataset": name, "encoder": row.name, "defense": defense}
+                    kinds = attacks.kinds(task, settings) if settings.attack else ()
+                    row_jobs = [{"step": "head", **place}, *({"step": "cell", "kind": k, **place} for k in kinds)]
+                    found += row_jobs * (1 + len(settings.more_seeds))
+                    if settings.sanity and settings.attack and defense in row.defenses:
+                        found.append({"step": "checks", **place})
+    return found + [{"step": "examples", "task": task} for task in tasks if settings.attack]
 
 
 def variants(row: EncoderRow, settings: Settings, first: bool) -> list[str]:
     """Defenses of a row in the tables; on the `first` data set also the DeACL epochs of Figure 2."""
-    if not tuned(row, settings):
+    if not (row.tuned and settings.deacl):
         return list(row.defenses)
     between = set(settings.deacl.checkpoints) - {settings.deacl.epochs} if first else ()
     standard = ["standard"] if "standard" in row.defenses else []
     return [*standard, *(f"deacl-epoch{n}" for n in sorted(between)), "deacl"]
 
 
-def section_of(task: str, row: EncoderRow, settings: Settings) -> TaskSettings:
-    """The settings of a task as the protocol has them for this encoder."""
-    return released.adjusted(settings, encoder_of(row).native).task(task)
+def price(job: Job, settings: Settings) -> dict[tuple[str, str], float]:
+    """FLOPs of a job by the rate that they have: (task or 'deacl', 'attack' or 'head')."""
+    rows, step = {row.name: row for row in settings.encoders}, job["step"]
+    if step == "deacl":
+        row, cfg = rows[job["encoder"]], settings.deacl
+        attack, train = tuning_step(meta(row))
+        images = counts("deacl", cfg.dataset, settings)
+        tuned = images[0] * (cfg.steps * attack.whole + attack.forward + train.whole)
+        watched = images[1] * (cfg.steps * attack.whole + 2 * attack.forward)
+        return {("deacl", "attack"): cfg.epochs * (tuned + watched)}
+    task = job["task"]
+    if step == "examples":
+        name, row = settings.task(task).datasets[0], settings.encoders[0]
+        steps = examples.COUNT * (2 * settings.attack.steps * step_of(task, name, row, settings).whole)
+        return {(task, "attack"): steps}
+    row, name = rows[job["encoder"]], job["dataset"]
+    train, val, test = counts(task, name, settings)
+    if step == "head":
+        section, size = section_of(task, row, settings), image_size(task, "train", name, row, settings)
+        head = head_step(meta(row), task, size, classes_of(name, task, settings))
+        encoded = _encoded(task, row, size, train, val, section)
+        once = attack_step(meta(row), "classification", size, 1, 1.0).forward
+        return {(task, "attack"): encoded * once,
+                (task, "head"): section.epochs * (train * head.whole + val * head.forward)}  # fmt: skip
+    one, steps = step_of(task, name, row, settings), settings.attack.steps
+    if step == "checks":
+        rounds = settings.sanity.rounds(settings.attack)
+        return {(task, "attack"): min(settings.sanity.n, test) * (rounds * steps * one.whole + 4 * one.forward)}
+    kind = job["kind"]
+    if kind not in attacks.KINDS:
+        steps *= STRONG * len(dense.LOSSES.get(kind, (None,)))
+    if kind == "task" and task == "classification" and settings.attack.stop_when_broken:
+        steps *= TAKEN["deacl" if job["defense"].startswith("deacl") else "standard"]
+    return {(task, "attack"): test * (one.forward + (kind != "clean") * (steps * one.whole + one.forward))}
 
 
-def encodings(task: str, row: EncoderRow, size: tuple[int, int], train: int, val: int, settings: Settings) -> int:
+def _encoded(task: str, row: EncoderRow, size: tuple[int, int], train: int, val: int, section: TaskSettings) -> int:
     """Images that are encoded to train one head: once a copy if the tokens fit in memory, else in every epoch."""
-    section, encoder = section_of(task, row, settings), encoder_of(row)
-    tokens = 1 + (task != "classification") * math.prod(cost.grid(encoder, size))
-    pixels = 0 if task == "classification" else math.prod(size)
-    each = 4 * encoder.dim * tokens + pixels * (4 if task == "depth" else 1)
-    keep_train, keep_val = heads.kept(train * each, val * each, section)
-    return train * (heads.copies(section) if keep_train else section.epochs) + val * (1 if keep_val else section.epochs)
+    encoder = meta(row)
+    tokens = 1 + (task != "classification") * math.prod(-(-side // encoder.patch) for side in size)
+    each = 4 * encoder.dim * tokens + (task != "classification") * math.prod(size) * (4 if task == "depth" else 1)
+    keep_train, keep_val = training.kept(train * each, val * each, section)
+    passes = training.copies(section) if keep_train else section.epochs
+    return train * passes + val * (1 if keep_val else section.epochs)
 
 
-def _heads(stage: str, task: str, name: str, row: EncoderRow, settings: Settings, defense: str) -> Iterator[Work]:
-    """Tokens of the training images and the held-out ones, and the head's epochs on them."""
-    section, encoder = section_of(task, row, settings), encoder_of(row)
-    train, val, _ = counts(task, name, settings)
-    size = image_size(task, "train", name, section.size, encoder.native)
-    n, about = encodings(task, row, size, train, val, settings), (stage, task, name, row.name, defense)
-    once = traced(encoder, "cls" if task == "classification" else "embed", size).forward
-    step = cost.head_step(encoder, task, size, cost.shape(name).classes)
-    calls = n / at_once(task, name, "train", row, settings)
-    yield Work(*about, "tokens", n, **_times(once, n, calls, read=n * reading(name, size)))
-    trained = _times(step.whole, section.epochs * train, section.epochs * train / section.batch)
-    judged = _times(step.forward, section.epochs * val, section.epochs * val / 64)
-    yield Work(*about, "head", train, section.epochs, **_sum(trained, judged))
+def seconds(jobs: list[Job], rate: Rate, settings: Settings) -> float:
+    """Expected seconds of these jobs."""
+    return sum(flops / rate(*what) for job in jobs for what, flops in price(job, settings).items())
 
 
-def _table(task: str, settings: Settings) -> Iterator[Work]:
-    """All cells of one task, the heads of the DeACL variants, and the examples of Figure 1."""
-    section, stage = settings.task(task), TASKS[task].notebook
-    for name in section.datasets:
-        first = name == section.datasets[0]
-        for row in settings.encoders:
-            for defense in variants(row, settings, first):
-                if defense != "standard":
-                    yield from _heads(stage, task, name, row, settings, defense)
-                yield from (cell(task, name, row, defense, kind, settings) for kind in KINDS)
-                if settings.strong:
-                    yield _strong(task, name, row, defense, settings)
-    row, name = settings.encoders[0], section.datasets[0]
-    yield from (cell(task, name, row, "Figure 1", kind, settings, EXAMPLES) for kind in KINDS)
+def reading(settings: Settings) -> float:
+    """Seconds in which 00_data reads every image once, and renders the scenes, which tasks share."""
+    used = [(name, counts(task, name, settings)) for task, name in datasets.wanted(settings)]
+    scenes = [n for name, n in used if name == "scenes"]
+    rendered = sum(map(max, zip(*scenes, strict=True))) / SCENES_PER_SECOND if scenes else 0.0
+    shapes = ((n, datasets.DATASETS[name].shape if name in datasets.DATASETS else (375, 500)) for name, n in used)
+    return rendered + sum(READ * sum(n) * math.prod(shape) for n, shape in shapes)
 
 
-def _test_size(task: str, name: str, row: EncoderRow, settings: Settings) -> tuple[int, int]:
-    """(H, W) of the test images of a table row."""
-    return image_size(task, "test", name, section_of(task, row, settings).size, encoder_of(row).native)
+def assumed(gpu: str) -> Rate:
+    """The rates of a GPU that one does not have."""
+    steps, plain = (1e12 * rate for rate in ASSUMED[gpu])
+    return lambda task, what: steps if what == "attack" else plain
 
 
-def _stride(task: str, row: EncoderRow, settings: Settings) -> float:
-    """Stride of the sliding window as a fraction of it; 1 where there is none."""
-    return getattr(section_of(task, row, settings), "stride", 1.0)
+def here(settings: Settings) -> Rate:
+    """The rates of this machine: an attack step and a head step of the first encoder, timed when they are asked for."""
+    row, device = settings.encoders[0], records.pick_device(settings.device)
+    given = EncoderRow(name="like_it", timm="vit_base_patch16_224") if row.call else row
+    precision = compute.precision(settings.precision, device)
+
+    @cache
+    def rate(task: str, what: str) -> float:
+        task = "classification" if task == "deacl" else task
+        name = settings.task(task).datasets[0] if getattr(settings, task) else "scenes"
+        encoder, there = encoders.random_init(given).to(device), getattr(settings, task)
+        size = image_size(task, "test", name, row, settings) if there else (encoder.native, encoder.native)
+        head = heads.HEADS[task](encoder.dim, OWN).to(device)
+        if what == "head":
+            with torch.no_grad():
+                cls, patches = encoder(torch.rand(8, 3, *size, device=device))
+            spent = _timed(lambda: heads.predict(head, encoder, cls, patches, size).sum().backward(), device)
+            return 8 * head_step(meta(row), task, size, OWN).whole / spent
+        stride = stride_of(task, row, settings) if there else 1.0
+        model = heads.TaskModel(task, encoder, head, stride)
+        one = attack_step(meta(row), task, size, OWN, stride).whole
+        batch = int(max(1, min(16, 4e10 // one))) if device == "cpu" else 32
+        x = torch.rand(batch, 3, *size, device=device, requires_grad=True)
+
+        def step() -> None:
+            with compute.steps_in(precision, device):
+                torch.autograd.grad(model(x).sum(), x)
+
+        return batch * one / _timed(step, device)
+
+    return rate
 
 
-def _step(task: str, name: str, row: EncoderRow, kind: str, settings: Settings) -> Step:
-    """One image of a table row in one attack step."""
-    size, stride = _test_size(task, name, row, settings), _stride(task, row, settings)
-    return attack_step(encoder_of(row), task, kind, size, cost.shape(name).classes, stride)
+def _timed(step: Callable[[], None], device: str) -> float:
+    """Seconds of a step: the second of two, or where they are short the best of several."""
+    taken, end = [], time.perf_counter() + 0.5
+    while len(taken) < 2 or (time.perf_counter() < end and len(taken) < 6):
+        start = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
 
 
-def steps_taken(task: str, kind: str, defense: str, settings: Settings) -> float:
-    """Attack steps of an image: all, or on average those until its class is surely lost."""
-    early = (task, kind) == ("classification", "task") and settings.attack.stop_when_broken
-    share = cost.STEPS_TAKEN["deacl" if defense.startswith("deacl") else "standard"]
-    return settings.attack.steps * (share if early and not released.active(settings) else 1.0)
-
-
-def cell(task: str, name: str, row: EncoderRow, defense: str, kind: str, settings: Settings, n: int = 0) -> Work:
-    """One table cell: 'clean', 'embed' or 'task' on `n` images (default: all test images that are used)."""
-    n = min(n or math.inf, counts(task, name, settings)[2])
-    calls, steps = math.ceil(n / at_once(task, name, "test", row, settings)), 0
-    parts = [_times(_step(task, name, row, "task", settings).forward, n, calls)]
-    if kind != "clean":
-        steps, taken = settings.attack.steps, steps_taken(task, kind, defense, settings)
-        step = _step(task, name, row, kind, settings)
-        # the clean embedding; the loss of the returned image; with best the loss of each step once more
-        looks = (kind == "embed") + 1 + taken * settings.attack.best
-        parts += [_times(step.whole, n * taken, calls * steps, low=True)]
-        parts += [_times(step.forward, n * looks, calls * looks, low=True)]
-    # read once more in three cells, for the value of a constant prediction
-    read = 4 / 3 * n * reading(name, _test_size(task, name, row, settings))
-    about = (TASKS[task].notebook, task, name, row.name, defense, kind)
-    return Work(*about, n, steps, **_sum(*parts), read=read, fixed=CELL)
-
-
-def _strong(task: str, name: str, row: EncoderRow, defense: str, settings: Settings) -> Work:
-    """All strong attacks on one row, roughly; AutoAttack's later parts meet only the images that its first one left."""
-    n, steps = counts(task, name, settings)[2], strong.STEPS * settings.attack.steps
-    step, losses = _step(task, name, row, "task", settings), _losses(task)
-    parts = [_times(step.whole, n * steps * losses, 0, low=task != "classification")]
-    if task == "classification":
-        targets = min(strong.TARGETS, cost.shape(name).classes - 1)
-        parts += [_times(step.whole, STANDING * n * 2 * targets * steps, 0)]  # APGD and FAB towards each of them
-        parts += [_times(step.forward, STANDING * n * strong.QUERIES * steps, 0)]
-    about = (TASKS[task].notebook, task, name, row.name, defense, "strong")
-    kinds = len(strong.NAMES[task])
-    return Work(*about, n, steps, **_sum(*parts), fixed=kinds * CELL)
-
-
-def _losses(task: str) -> int:
-    """Runs of the steps of strong attacks: one for each loss of each attack."""
-    return sum(len(strong.LOSSES.get(name, (name,))) for name in strong.NAMES[task])
-
-
-def _sanity(task: str, name: str, row: EncoderRow, settings: Settings) -> Iterator[Work]:
-    """07_sanity on one data set, Standard and DeACL of one row: the task attack again and again on a few images."""
-    cfg, n = settings.sanity, min(settings.sanity.n, counts(task, name, settings)[2])
-    rounds = cfg.rounds(settings.attack)
-    calls = math.ceil(n / at_once(task, name, "test", row, settings))
-    step, steps = _step(task, name, row, "task", settings), rounds * settings.attack.steps
-    looks = rounds + LOOKS
-    for defense in row.defenses:
-        taken = rounds * steps_taken(task, "task", defense, settings)
-        attack = _times(step.whole, n * taken, calls * steps, low=True)
-        total = _sum(attack, _times(step.forward, n * looks, calls * looks))
-        about = ("07_sanity", task, name, row.name, defense, "sanity")
-        yield Work(*about, n, steps, **total, fixed=rounds * CELL)
-
-
-def _deacl(row: EncoderRow, settings: Settings) -> Iterator[Work]:
-    """Fine-tuning: the teacher once, the attack's steps, eq. 2's own step; held-out images attacked every epoch."""
-    if not tuned(row, settings):
-        return
-    cfg, encoder = settings.deacl, encoder_of(row)
-    size = (encoder.native, encoder.native)
-    train, val, _ = counts("deacl", cfg.dataset, settings)
-    attack, own = traced(encoder, "cls", size), traced(encoder, "train", size)
-    seen, watched = cfg.epochs * train, (cfg.epochs + 1) * val
-    looks, attacked = seen + 2 * watched, cfg.steps * (seen + watched)
-    total = _sum(
-        _times(attack.forward, looks, looks / cfg.batch, low=True),
-        _times(attack.whole, attacked, attacked / cfg.batch, low=True),
-        _times(own.whole, seen, seen / cfg.batch, low=True),
-    )
-    read = (seen + watched) * reading(cfg.dataset, size)
-    yield Work("02_deacl", "deacl", cfg.dataset, row.name, "deacl", "deacl", train, cfg.steps, **total, read=read)
-
-
-# --- many GPUs ---
-
-
-def scaling(settings: Settings, gpus: tuple[int, ...] = GPU_COUNTS) -> list[dict[str, float]]:
-    """Time and price on so many GPUs (cost.RENTED), from the cost model: one row for each number.
-
-    gpus; hours; dollars, all GPUs being rented to the end; busy, the share of them that is work; deacl_gpus, those that
-    share each batch of DeACL. The jobs, one for each DeACL row, head and cell, wait only for each other in that order,
-    so the time is the larger of all work over the GPUs and of the longest chain.
-    """
-    device, jobs, chains = _jobs(settings)
-    found = []
-    for count in gpus:
-        hours, shared = min(
-            (_hours(count, n, jobs, chains, device), n) for n in range(1, _sharers(count, settings) + 1)
-        )
-        busy = _hours(1, 1, jobs, chains, device) / (count * hours)
-        price = count * hours * cost.ASSUMED_PRICE[cost.RENTED]
-        found.append({"gpus": count, "hours": hours, "dollars": price, "busy": busy, "deacl_gpus": shared})
-    return found
-
-
-def _jobs(settings: Settings) -> tuple[Device, list[Work], list[Work]]:
-    """The GPU, all work, and that of one seed: seeds are jobs beside each other and lengthen no chain."""
-    one = all_work(settings.model_copy(update={"seeds": []}))
-    return cost.gpu(cost.RENTED, precision=settings.precision), all_work(settings), one
-
-
-def _sharers(gpus: int, settings: Settings) -> int:
-    """GPUs at most that share a batch of DeACL."""
-    tunes = settings.deacl is not None and any(tuned(row, settings) for row in settings.encoders)
-    return max(1, min(gpus, settings.deacl.batch // SHARE)) if tunes else 1
-
-
-def _on(w: Work, gpus: int, device: Device) -> float:
-    """Seconds of one line on so many GPUs if they can share it; each of them launches every operation itself."""
-    computing = _computing(w, device)
-    shared = computing / (gpus * ASSUMED_SHARING) if w.what == "deacl" and gpus > 1 else computing
-    return seconds([w], device) - computing + shared
-
-
-def _total(shared: int, work: list[Work], device: Device) -> float:
-    """GPU-seconds of all work."""
-    return sum(_on(w, shared, device) * (shared if w.what == "deacl" else 1) for w in work)
-
-
-def _hours(gpus: int, shared: int, work: list[Work], one_seed: list[Work], device: Device) -> float:
-    """Hours on `gpus` GPUs of which `shared` work on each DeACL job."""
-    longest = sum(chain(one_seed, shared, device).values())
-    return max(_total(shared, work, device) / gpus, longest) / 3600
-
-
-def chain(work: list[Work], shared: int, device: Device) -> dict[str, float]:
-    """The longest chain of jobs, which no number of GPUs shortens: what it waits for, one after the other, in seconds.
-
-    The data are read before it, and the figures drawn after it.
-    """
-    tuning = {w.encoder: _on(w, shared, device) for w in work if w.what == "deacl"}
-    found = [{}]
-    for place in dict.fromkeys(w[1:5] for w in work if w.what in KINDS and "-epoch" not in w.defense):
-        mine = [w for w in work if w[1:5] == place]
-        cells = [seconds([w], device) for w in mine if w.what in (*KINDS, "strong")]
-        checks = sum(seconds([w], device) for w in mine if w.what == "sanity")
-        before = tuning.get(place[2], 0.0) if place[3] == "deacl" else 0.0
-        head = sum(seconds([w], device) for w in mine if w.what in ("tokens", "head"))
-        found.append({f"DeACL of {place[2]}": before, f"the head of {place[0]} on {place[1]}": head,
-                      "its longest attack": max(cells), "its checks": checks})  # fmt: skip
-    longest = {words: took for words, took in max(found, key=lambda parts: sum(parts.values())).items() if took}
-    ends = sum(seconds([w], device) for w in work if w.stage in ("00_data", "06_figures"))
-    return longest | {"reading the data once and drawing": ends}
-
-
-def useful(settings: Settings) -> int:
-    """The number of GPUs beyond which the longest chain, made as short as it can be, is all that takes time."""
-    (device, work, one_seed), shared = _jobs(settings), _sharers(UNKNOWN, settings)
-    longest = sum(chain(one_seed, shared, device).values())
-    return max(shared, math.ceil(_total(shared, work, device) / longest))
-
-
-def scaling_text(settings: Settings) -> str:
-    """The rows of `scaling` as a table in Markdown, and where and why it stops scaling."""
-    most, shared, (device, _, one_seed) = useful(settings), _sharers(UNKNOWN, settings), _jobs(settings)
-    lines = [[f"{cost.RENTED} GPUs", "hours", "US dollars", "share of the GPU time used"], ["---:"] * 4]
-    for row in scaling(settings, tuple(sorted({*GPU_COUNTS, most}))):
-        numbers = (_number(row["hours"]), _number(row["dollars"]), f"{100 * row['busy']:.0f} %")
-        lines.append([str(row["gpus"]), *numbers])
-    parts = [f"{words} {duration(took)}" for words, took in chain(one_seed, shared, device).items()]
-    by = f" (shared by {shared} GPUs, at least {SHARE} images of a batch each)" if shared > 1 else ""
-    return "\n".join([
-        *("| " + " | ".join(line) + " |" for line in lines),
-        f"\nMore than {most} GPUs bring nothing, as the longest chain of jobs is left{by}:",
-        "; ".join(parts) + ".",
-        f"Assumed: an efficiency of {ASSUMED_SHARING} where GPUs share a batch, ${cost.ASSUMED_PRICE[cost.RENTED]} for "
-        "a GPU-hour,\nall GPUs rented to the end.",
-    ])  # fmt: skip
-
-
-# --- memory and disk ---
-
-
-def memory(settings: Settings, least: bool = False) -> tuple[float, str]:
-    """Expected GPU memory in bytes, and the step that takes most, in words.
-
-    `least`: with images attacked one by one, to which attacks come down by themselves where memory lacks.
-    """
-    bytes_, words = max(_peaks(settings, least), default=(0.0, "nothing"))
-    return CONTEXT + MEMORY * bytes_, words
-
-
-def _peaks(settings: Settings, least: bool) -> Iterator[tuple[float, str]]:
-    """What each kind of step keeps for its gradient, with weights: (bytes, words)."""
-    cfg, low = settings.deacl, cost.ASSUMED_HALF if settings.precision != "fp32" else 1.0
-    for row in settings.encoders:
-        encoder, weights = encoder_of(row), cost.weight_bytes(encoder_of(row))
-        for task, name in ((t, name) for t, name in datasets.wanted(settings) if t != "deacl"):
-            yield _head_peak(task, name, row, settings)
-            if settings.attack:
-                batch = 1 if least else at_once(task, name, "test", row, settings)
-                batch = min(batch, counts(task, name, settings)[2])
-                kept = low * _step(task, name, row, "task", settings).whole.kept
-                yield weights + batch * kept, f"{task}.attack_batch {batch} ({name}, {row.name})"
-        if tuned(row, settings):
-            own = traced(encoder, "train", (encoder.native, encoder.native)).whole
-            yield 5 * weights + cfg.batch * low * own.kept, f"deacl.batch {cfg.batch} ({row.name})"
-
-
-def _head_peak(task: str, name: str, row: EncoderRow, settings: Settings) -> tuple[float, str]:
-    """Training a head: the encoder's weights, a batch of tokens and what the head keeps of it."""
-    section, encoder = section_of(task, row, settings), encoder_of(row)
-    size = image_size(task, "train", name, section.size, encoder.native)
-    batch = min(section.batch, counts(task, name, settings)[0])
-    tokens = 4 * encoder.dim * (1 + (task != "classification") * math.prod(cost.grid(encoder, size)))
-    kept = tokens + cost.head_step(encoder, task, size, cost.shape(name).classes).whole.kept
-    return cost.weight_bytes(encoder) + batch * kept, f"{task}.batch {batch} ({name}, {row.name})"
-
-
-def disk(settings: Settings) -> tuple[float, float]:
-    """Bytes of the data sets with the archives they come in, and of public weights, heads and DeACL checkpoints."""
-    data = sum(_data_bytes(name, settings) for name in {name for _, name in datasets.wanted(settings)})
-    weights = sum(cost.weight_bytes(encoder_of(row)) for row in fetched(settings))
-    return data, weights + sum(_run_bytes(row, settings) for row in settings.encoders)
-
-
-def _data_bytes(name: str, settings: Settings) -> float:
-    """Bytes of one data set, unpacked or as its archives are; nothing of a folder of the user's own."""
-    files = datasets.archives(name, settings)
-    as_it_is = bool(files) and all(a.as_it_is for a in files)
-    unpacked = catalogue.DATASETS[name].gigabytes * 1e9 if name in catalogue.DATASETS and not as_it_is else 0.0
-    return unpacked + sum(a.size for a in files)
-
-
-def _run_bytes(row: EncoderRow, settings: Settings) -> float:
-    """What runs/<profile> will hold of one encoder: heads; DeACL checkpoints, and the state with its momentum."""
-    encoder, used = encoder_of(row), [w for w in datasets.wanted(settings) if w[0] != "deacl"]
-    heads_ = sum(
-        cost.head_bytes(encoder, task, cost.shape(name).classes)
-        * len(variants(row, settings, name == settings.task(task).datasets[0]))
-        * (1 + len(settings.seeds))
-        for task, name in used
-    )
-    kept = {*settings.deacl.checkpoints, settings.deacl.epochs} if tuned(row, settings) else ()
-    return heads_ + cost.weight_bytes(encoder) * (len(kept) + 2 * bool(kept))
+def remaining(settings: Settings, jobs: list[Job], stages: list[str]) -> float:
+    """Expected seconds on this machine for these jobs and for running the notebooks of these stages."""
+    notebooks = START * len(stages) + DRAW * ("06_figures" in stages) + reading(settings) * ("00_data" in stages)
+    return seconds(jobs, here(settings), settings) + notebooks
 
 
 # --- the plan in words ---
@@ -511,22 +325,11 @@ def _run_bytes(row: EncoderRow, settings: Settings) -> float:
 
 def text(settings: Settings, missing: list[str]) -> str:
     """The whole plan in words; `missing`: sentences that say what is wrong or not there."""
-    work, here = all_work(settings), cost.this_device(settings)
     parts = [f"Plan of profile {settings.profile}; nothing is run."]
-    parts += [
-        _table_text(number, task, settings, work) for number, task in enumerate(TASKS, 1) if getattr(settings, task)
-    ]
-    parts += [_deacl_text(settings, work), _stage_text(settings, work, here), "\n".join(header(settings)), RATES]
-    parts.append(f"On many GPUs:\n\n{scaling_text(settings)}")
+    parts += [_table_text(task, settings) for task in TASKS if getattr(settings, task)]
+    parts += [_deacl_text(settings), _stage_text(settings), _disk_text(settings)]
     parts.append("Missing:\n" + "\n".join(f"- {m}" for m in missing) if missing else "Nothing is missing.")
     return "\n\n".join(part for part in parts if part)
-
-
-RATES = (
-    f"Minutes on CPUs: a short measurement here times constants fitted to measured runs. Minutes on GPUs: data-sheet\n"
-    f"rates times an assumed efficiency of {cost.ASSUMED_FP32} in fp32 and {cost.ASSUMED_BF16} in bf16, not measured; "
-    f"so is GPU memory. Roughly\nreckoned: strong attacks and 07_sanity."
-)
 
 
 def _columns(rows: list[list[str]]) -> str:
@@ -548,47 +351,60 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
-def _table_text(number: int, task: str, settings: Settings, work: list[Work]) -> str:
+def _table_text(task: str, settings: Settings) -> str:
     """The rows of one table: what is attacked how, and FLOPs of an image forward and in an attack step."""
-    title = f"Table {number}, {task}: clean, EmbedAttack, {TASKS[task].attack}"
+    kinds = ", ".join(["clean", *(attacks.title(task, *kind) for kind in [*attacks.kinds(task, settings).items()][1:])])
     lines = [["data set", "encoder", "defense", "images", "px", "windows", "steps", "GFLOP forward", "a step", "PFLOP"]]
     for row in settings.encoders:
-        for name in settings.task(task).datasets:
-            for defense in variants(row, settings, name == settings.task(task).datasets[0]):
-                lines.append(_row_text(task, name, row, defense, settings, work))
-    return f"{title}\n{_columns(lines)}"
+        for i, name in enumerate(settings.task(task).datasets):
+            (height, width), one = image_size(task, "test", name, row, settings), step_of(task, name, row, settings)
+            windows = _windows(task, (height, width), row, settings)
+            for defense in variants(row, settings, i == 0):
+                mine = [job for job in jobs_of(settings) if _of_row(job, task, name, row.name, defense)]
+                total = sum(sum(price(job, settings).values()) for job in mine)
+                numbers = [one.forward / 1e9, one.whole / 1e9, total / 1e15]
+                steps = str(settings.attack.steps if settings.attack else 0)
+                shown = [str(counts(task, name, settings)[2]), f"{width}x{height}", str(windows), steps]
+                lines.append([name, row.name, defense, *shown, *map(_number, numbers)])
+    return f"Table {TASKS[task].number}, {task}: {kinds}\n{_columns(lines)}"
 
 
-def _row_text(task: str, name: str, row: EncoderRow, defense: str, settings: Settings, work: list[Work]) -> list[str]:
-    size, step = _test_size(task, name, row, settings), _step(task, name, row, "task", settings)
-    mine = [w for w in work if w[1:5] == (task, name, row.name, defense)]
-    native, stride = encoder_of(row).native, _stride(task, row, settings)
-    seen = cost.windows(size, native, stride) if task == "segmentation" else 1
-    steps = settings.attack.steps if settings.attack else 0
-    flops = [step.forward.flops / 1e9, step.whole.flops / 1e9, sum(w.flops for w in mine) / 1e15]
-    images = counts(task, name, settings)[2]
-    return [name, row.name, defense, str(images), f"{size[1]}x{size[0]}", str(seen), str(steps), *map(_number, flops)]
+def _windows(task: str, size: tuple[int, int], row: EncoderRow, settings: Settings) -> int:
+    """Windows that slide over an image; 1 where none do."""
+    if task != "segmentation":
+        return 1
+    native = meta(row).native
+    step = max(1, round(section_of(task, row, settings).stride * native))
+    return math.prod(len(heads.window_starts(side, min(side, native), step)) for side in size)
 
 
-def _deacl_text(settings: Settings, work: list[Work]) -> str:
-    lines = [
-        f"DeACL of {w.encoder} on {w.dataset}: {w.images} images, {settings.deacl.epochs} epochs, {w.steps} attack "
-        f"steps, {_number(w.flops / 1e15)} PFLOP"
-        for w in work
-        if w.what == "deacl"
-    ]
-    given = [f"DeACL of {row.name}: {row.deacl_checkpoint}" for row in settings.encoders if row.deacl_checkpoint]
-    return "\n".join([*lines, *given])
+def _of_row(job: Job, *place: str) -> bool:
+    return tuple(job.get(name) for name in ("task", "dataset", "encoder", "defense")) == place
 
 
-def _stage_text(settings: Settings, work: list[Work], here: Device) -> str:
+def _deacl_text(settings: Settings) -> str:
+    lines = [f"DeACL of {row.name}: {row.deacl_checkpoint}" for row in settings.encoders if row.deacl_checkpoint]
+    for job in (job for job in jobs_of(settings) if job["step"] == "deacl"):
+        cfg, flops = settings.deacl, sum(price(job, settings).values())
+        images = counts("deacl", cfg.dataset, settings)[0]
+        lines.append(f"DeACL of {job['encoder']} on {cfg.dataset}: {images} images, {cfg.epochs} epochs, {cfg.steps} "
+                     f"attack steps, {_number(flops / 1e15)} PFLOP")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _stage_text(settings: Settings) -> str:
     """Expected time of each stage here and on some GPUs, and the measured one if the stage has been run."""
-    others = [cost.gpu(name, precision=settings.precision) for name in cost.REFERENCE]
-    rows = [["stage", "PFLOP", here.name, *(d.name for d in others), "measured here"]]
+    from . import stages  # here, as it stands above this module
+
+    rates = {"here": here(settings), **{f"{gpu} (assumed)": assumed(gpu) for gpu in ASSUMED}}
+    rows, jobs = [["stage", "PFLOP", *rates, "measured here"]], jobs_of(settings)
     for stage in (*STAGES, "total"):
-        mine = [w for w in work if stage in (w.stage, "total")]
-        times = [duration(seconds(mine, device)) for device in (here, *others)]
-        rows.append([stage, _number(sum(w.flops for w in mine) / 1e15), *times, _measured(settings.profile, stage)])
+        mine = [job for job in jobs if stage in (stages.stage_of(job), "total")]
+        names = list(STAGES) if stage == "total" else [stage]
+        fixed = START * len(names) + DRAW * ("06_figures" in names) + reading(settings) * ("00_data" in names)
+        times = [duration(seconds(mine, rate, settings) + fixed) for rate in rates.values()]
+        flops = sum(sum(price(job, settings).values()) for job in mine)
+        rows.append([stage, _number(flops / 1e15), *times, _measured(settings.profile, stage)])
     return _columns(rows)
 
 
@@ -600,26 +416,58 @@ def _measured(profile: str, stage: str) -> str:
         return ""
 
 
-def _rounded(value: float) -> str:
-    """Two significant digits, without an exponent."""
-    return f"{float(f'{value:.2g}'):g}" if value < 1e4 else f"{float(f'{value:.2g}'):.0f}"
+# --- disk ---
 
 
-def header(settings: Settings) -> list[str]:
-    """The lines about minutes, memory and disk that head a profile's file."""
-    work, (data, runs) = all_work(settings), disk(settings)
-    tuning = [w for w in work if w.stage == "02_deacl"]
+def _disk_text(settings: Settings) -> str:
+    names = {name for _, name in datasets.wanted(settings)}
+    public = sum(_bytes(meta(row)) for row in fetched(settings))
+    made = sum(_written(job, settings) for job in jobs_of(settings))
+    stored = records.size(sum(data.bytes_of(name, settings) for name in names))
+    return f"Disk: {stored} of data sets, {records.size(public + made)} of weights, heads and checkpoints."
 
-    def minutes(lines: list[Work]) -> str:
-        devices = ((name, cost.gpu(name, precision=settings.precision)) for name in cost.REFERENCE)
-        return ", ".join(f"{name} {_rounded(seconds(lines, device) / 60)}" for name, device in devices)
 
-    taken, most = memory(settings)
-    return [
-        f"Minutes:    {minutes(work)} expected; of these DeACL: {minutes(tuning)}",
-        f"GPU memory: {_rounded(taken / 1e9)} GB expected, most for {most}",
-        f"Disk:       {_rounded(data / 1e9)} GB of data sets, {_rounded(runs / 1e9)} GB of weights, heads, checkpoints",
-    ]
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters())
+
+
+def _written(job: Job, settings: Settings) -> float:
+    """Bytes that a job leaves in runs/, and of DeACL's state while a new one is written beside the old one."""
+    row = next((row for row in settings.encoders if row.name == job.get("encoder")), None)
+    if job["step"] == "deacl":
+        return (len(deacl.kept(settings.deacl)) + 4) * _bytes(meta(row))
+    if job["step"] != "head":
+        return 0.0
+    with torch.device("meta"):
+        classes = classes_of(job["dataset"], job["task"], settings)
+        return _bytes(heads.HEADS[job["task"]](meta(row).dim, classes))
+
+
+def _disk_problems(settings: Settings) -> list[str]:
+    """What does not fit on the disk, of that which is still to be written: what is there already needs no more room."""
+    try:
+        free, jobs = shutil.disk_usage(records.ROOT).free, jobs_of(settings)
+        need = sum(_written(job, settings) for job in jobs)
+    except BadInput:  # an unknown encoder, which encoders.check has named
+        return []
+    if need > free:
+        with suppress(BadInput):  # data or weights are not there, which others say
+            found = looked_for(settings)
+            absent = jobs if found is None else [w.job for w in found if not w.there]
+            need = sum(max(0.0, _written(job, settings) - _begun(job, settings)) for job in absent)
+    if need <= free:
+        return []
+    return [f"The disk of {records.ROOT} has {records.size(free)} free but weights and checkpoints still need about "
+            f"{records.size(need)}; free some space."]  # fmt: skip
+
+
+def _begun(job: Job, settings: Settings) -> float:
+    """Bytes that DeACL has left already, where it was interrupted."""
+    if job["step"] != "deacl":
+        return 0.0
+    folders = [f for f in (records.runs_dir(settings.profile) / "deacl" / job["encoder"]).glob("*") if f.is_dir()]
+    begun = [f for f in folders if not (f / "deacl.json").is_file()]
+    return sum(path.stat().st_size for folder in begun for path in folder.iterdir())
 
 
 # --- what is missing ---
@@ -629,13 +477,22 @@ def problems(settings: Settings) -> tuple[list[str], list[str]]:
     """Everything that is missing, a sentence each: what stops a run, and what is only said before it.
 
     Missing data sets and weights stop it unless the profile says missing: skip; fewer training images than asked for
-    never do, nor too little GPU memory, as its need is only an estimate.
+    never do.
     """
-    absent = [*datasets.check(settings), *encoders.check(settings), *missing_weights(settings)]
+    absent = [*data.check(settings), *encoders.check(settings), *missing_weights(settings)]
     stop, warn = ([], absent) if settings.missing == "skip" else (absent, [])
-    wrong, remarks = datasets.look(settings)
-    stop, warn = stop + [w for w in wrong if w not in absent], warn + remarks + datasets.shortages(settings)
-    return stop + _device_problems(settings) + _disk_problems(settings), warn + _memory_warnings(settings)
+    wrong, remarks = data.look(settings)
+    stop, warn = stop + [w for w in wrong if w not in absent], warn + remarks + data.shortages(settings)
+    return stop + _attack_problems(settings) + _device_problems(settings) + _disk_problems(settings), warn
+
+
+def _attack_problems(settings: Settings) -> list[str]:
+    try:
+        for task in (task for task in TASKS if getattr(settings, task)):
+            attacks.kinds(task, settings)
+    except BadInput as problem:
+        return [str(problem)]
+    return []
 
 
 def _device_problems(settings: Settings) -> list[str]:
@@ -646,66 +503,11 @@ def _device_problems(settings: Settings) -> list[str]:
     return []
 
 
-def looked_for(settings: Settings) -> "list[wanted.Wanted] | None":
+def looked_for(settings: Settings) -> list[Wanted] | None:
     """All results; None if none can be there, as nothing was computed yet, or weights would be fetched to know that."""
-    from . import wanted  # here, as it looks at every result
-
-    places = (records.runs_dir(settings.profile) / part for part in ("heads", "deacl", "cells"))
-    here = all(cached(encoders.describe(row).timm) for row in fetched(settings))
-    return wanted.results(settings)[0] if here and any(place.is_dir() for place in places) else None
-
-
-def _disk_problems(settings: Settings) -> list[str]:
-    """What does not fit on the disk, of that which is still to be written: what is there already needs no more room."""
-    try:
-        free = shutil.disk_usage(records.ROOT).free
-        need = disk(settings)[1] + max((_while_tuning(row, settings) for row in settings.encoders), default=0.0)
-    except BadInput:  # an unknown encoder, which encoders.check has named
-        return []
-    if need > free:
-        with suppress(BadInput):  # data or weights are not there, which others say
-            found = looked_for(settings)
-            need = need if found is None else _still_written(settings, [w.job for w in found if not w.there])
-    if need <= free:
-        return []
-    return [f"The disk of {records.ROOT} has {records.size(free)} free but weights and checkpoints still need about "
-            f"{records.size(need)}; free some space."]  # fmt: skip
-
-
-def _while_tuning(row: EncoderRow, settings: Settings) -> float:
-    """Bytes of DeACL's state with its momentum: a new one is written whole before it takes the place of the old one."""
-    return 2 * cost.weight_bytes(encoder_of(row)) if tuned(row, settings) else 0.0
-
-
-def _still_written(settings: Settings, jobs: list[dict[str, Any]]) -> float:
-    """Bytes of the heads and checkpoints that these jobs (wanted.Job) leave, less what they have left already."""
-    rows, total = {row.name: row for row in settings.encoders}, 0.0
-    for job in jobs:
-        row = rows.get(job.get("encoder"))
-        if job["step"] == "head":
-            total += cost.head_bytes(encoder_of(row), job["task"], cost.shape(job["dataset"]).classes)
-        if job["step"] == "deacl":
-            folders = [f for f in (records.runs_dir(settings.profile) / "deacl" / row.name).glob("*") if f.is_dir()]
-            begun = [f for f in folders if not (f / "deacl.json").is_file()]
-            held = sum(path.stat().st_size for folder in begun for path in folder.iterdir())
-            kept = len({*settings.deacl.checkpoints, settings.deacl.epochs}) * cost.weight_bytes(encoder_of(row))
-            total += max(0.0, kept + _while_tuning(row, settings) - held) + _while_tuning(row, settings)
-    return total
-
-
-def _memory_warnings(settings: Settings) -> list[str]:
-    """Only where there is a GPU: counting takes seconds that a run on the CPU need not wait for."""
-    if settings.device == "cpu" or not torch.cuda.is_available():
-        return []
-    try:
-        need, most = memory(settings, least=True)
-    except BadInput:
-        return []
-    device = cost.this_device(settings)
-    if need <= device.memory:
-        return []
-    return [f"About {need / 1e9:.0f} GB of GPU memory are expected but {device.name} has {device.memory / 1e9:.0f} GB; "
-            f"lower {most} in params/{settings.profile}.yaml."]  # fmt: skip
+    places = (records.runs_dir(settings.profile) / folder for folder in ("heads", "deacl", "cells"))
+    local = all(cached(encoders.describe(row).timm) for row in fetched(settings))
+    return wanted.results(settings)[0] if local and any(place.is_dir() for place in places) else None
 
 
 def fetched(settings: Settings) -> list[EncoderRow]:

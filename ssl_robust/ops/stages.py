@@ -11,11 +11,12 @@ from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from .. import datasets, records
+from .. import records
 from ..progress import any_terminal
 from ..settings import BadInput, Settings
 from ..tasks import TASKS
-from . import cost, plan, run, wanted
+from ..trust import data
+from . import plan, run, wanted
 from .wanted import Wanted
 
 STEP = {"deacl": "02_deacl", "checks": "07_sanity"}  # of what is no head, cell or example
@@ -50,7 +51,7 @@ def _why_not(stage: str, settings: Settings, found: list[Wanted]) -> str:
     mine = [w for w in found if stage_of(w.job) == stage]
     if absent := sum(not w.there for w in mine):
         return f"{absent} of {len(mine)} results are not there"
-    if stage == "00_data" and records.need(settings.profile, stage).get("hashes") != datasets.hashes(settings):
+    if stage == "00_data" and records.need(settings.profile, stage).get("hashes") != data.hashes(settings):
         return "the data are others"
     gone = [name for name in FILES.get(stage, ()) if not (records.figures_dir(settings.profile) / name).is_file()]
     if gone:
@@ -89,7 +90,7 @@ def _shown_by(stage: str, settings: Settings) -> list[Path]:
 def text(settings: Settings, found: list[Wanted] | None) -> str:
     """N of M results are there, what will be made and why, and the time that takes here; see plan.looked_for."""
     if found is None:
-        seconds = plan.seconds(plan.all_work(settings), cost.this_device(settings))
+        seconds = plan.remaining(settings, plan.jobs_of(settings), list(plan.STAGES))
         return f"{settings.profile}: no results are there; about {plan.duration(seconds)} to go here."
     absent, stages = [w for w in found if not w.there], undone(settings, found)
     head = f"{settings.profile}: {len(found) - len(absent)} of {len(found)} results are there"
