@@ -47,13 +47,13 @@ ATTACKS := 05_attack_depth 04_attack_segmentation 03_attack_classification# begu
 RUN      = $(PY) -m ssl_robust.ops.run --profile $(PROFILE) --data "$$DATA"
 stages   = $(addprefix run-,$(1))
 # Has the stages run that $(1) needs and that are not done; begun by '+', so that make -n says what they are.
-made     = +@stale="$$($(PY) -m ssl_robust.ops.stages --profile $(PROFILE) --data "$$DATA")" && \
+made     = +@$(PY) tests/golden.py --check && stale="$$($(PY) -m ssl_robust.ops.stages --profile $(PROFILE) --data "$$DATA")" && \
   $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(AT_ONCE)) STALE="$$stale" $(1)
 STALE   ?= $(STAGES)
 
 .DELETE_ON_ERROR:
 .PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook explain keep bench example lab test reference
-.PHONY: encoder lock clean check $(STAGES:%=run-%)
+.PHONY: encoder house lock clean check $(STAGES:%=run-%)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9 ]+:.*## / { printf "make %-26s %s\n", $$1, $$2 }' Makefile
@@ -106,7 +106,7 @@ bench: $(STAMP) ## speed and strength of the attacks beside other implementation
 	@$(PY) -m ssl_robust.ops.run appendix_bench --profile bench --data "$$DATA"
 
 example: $(STAMP) ## for maintainers: what the last run of PROFILE made becomes the committed example
-	@$(PY) -m ssl_robust.ops.committed $(PROFILE)
+	@$(PY) -m ssl_robust.show.committed $(PROFILE)
 
 lab: $(STAMP) ## JupyterLab on copies of the notebooks, in lab/ (options: LAB="--allow-root --no-browser --port 8899")
 	@$(PY) -m ssl_robust.ops.lab
@@ -121,6 +121,9 @@ reference: $(STAMP) ## the notebooks that nbval compares with, made anew
 encoder: $(STAMP) check ## pretrain the embedded encoder (appendix notebook)
 	@$(RUN) appendix_pretraining
 
+house: $(STAMP) ## how large the package and the notebooks are, and who imports whom
+	@$(PY) tests/house.py
+
 lock: $(STAMP) ## requirements.lock made anew from pyproject.toml
 	@$(PY) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev \
 	  --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
@@ -133,12 +136,14 @@ clean: ## delete results/PROFILE and runs/PROFILE, with all that was ever comput
 	else echo 'Nothing deleted.'; fi
 
 check: | $(STAMP)
-	@$(RUN) --check
+	@$(PY) tests/golden.py --check && $(RUN) --check
 
 # What a stage waits for; of all these only those in STALE do anything.
 $(call stages,01_heads 02_deacl): $(call stages,00_data)
 $(call stages,$(ATTACKS)): $(call stages,01_heads 02_deacl)
-$(call stages,06_figures 07_sanity): $(call stages,$(ATTACKS))
+$(call stages,07_sanity): $(call stages,$(ATTACKS))
+# last, as the checks of 07_sanity decide which values of the tables have a dagger
+$(call stages,06_figures): $(call stages,07_sanity)
 $(call stages,$(STAGES)): run-%:
 	$(if $(filter $*,$(STALE)),@$(RUN) $*)
 

@@ -1,47 +1,38 @@
 """DeACL (eq. 2, section 3.3, appendix C.2): fine-tune an encoder towards robustness, the original as its teacher.
 
 Several processes (GPUs, nodes) share each batch through accelerate; what is computed does not depend on how many they
-are, up to rounding. Notebooks start them themselves; on several nodes they are started by
-accelerate launch [--num_machines M ...] -m ssl_robust.deacl --profile PROFILE [--data FOLDER] [--encoder NAME].
+are, up to rounding. ops/launch.py starts them.
 
 Encoders stay in eval mode while they are fine-tuned: batch norm (of a ResNet, say) keeps the statistics it was
 pretrained with, and its scale and shift are trained like every other weight.
 """
 
-import argparse
 import copy
 import io
 import json
 import math
 import os
 import re
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, notebook_launcher
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
-from accelerate.utils.other import get_free_port
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from . import attacks, compute, datasets, encoders, records
 from .datasets import Subset
 from .encoders import Encoder
-from .formats import checkpoints
-from .heads import skipping
-from .progress import any_terminal, track
-from .settings import Attack, BadInput, DeACL, EncoderRow, Settings
+from .parts import part
+from .progress import track
+from .settings import Attack, BadInput, DeACL, EncoderRow, Settings, skipping
 
 GIVEN = -1  # the epochs of a checkpoint that was made elsewhere: unknown
 SAVE_SECONDS = 600.0  # between the states stored within an epoch
@@ -263,27 +254,26 @@ def finetune_all(settings: Settings, only: str = "") -> dict[str, dict[str, Any]
         dataset = "" if row.deacl_checkpoint else settings.deacl.dataset
         with skipping(settings, lost, [{"dataset": dataset, "encoder": row.name, "defense": "deacl"}]):
             runs[row.name] = _made_elsewhere(row, settings) if row.deacl_checkpoint else _made_here(row, settings)
-            if not row.deacl_checkpoint and _first():  # what the attacks' notebooks evaluate
+            if not row.deacl_checkpoint and first():  # what the attacks' notebooks evaluate
                 records.write_record(runs[row.name], current_path(settings.profile, row.name))
-    if _first():
+    if first():
         records.write_skipped(settings.profile, "deacl", lost)
     return runs
 
 
 def _made_elsewhere(row: EncoderRow, settings: Settings) -> dict[str, Any]:
     """Index of a given checkpoint, which must fit the row's model."""
-    path = checkpoints.locate(row.deacl_checkpoint, settings.data_root)
+    path = part("formats.checkpoints").locate(row.deacl_checkpoint, settings.data_root)
     key = records.digest([row.deacl_checkpoint, encoders.load(row, settings.data_root, path).hash])
     return {"key": key, "epochs": [], "history": [], "origin": row.deacl_checkpoint}
 
 
 def _made_here(row: EncoderRow, settings: Settings) -> dict[str, Any]:
-    teacher = encoders.load(row, settings.data_root)
-    count = 1 if launched() else processes(settings)
-    if count == 1:
-        return finetune(row, teacher, settings)
-    _launch(count, row, teacher, settings)
-    return stored(row, teacher, settings)[0]
+    teacher, launch = encoders.load(row, settings.data_root), part("ops.launch")
+    count = launch.processes(settings)
+    if count > 1 and not stored(row, teacher, settings)[0]:
+        launch.start(count, row.name, settings)
+    return finetune(row, teacher, settings)
 
 
 def finetune(row: EncoderRow, teacher: Encoder, settings: Settings) -> dict[str, Any]:
@@ -408,101 +398,12 @@ def _finished(place: Path, made: records.Made) -> dict[str, Any] | None:
     return found
 
 
-# --- several processes ---
+# --- one of several processes ---
 
 
-def processes(settings: Settings) -> int:
-    """Processes that a notebook starts for DeACL: deacl.processes, 'auto' being one for each GPU, on the CPU one.
-
-    Raises BadInput for more processes than GPUs, and for several where this process already uses a GPU.
-    """
-    wanted, gpus = settings.deacl.processes, 0 if settings.device == "cpu" else torch.cuda.device_count()
-    taken = torch.cuda.is_initialized()  # then forked processes can use no GPU
-    if wanted == "auto":
-        if taken and gpus > 1:
-            print(f"DeACL takes one of {gpus} GPUs, as this notebook already uses it; restart the kernel to use all.")
-        return 1 if taken else max(1, gpus)
-    if gpus and wanted > gpus:
-        raise BadInput(f"deacl.processes is {wanted} but there are {gpus} GPUs; lower it or write auto.")
-    if wanted > 1 and gpus and taken:
-        raise BadInput(_TAKEN)
-    return wanted
-
-
-_TAKEN = "A GPU was used in this notebook before DeACL; restart the kernel and run DeACL first, or write processes: 1."
-
-
-def launched() -> bool:
-    """Whether accelerate or torchrun started this process: then it starts none itself."""
-    return bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ))
-
-
-def _first() -> bool:
+def first() -> bool:
     """Whether this process is the main one, of all nodes."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _launch(count: int, row: EncoderRow, teacher: Encoder, settings: Settings) -> None:
-    """Fine-tune in `count` forked processes of this machine; raises their BadInput, or says how one of them ended."""
-    out, causes = sys.stdout, torch.multiprocessing.get_context("fork").SimpleQueue()
-    print(f"DeACL of {row.name}: {count} processes", flush=True)
-    try:
-        with _signals_kept(), redirect_stdout(io.StringIO()):  # accelerate calls them CUDAs, on the CPU too
-            notebook_launcher(_forked, (out, causes, row, teacher, settings), count, use_port=str(get_free_port()))
-    except ChildFailedError as error:
-        failure = error.get_first_failure()[1]
-        said = failure.message if isinstance(failure.message, str) else failure.message["message"]
-        # the first that failed says why; the others then fail for the lack of it, and torch may name one of them
-        said = said if causes.empty() else causes.get()
-        raise _reason(" ".join(said.split()), row.name) from None
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Puts back the signal handlers that torch replaces for good when it starts processes."""
-    here = threading.current_thread() is threading.main_thread()  # handlers are only set there
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT) if here}
-    try:
-        yield
-    except SignalException as stopped:
-        raise (KeyboardInterrupt() if stopped.sigval == signal.SIGINT else stopped) from None
-    finally:
-        for name, handler in before.items():
-            if handler is not None:
-                signal.signal(name, handler)
-
-
-def _reason(said: str, name: str) -> Exception:
-    """The error to raise for what a failed process said last, or what is known of its end."""
-    if "BadInput: " in said:
-        return BadInput(said.rpartition("BadInput: ")[2])
-    if "Cannot re-initialize CUDA" in said:
-        return BadInput(_TAKEN)
-    if "OutOfMemoryError" in said:
-        return torch.OutOfMemoryError(said)
-    return RuntimeError(
-        f"A process of DeACL of '{name}' ended ({said.rstrip('.')}); repeat, and it goes on from the last stored state."
-    )
-
-
-def _forked(out: TextIO, causes: Any, row: EncoderRow, teacher: Encoder, settings: Settings) -> None:
-    """What each process that a notebook starts does; it prints to `out` and puts what it fails for into `causes`."""
-    sys.stdout = out
-    os.environ["SSL_ROBUST_HEADLESS"] = "1"  # lines instead of bars, which only the notebook's own process can draw
-    # OpenMP's threads were not forked with the process, and work given to them would never be done
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    try:
-        finetune(row, teacher, settings)
-    except Exception as error:
-        causes.put(f"{type(error).__name__}: {error}")
-        raise
-    _leave()
-
-
-def _leave() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _from_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
@@ -546,7 +447,9 @@ def checkpoint_path(profile: str, encoder: str, folder: str, epoch: int) -> Path
 def save_backbone(encoder: Encoder, path: Path) -> None:
     """Backbone weights as safetensors, with the mean and std they were trained with, written whole or not at all."""
     colours = {name: getattr(encoder, name).flatten().tolist() for name in ("mean", "std")}
-    records.write_tensors(encoder.backbone.state_dict(), {checkpoints.CFG[0]: json.dumps(colours)}, path)
+    records.write_tensors(
+        encoder.backbone.state_dict(), {part("formats.checkpoints").CFG[0]: json.dumps(colours)}, path
+    )
 
 
 def _whole(place: Path, epochs: list[int]) -> bool:
@@ -598,7 +501,7 @@ def variants(row: EncoderRow, profile: str, data_root: str = "") -> list[tuple[s
     if "deacl" not in row.defenses:
         return found
     if row.deacl_checkpoint:
-        return [*found, ("deacl", GIVEN, checkpoints.locate(row.deacl_checkpoint, data_root))]
+        return [*found, ("deacl", GIVEN, part("formats.checkpoints").locate(row.deacl_checkpoint, data_root))]
     return [*found, *tuned(row, profile, _index(row, profile))]
 
 
@@ -623,34 +526,3 @@ def _index(row: EncoderRow, profile: str) -> dict[str, Any]:
         records.need(profile, "02_deacl")
         raise BadInput(f"{path} is missing although 02_deacl has run; run notebook 02_deacl again.")
     return records.read_record(path)
-
-
-# --- command line ---
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line, also under accelerate launch; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
-    from .ops import run  # here, because it stands above this module
-
-    any_terminal()
-    parser = argparse.ArgumentParser(prog="python -m ssl_robust.deacl", description="DeACL of a profile's encoders.")
-    parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
-    parser.add_argument("--data", default="", help="folder of the real data sets, in place of the profile's data_root")
-    parser.add_argument("--encoder", default="", help="only this encoder")
-    arguments = parser.parse_args(argv)
-    try:
-        runs = finetune_all(run.read_profile(arguments.profile, arguments.data), arguments.encoder)
-    except BadInput as problem:
-        print(problem, file=sys.stderr, flush=True)
-        return run.BAD_INPUT
-    except KeyboardInterrupt:
-        print("Interrupted; repeat the command to go on from the last stored state.", file=sys.stderr, flush=True)
-        return run.INTERRUPTED
-    for name, index in runs.items() if _first() else ():
-        print(f"{name}: checkpoints after epochs {index['epochs']}")
-    _leave()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

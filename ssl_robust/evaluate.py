@@ -267,13 +267,13 @@ class Worst(Cell):
         made = records.made_from((), cells=cells | ({CHECKS: checked[0]} if checked else {}))
         return super().about | {"made_from": made, "key": records.digest(made)}
 
+    def run(self, part: str = "") -> dict[str, Any] | None:
+        """As of every cell; None while one of the attacks is not there."""
+        return super().run(part) if all(cell.stored() for cell in self.cells.values()) else None
+
     def measured(self) -> tuple[dict[str, Any], Tensor]:
-        """As of every cell; BadInput while one of the attacks is not there."""
+        """The numbers that follow from the row's cells, which must be there."""
         start, cells = time.perf_counter(), {name: cell.stored() for name, cell in self.cells.items()}
-        if absent := [name for name, found in cells.items() if not found]:
-            raise BadInput(
-                f"The worst case of {'/'.join(self.names[:4])} needs the cells {', '.join(absent)}; run them."
-            )
         checked, stats = self._checked(), {name: stats for name, (_, stats) in cells.items()}
         if checked:
             rest = next(reversed(stats.values()))  # of images that were not checked one of the others, which is no news

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex, to_rgb
 from safetensors.torch import save_file
 
 from ssl_robust.settings import BadInput
-from ssl_robust.show import plots, tiles
+from ssl_robust.show import plots
 
 EPS = 8 / 255
 CLASSES = ["background", "ball", "cone"]
@@ -76,7 +76,7 @@ def test_masks_colour_classes_and_leave_background_and_ignored_clear():
     fig = plots.mask_grid(torch.zeros(1, 3, 2, 2), mask[None], CLASSES)
     layer = fig.axes[0].images[1].get_array()
     assert (layer[..., 3] > 0).tolist() == [[False, True], [True, False]]
-    assert tuple(layer[0, 1, :3]) == to_rgb(tiles.CLASSES[0]) and tuple(layer[1, 0, :3]) == to_rgb(tiles.CLASSES[1])
+    assert tuple(layer[0, 1, :3]) == to_rgb(plots.CLASSES[0]) and tuple(layer[1, 0, :3]) == to_rgb(plots.CLASSES[1])
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ["ball", "cone"]
 
 
@@ -111,8 +111,8 @@ def test_rows_of_figure_1_have_the_heights_of_their_images():
 
 
 def test_class_colours_are_distinct_and_fixed():
-    colours = [to_hex(tiles.class_colour(number)) for number in range(1, 51)]
-    assert len(set(colours)) == 50 and colours[0] == tiles.CLASSES[0].lower()
+    colours = [to_hex(plots.class_colour(number)) for number in range(1, 51)]
+    assert len(set(colours)) == 50 and colours[0] == plots.CLASSES[0].lower()
 
 
 def test_depth_maps_share_one_scale_and_hide_what_is_not_valid():
@@ -214,8 +214,8 @@ def test_figure2_draws_each_attack_in_its_colour_against_epoch():
     assert [ax.get_title() for ax in fig.axes] == ["Classification\nscenes", "Segmentation\nscenes", "Depth\nscenes"]
     assert [ax.get_ylabel()[-1] for ax in fig.axes] == ["↑", "↑", "↓"]
     lines = {container.lines[0].get_color(): container.lines[0] for container in fig.axes[0].containers}
-    assert set(lines) == set(tiles.COLOURS.values())
-    assert lines[tiles.COLOURS["embed"]].get_xydata() == pytest.approx(np.array([[0, 1], [4, 1.4], [8, 1.8]]))
+    assert set(lines) == set(plots.COLOURS.values())
+    assert lines[plots.COLOURS["embed"]].get_xydata() == pytest.approx(np.array([[0, 1], [4, 1.4], [8, 1.8]]))
     dotted = [line for line in fig.axes[0].lines if list(line.get_ydata()) == [0.25, 0.25]]
     assert len(dotted) == 1
     said = [text.get_text() for text in fig.legends[0].get_texts()]
@@ -279,7 +279,7 @@ def test_flagged_points_are_hollow_and_the_key_says_what_that_means():
     fig = plots.figure2(data)
     hollow = [line for line in fig.axes[0].lines if line.get_markerfacecolor() == "white"]
     assert [line.get_xydata().tolist() for line in hollow] == [[[4, 2.4]]]
-    assert hollow[0].get_markeredgecolor() == tiles.COLOURS["task"]
+    assert hollow[0].get_markeredgecolor() == plots.COLOURS["task"]
     assert fig.legends[0].get_texts()[-1].get_text() == "† flagged, see the tables' notes"
     plain = plots.figure2(data.assign(flagged=False))
     assert len(plain.legends[0].get_texts()) == 4

@@ -5,13 +5,15 @@ import json
 import random
 import re
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
+from nbformat import v4
 
 from ssl_robust import metrics, records
 from ssl_robust.settings import BadInput
-from ssl_robust.show import layout, plots, report, tables, timing
+from ssl_robust.show import layout, plots, report, tables
 from ssl_robust.trust import claims, evidence, paired
 
 METRIC = {"classification": "accuracy", "segmentation": "mIoU", "depth": "RMSE"}
@@ -186,8 +188,7 @@ def test_the_paper_grid_stands_beside_its_values(project):
     names = ["table", "dataset", "encoder", "defense", "attack", "reported", "ours", "se", "n", "difference", "reach"]
     assert list(saved.columns) == [*names, "inside"] and len(saved) == 84 and not saved["inside"].any()
     assert saved["difference"].abs().round(6).eq(0.08).all() and saved.groupby("table").size().tolist() == [36, 36, 12]
-    page = report.write_index("grid").read_text()
-    assert page.count("<b>≠</b>)</small></td>") == 84 and page.count("<tbody>") == 4
+    assert report.shown(2, "grid").data == (project / "figures/grid/table2.md").read_text()
     curves = report.figure2_table(records.read_records(project / "results/grid"))
     assert curves.groupby("task")["dataset"].nunique().to_dict() == {"classification": 3, "segmentation": 3, "depth": 1}
 
@@ -219,7 +220,7 @@ def test_rows_that_could_not_be_run_are_there_and_say_why(project):
     assert "none of them was run" in text
     compared = pd.read_csv(folder / "reported.csv")
     assert len(compared) == 9 and compared[["ours", "difference", "inside", "n"]].isna().all(axis=None)
-    assert "Not run: cityscapes/dinov2_vits14" in report.write_index("test").read_text()
+    assert "Not run: cityscapes/dinov2_vits14" in report.shown(2, "test").data
     first = {s: (folder / f"table2.{s}").read_bytes() for s in ("csv", "md", "tex")}
     records.write_json([], records.results_dir("test") / "heads" / "skipped.json")  # no table shows these
     assert report.copy_records("test") == 21
@@ -457,8 +458,6 @@ def test_verdicts_stand_as_a_table_and_as_numbers(project):
     assert beyond.all() and saved["verdict"].eq("supported").all()
     row = saved[(saved["claim"] == "b") & (saved["task"] == "classification")].iloc[0]
     assert row["value"] == pytest.approx(0.6) and row["threshold"] == pytest.approx(1 / 3)
-    page = report.write_index("test").read_text()
-    assert page.index("The paper&#x27;s claims") < page.index("Table 1.") and "<td>supported:<br><small>" in page
     for path in (project / "results/test").glob("*/*.json"):
         path.unlink()
     lost = [{"dataset": "cityscapes", "encoder": "e", "defense": "deacl", "why": WHY}]
@@ -567,52 +566,9 @@ def test_without_records_an_old_copy_stays(project):
     assert len(records.read_records(project / "figures/test/records")) == 21
 
 
-def test_the_page_is_self_contained_and_escapes_names(project):
-    found = [record(0.5, encoder=HOSTILE, dataset=HOSTILE), record(0.1, "embed", encoder=HOSTILE, dataset=HOSTILE)]
-    for r in found:
-        path = project / f"results/test/classification/x__y__standard__{r['attack']}.json"
-        records.write_json({**r, "device": HOSTILE, "notebook": f"runs/{HOSTILE}.ipynb"}, path)
-    (project / "figures/test").mkdir(parents=True)
-    (project / "figures/test/fig1.png").write_bytes(b"\x89PNG picture")
-    page = report.write_index("test").read_text()
-    assert "<script" not in page and page.count("&lt;script&gt;") >= 5
-    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|\.\./\.\./runs/)([^"]*)"', page) == []
-    assert "url(" not in page and "@import" not in page and "<link" not in page and "http" not in page
-    assert base64.b64encode(b"\x89PNG picture").decode() in page
-    assert page == report.write_index("test").read_text()
-
-
-def test_the_page_shows_tables_claims_and_how_it_was_made(project):
-    timed(_01_heads=81.4)
-    page = report.write_index("test").read_text()
-    for words in (
-        "Table 1.",
-        "Table 2.",
-        "Table 3.",
-        "0.80 ± 0.02",
-        "cpu (x86_64), 1 threads",
-        "<dd>81 s</dd>",
-        "81 s, 100%",
-    ):
-        assert words in page
-    assert page.count("hardly helps against") == 3 + 1  # below each table, and in the table of verdicts
-    assert 'href="../../runs/test/04_attack_segmentation.ipynb"' in page
-
-
-def test_wide_figures_are_marked_for_narrow_screens():
-    def picture(width, height):
-        header = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
-        return layout.html_figure("Figure 2", header + width.to_bytes(4, "big") + height.to_bytes(4, "big"), "")
-
-    assert 'class="wide"' in picture(1000, 300) and 'class="wide"' not in picture(300, 1000)
-    assert ".wide" in layout.STYLE and "@media (max-width" in layout.STYLE
-
-
-def test_a_second_line_of_a_cell_is_small_in_html_and_below_in_latex():
+def test_a_second_line_of_a_cell_goes_on_in_markdown_and_stands_below_in_latex():
     text = pd.DataFrame([["a", "0.5\n(0.6 ≠)"], ["<b>", "0.4"]], columns=["name", "value"])
-    assert "<td>a</td><td>0.5<br><small>(0.6 <b>≠</b>)</small></td>" in layout.html_table("T", text, {})
-    assert "<td>&lt;b&gt;</td><td>0.4</td>" in layout.html_table("T", text, {})
-    assert "<thead><tr><th>name</th><th>value</th></tr></thead>" in layout.html_table("T", text, {})
+    assert "| &lt;b&gt; | 0.4 |" in layout.markdown("T", text, {})
     assert "a & 0.5 \\\\\n & (0.6 $\\neq$) \\\\\n" in layout.latex("T. t", text, {})
     assert "| a | 0.5 (0.6 ≠) |" in layout.markdown("T", text, {})
     assert r"\textbar{}x\textbar{} $\approx$ $-$1" in layout.latex("T. t", text, {"": ["|x| ≈ −1"]})
@@ -765,8 +721,6 @@ def test_flagged_values_have_numbered_daggers_and_reasons():
     assert "- †2 scenes/embedded_vit Standard, PGD: it rises 40 %; it is &lt;b&gt;.\n" in files["md"]
     assert r"0.20 $\pm$ 0.02 \dag{}1" in files["tex"] and r"\par \dag{}2 scenes/embedded\_vit" in files["tex"]
     assert "†" not in files["tex"] and files["csv"].splitlines()[1].endswith(",embed:1 task:2")
-    page = layout.html_table("T", tables.readable("classification", found), tables.notes("classification", found))
-    assert "<td>0.20 ± 0.02&nbsp;<sup>†1</sup></td>" in page and "it is &lt;b&gt;" in page
     assert tables.table_files(1, found[::-1]) == files
 
 
@@ -819,15 +773,12 @@ def test_captions_say_what_is_flagged_in_the_figures(project):
     (project / "runs/test/examples/segmentation__0.safetensors").write_bytes(b"damaged")
     for task in ("depth", "segmentation"):
         records.write_json(f"{task}__0.safetensors", records.examples_path("test", task))
-    for name in ("fig1", "fig2", "sanity"):
-        records.write_bytes(b"\x89PNG picture", project / f"figures/test/{name}.png")
-    page = report.write_index("test").read_text()
-    assert page.count("<img ") == 3 and "<h2>How hard the attacks are</h2>" in page
+    records.write_bytes(b"\x89PNG picture", project / "figures/test/sanity.png")
     assert "figures/test/sanity.png" in report.summary("test")
-    first, second = re.findall("<figcaption>(.*?)</figcaption>", page)[:2]
-    assert first.endswith("†: scenes/embedded_vit Standard, EmbedAttack: at the start.")
-    assert "Hollow markers are flagged" in second
-    assert second.endswith("†: scenes/embedded_vit, EmbedAttack at epoch 4: between &lt;i&gt;.")
+    first, second, third = report.captions("test").splitlines()
+    assert first == "- Figure 1 †: scenes/embedded_vit Standard, EmbedAttack: at the start."
+    assert "Hollow markers of Figure 2 are flagged" in second
+    assert third == "- †: scenes/embedded_vit, EmbedAttack at epoch 4: between <i>."
 
 
 def test_figure_1_is_drawn_with_the_daggers_of_its_attacks(project, monkeypatch, undrawn):
@@ -872,7 +823,6 @@ def test_further_seeds_give_mean_and_spread(project):
     assert report.copy_records("test") == 21
     report.write_table(1, "test", project / "figures/test/records")
     assert plain((project / "figures/test/table1.md").read_text()) == text
-    assert "<small>(seeds: 0.05 ± 0.03, 3)</small>" in report.write_index("test").read_text()
 
 
 def test_all_cells_of_all_seeds_give_their_number(project):
@@ -1030,49 +980,13 @@ def timed(profile="test", started=(), **seconds):
         begin += value
 
 
-def test_bars_say_where_the_time_went(project):
-    timed(_00_data=20.0, _03_attack_classification=80.0, appendix_protocols=900.0)
-    found = evidence.read(project / "results/test")
-    stages = timing.stages(timing.measured("test"), found)
-    assert [s.name for s in stages] == ["00_data", "03_attack_classification"]
-    assert [(s.seconds, s.cells, s.share) for s in stages] == [(20.0, 0.0, 0.2), (80.0, 14.0, 0.8)]
-    lines = timing.text(timing.measured("test"), found).splitlines()
-    assert lines[0].startswith("Where the time went: 100 s; #: ") and "14 s" in lines[0]
-    assert lines[1].split() == ["00_data", "20", "s", "20%", "-" * 8]
-    assert lines[2].split() == ["03_attack_classification", "80", "s", "80%", "#" * 6 + "-" * 26]
-    assert timing.text({}, found) == "" and timing.text({"00_data": {"started": 1.0, "seconds": 0.0}}, found)
-    kept = timing.stages({"03_attack_classification": {"started": 1.0, "seconds": 5.0}}, found)  # its records are older
-    assert kept[0].cells == 0
-
-
-def test_notebooks_side_by_side_take_less_time_than_their_sum():
-    def times(*spans):
-        return {f"0{i}_x": {"started": a, "seconds": b - a} for i, (a, b) in enumerate(spans)}
-
-    assert timing.elapsed(times((0, 10), (10, 25))) == 25 and timing.total_words(times((0, 10), (10, 25))) == "25 s"
-    inside, later = times((0, 30), (5, 10), (20, 40)), times((0, 10), (5, 15), (100, 110))
-    assert timing.elapsed(inside) == 40 and timing.elapsed(later) == 25 and timing.elapsed({}) == 0
-    assert timing.total_words(inside) == "40 s (55 s of notebooks, side by side)"
-    assert timing.elapsed(times((0, 10)) | {"appendix_x": {"started": 50, "seconds": 9}}) == 10
-
-
-def test_the_page_has_a_bar_for_each_stage_and_escapes_its_name(project):
-    timed(_00_data=20.0, _03_attack_classification=80.0)
-    page = report.write_index("test").read_text()
-    assert "<h2>Where the time goes</h2>" in page and page.count('<div><b style="width:') == 2
-    assert '<b style="width:17.50%"></b><i style="width:82.50%"></i>' in page and "80 s, 80%" in page
-    bars = layout.html_bars(HOSTILE, [(HOSTILE, 2.0, 1.0, HOSTILE)], HOSTILE)
-    assert "<script" not in bars and bars.count("&lt;script&gt;") == 4
-    assert layout.html_bars("T", [], "")
-
-
 def test_everything_is_made_anew_with_the_same_bytes(project, monkeypatch):
     timed(_00_data=20.0, _06_figures=5.0)
     said = report.main("test")
-    assert said.index("Where the time went") < said.index("Made for profile 'test'")
+    assert said.startswith("Made for profile 'test'")
     folder = project / "figures/test"
     first = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert {"table1.csv", "table3.tex", "fig2.csv", "fig2.png", "index.html", "times.json"} <= {p.name for p in first}
+    assert {"table1.csv", "table3.tex", "fig2.csv", "fig2.png", "times.json"} <= {p.name for p in first}
     times = records.read_json(folder / "times.json")
     assert times == {
         n: {"started": t, "seconds": s} for n, t, s in (("00_data", 1e3, 20.0), ("06_figures", 1020.0, 5.0))
@@ -1104,18 +1018,30 @@ def test_hostile_names_are_escaped_wherever_they_stand(project, undrawn):
     timed("hostile", _00_data=1.0)
     report.main("hostile")
     folder = project / "figures/hostile"
-    page, text = (folder / "index.html").read_text(), (folder / "table1.md").read_text()
-    assert "<script" not in page and page.count("&lt;script&gt;") > 20 and "<script" not in text
-    assert set(re.findall(r"<(\w+)", page)) <= {
-        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "dl", "dt", "dd", "figure", "img",
-        "figcaption", "div", "table", "thead", "tbody", "tr", "th", "td", "small", "b", "i", "sup", "br", "span", "ul",
-        "li", "details", "summary", "a",
-    }  # fmt: skip
+    text = (folder / "table1.md").read_text()
+    assert text.count("&lt;script&gt;") > 20 and "<script" not in text
+
+
+def test_the_page_is_the_executed_notebook_without_its_code_and_needs_nothing_else(project):
+    assert report.write_page("test") is None  # it was not executed
+    picture = {"image/png": base64.b64encode(b"\x89PNG").decode(), "text/plain": ["<Figure>"]}
+    shown = [
+        v4.new_output("display_data", data=picture),
+        v4.new_output("display_data", data={"text/markdown": "| a | b |"}),
+    ]
+    cells = [v4.new_markdown_cell("# Tables"), v4.new_code_cell("secret = 1", outputs=shown)]
+    path = project / "runs/test/06_figures.ipynb"
+    nbformat.write(v4.new_notebook(cells=cells), path)
+    page = report.write_page("test").read_text()
+    assert page == report.write_page("test").read_text()
+    assert "Tables</h1>" in page.replace("\n", "") or ">Tables" in page
+    assert "data:image/png;base64," in page and "secret" not in page
+    assert "<script" not in page and not re.search(r'(src|href)="http', page)
 
 
 def _measured():
     """The notes on how Table 3 was measured."""
-    return report.notes("depth", *report.read("test"))["How it was measured"]
+    return tables.notes("depth", *report.read("test"))["How it was measured"]
 
 
 def test_versions_and_machines_that_differ_within_a_table_are_said(project):

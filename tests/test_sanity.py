@@ -12,6 +12,7 @@ from torch import nn
 
 from ssl_robust import attacks, datasets, deacl, encoders, evaluate, metrics, records
 from ssl_robust.settings import Attack, BadInput, Sanity
+from ssl_robust.show import plots
 from ssl_robust.tasks import TASKS
 from ssl_robust.trust import evidence, sanity
 
@@ -316,17 +317,17 @@ def test_the_table_has_a_row_for_each_result():
 
 def test_the_picture_shows_every_curve_and_marks_flagged_rows(root):
     results = [_result(), _result(defense="deacl", flags=["bad"]), _result("depth")]
-    curves = sanity.eps_curves(results)
+    curves = plots.eps_curves(results)
     assert len(curves) == 3 * len(RADII) and set(curves["flagged"]) == {True, False}
-    fig = sanity.draw(results, "toy")
+    fig = plots.sanity(results, "toy")
     assert sorted(path.name for path in records.figures_dir("toy").iterdir()) == ["sanity.pdf", "sanity.png"]
     labels = [text.get_text() for text in fig.legends[0].get_texts()]
     assert labels == ["planted Standard", "planted DeACL †", "majority or mean baseline"]
     assert [ax.get_title() for ax in fig.axes] == ["Classification\ntoys", "Depth\ntoys"]
     assert not plt.get_fignums()
     four = [_result(task) for task in TASKS] + [_result() | {"dataset": "more"}]
-    assert sum(ax.axison for ax in sanity.figure(sanity.eps_curves(four)).axes) == 4
-    assert sanity.figure(sanity.eps_curves([])).axes
+    assert sum(ax.axison for ax in plots.sanity_figure(plots.eps_curves(four)).axes) == 4
+    assert plots.sanity_figure(plots.eps_curves([])).axes
 
 
 def test_the_first_images_are_those_of_the_test_set(toys):

@@ -8,14 +8,13 @@ smaller has, and never with --small. Exit codes: 0 everything is complete, 2 som
 import argparse
 import hashlib
 import os
-import re
 import shutil
 import sys
 import tarfile
 import time
 import zipfile
 from collections.abc import Sequence
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -29,70 +28,59 @@ from ..trust import data
 from .run import BAD_INPUT, INTERRUPTED, PARAMS, data_folder, read_profile
 
 CHUNK = 2**20
-TRIES, PAUSE = 3, 2.0  # attempts without any progress, and seconds between them
+TRIES, PAUSE = 3, 2.0  # attempts, and seconds between them
 TIMEOUT = 60  # seconds without a byte
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0
+def download(url: str, file: Path, checksum: str = "") -> None:
+    """Downloads `url` as `file`, by way of FILE.part, from whose end an interrupted download goes on.
 
-
-def _range(response: HTTPResponse | HTTPError) -> tuple[int, int] | None:
-    """First byte and length of the whole file as Content-Range says; the first is -1 where it names none."""
-    found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
-    return (int(found[1] or -1), int(found[2])) if found else None
-
-
-def _open(url: str, have: int) -> HTTPResponse:
-    wish = {"Range": f"bytes={have}-"} if have else {}
-    return urlopen(Request(url, headers={"User-Agent": "ssl_robust", **wish}), timeout=TIMEOUT)
+    checksum: 'kind:hexadecimal', '' for none. Raises BadInput if the server refuses, the connection is lost TRIES times
+    without anything new, or the checksum is wrong.
+    """
+    part, idle, problem, whole = file.with_name(f"{file.name}.part"), 0, "", False
+    while not whole and idle < TRIES:
+        had = _size(part)
+        try:
+            whole, problem = _transfer(url, part), "the connection was lost"
+        except HTTPError as error:
+            if error.code != 416:  # there is nothing after what we have
+                raise BadInput(f"{url} answered '{error}'; get that file elsewhere or try again later.") from None
+            whole = error.headers.get("Content-Range") == f"bytes */{had}"
+            if not whole:
+                part.unlink()
+        except (OSError, HTTPException) as error:
+            problem = str(getattr(error, "reason", error)) or type(error).__name__
+        idle = 0 if _size(part) > had else idle + 1
+        time.sleep(0 if whole else PAUSE)
+    if not whole:
+        kept = f"{_size(part) / 1e6:.1f} MB are kept, repeat make data to go on from there"
+        raise BadInput(f"{url} could not be downloaded ({problem}); {kept}.")
+    if not _right(part, checksum):
+        part.unlink()
+        raise BadInput(f"{url} came with a wrong checksum (not {checksum}) and was deleted; repeat make data.")
+    os.replace(part, file)
 
 
 def _transfer(url: str, part: Path) -> bool:
-    """One attempt to complete `part`, from its end on where the server can do so; True if it is whole."""
+    """One attempt to complete `part`, from its end on where the server can do so; whether it is whole."""
     have = _size(part)
-    try:
-        response = _open(url, have)
-    except HTTPError as error:
-        if error.code != 416:  # nothing after `have`: the part is whole, or longer than the file
-            raise
-        if _range(error) == (-1, have):
-            return True
-        part.unlink()
-        return False
-    with response:
-        start, total = _range(response) or (0, int(response.headers.get("Content-Length", -1)))
-        if start not in (0, have):
+    wish = {"Range": f"bytes={have}-"} if have else {}
+    with urlopen(Request(url, headers={"User-Agent": "ssl_robust", **wish}), timeout=TIMEOUT) as response:
+        start = have if response.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
+        if response.status == 206 and not start:  # another part than the one that was asked for
             return False
-        megabytes = -(-(total - start) // CHUNK) if total > 0 else None  # chunks; progress is shown in them
+        rest = int(response.headers.get("Content-Length", -1))
         chunks = iter(lambda: response.read(CHUNK), b"")
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab" if start else "wb") as out:
-            for chunk in track(chunks, total=megabytes, desc=f"{part.stem} (MB)"):
+            for chunk in track(chunks, total=-(-rest // CHUNK) if rest > 0 else None, desc=f"{part.stem} (MB)"):
                 out.write(chunk)
-    return total < 0 or _size(part) == total
-
-
-def _complete(url: str, part: Path) -> None:
-    """Attempts until `part` is whole; raises BadInput after TRIES attempts that brought nothing new."""
-    idle, most, problem = 0, _size(part), ""
-    while idle < TRIES:
-        try:
-            if _transfer(url, part):
-                return
-            problem = "the connection was lost"
-        except HTTPError as error:
-            raise BadInput(f"{url} answered '{error}'; get that file elsewhere or try again later.") from None
-        except (OSError, HTTPException) as error:
-            problem = str(getattr(error, "reason", error)) or type(error).__name__
-        idle, most = (0, _size(part)) if _size(part) > most else (idle + 1, most)
-        time.sleep(PAUSE)
-    kept = f"{_size(part) / 1e6:.1f} MB are kept"
-    raise BadInput(f"{url} could not be downloaded ({problem}); {kept}, repeat make data to go on from there.")
+    return rest < 0 or _size(part) == start + rest
 
 
 def _right(file: Path, checksum: str) -> bool:
-    """Whether `file` has the checksum 'kind:hexadecimal' (any file has none: '')."""
+    """Whether a file has the checksum; any has none."""
     kind, _, expected = checksum.partition(":")
     if not kind:
         return True
@@ -100,23 +88,12 @@ def _right(file: Path, checksum: str) -> bool:
         return hashlib.file_digest(opened, kind).hexdigest() == expected
 
 
-def download(url: str, file: Path, checksum: str = "") -> None:
-    """Downloads `url` as `file`, by way of FILE.part, which an interruption leaves for the next call to go on from.
-
-    Raises BadInput if the server refuses, the connection is lost again and again, or the checksum is wrong.
-    """
-    part = file.with_name(f"{file.name}.part")
-    found = file if file.is_file() else part
-    if found is part:
-        _complete(url, part)
-    if not _right(found, checksum):
-        found.unlink()
-        raise BadInput(f"{url} came with a wrong checksum (not {checksum}) and was deleted; repeat make data.")
-    os.replace(found, file)
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
 
 
-def unpack(file: Path, root: Path, place: str) -> None:
-    """Unpacks folder `place` of an archive as root/place, which appears only when it is whole."""
+def unpack(file: Path, root: Path, place: str, inside: str = "") -> None:
+    """Unpacks the folder `inside` (else `place`) of an archive as root/place, which appears only when it is whole."""
     temporary = root / f".unpacking-{file.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -129,7 +106,7 @@ def unpack(file: Path, root: Path, place: str) -> None:
                 for member in track(archive, desc=f"unpacking {file.name}"):
                     archive.extract(member, temporary, filter="data")
         (root / place).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary / place, root / place)
+        os.replace(temporary / (inside or place), root / place)
     except Exception as error:  # damage, a password and unknown compression have errors of their own each
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
         raise BadInput(f"{file} could not be unpacked ({reason}); delete it and repeat make data.") from None
@@ -149,8 +126,7 @@ def _absent(files: Sequence[Archive], root: Path) -> list[Archive]:
 def needed_bytes(name: str, root: Path, files: Sequence[Archive]) -> int:
     """Bytes that getting a data set still takes on the disk of `root`: what is not downloaded yet, and unpacked."""
     missing = _absent(files, root)
-    parts = [_file(a, root) for a in missing]
-    have = sum(_size(f) + _size(f.with_name(f"{f.name}.part")) for f in parts)
+    have = sum(_size(f) + _size(f.with_name(f"{f.name}.part")) for f in (_file(a, root) for a in missing))
     unpacked = 0 if all(a.as_it_is for a in missing) else int(DATASETS[name].gigabytes * 1e9)
     return max(0, sum(a.size for a in missing) - have) + unpacked
 
@@ -166,10 +142,11 @@ def get(name: str, root: Path, files: Sequence[Archive]) -> None:
     for archive in missing:
         file = _file(archive, root)
         print(f"{name}: fetching {archive.url} ({archive.size / 1e6:.1f} MB)", flush=True)
-        download(archive.url, file, archive.checksum)
+        if not file.is_file():
+            download(archive.url, file, archive.checksum)
         if not archive.as_it_is:
             print(f"{name}: unpacking {file.name}", flush=True)
-            unpack(file, root, archive.place)
+            unpack(file, root, archive.place, archive.inside)
             file.unlink()
 
 

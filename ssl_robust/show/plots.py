@@ -3,6 +3,7 @@
 Images are (k, 3, H, W) in [0, 1], masks (k, H, W) class ids, depths (k, H, W) in metres; torch tensors or numpy arrays.
 """
 
+import io
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -13,32 +14,36 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from ..records import read_tensors
+from ..items import IGNORE as IGNORED
+from ..records import figures_dir, read_tensors, write_bytes
 from ..settings import BadInput
 from ..tasks import TASKS
-from .tiles import (
-    COLOURS,
-    IGNORED,
-    MARKERS,
-    STYLE,
-    Array,
-    background_of,
-    class_legend,
-    depth_scale,
-    grid,
-    panels,
-    show_depth,
-    show_image,
-    show_mask,
-    span_of,
-    tiles,
-)
-from .tiles import save as save
 
+Array = Any  # torch tensor or numpy array
+# Paul Tol's high-contrast scheme: told apart by the colour-blind and in grey; one attack, one colour, in every picture
+COLOURS = {"clean": "#004488", "embed": "#DDAA33", "task": "#BB5566"}
+MARKERS = {"clean": "o", "embed": "s", "task": "^"}
+# Paul Tol's muted scheme for the first classes; further ones walk round the hue circle by the golden angle
+CLASSES = ["#CC6677", "#DDCC77", "#332288", "#44AA99", "#882255", "#88CCEE", "#117733", "#AA4499", "#EE7733", "#DDDDDD"]
+DEPTHS = "viridis_r"  # near is bright
+STYLE = {
+    **sns.axes_style("ticks"),
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "image.interpolation": "nearest",
+    "pdf.fonttype": 42,
+}
 # colours of a right and a wrong answer, none of them an attack's; ticks and crosses say the same
 RIGHT, WRONG = "#117733", "#882255"
 ATTACK = {"clean": "clean", "embed": "EmbedAttack", "task": "task attack"}
@@ -48,6 +53,118 @@ HOLLOW = {"markerfacecolor": "white", "markersize": 5.5, "markeredgewidth": 1.2}
 CHANCE = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
 
 Example = dict[str, Any]  # as load_example returns it
+
+
+def save(fig: Figure, path: Path) -> None:
+    """Write `path`.png (150 dpi) and `path`.pdf, atomically and without dates, so equal figures give equal files."""
+    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None})):
+        buffer = io.BytesIO()
+        with plt.rc_context(STYLE):
+            fig.savefig(buffer, format=suffix, dpi=150, metadata=metadata, facecolor="white")
+        write_bytes(buffer.getvalue(), path.with_name(f"{path.name}.{suffix}"))
+
+
+def panels(count: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure with a row of `count` axes, each of this size in inches."""
+    fig, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False, layout="constrained")
+    # a notebook shows the figure that a cell returns; left open, it would show it a second time
+    plt.close(fig)
+    return fig, axes[0]
+
+
+def tiles(
+    shapes: Sequence[Sequence[int]], columns: int, side: float = 1.1, least: float = 0
+) -> tuple[Figure, np.ndarray]:
+    """A figure of empty tiles, a row for each of the picture shapes (..., H, W), `side` inches wide.
+
+    `least` is the smallest height of a row in inches, where a heading at its left needs room.
+    """
+    heights = [max(side * shape[-2] / shape[-1], least) + 0.22 for shape in shapes]
+    look = {"squeeze": False, "layout": "constrained", "height_ratios": heights}
+    fig, axes = plt.subplots(len(shapes), columns, figsize=(side * columns, sum(heights)), **look)
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[], frame_on=False)
+    plt.close(fig)
+    return fig, axes
+
+
+def grid(count: int, columns: int, shape: Sequence[int]) -> tuple[Figure, np.ndarray]:
+    """Tiles for `count` pictures, row by row."""
+    fig, axes = tiles([shape] * -(-count // columns), min(columns, count))
+    return fig, axes.ravel()
+
+
+def show_image(image: Array, ax: Axes, caption: str = "", colour: str = "black") -> Axes:
+    """One image (3, H, W) in [0, 1] with a caption below."""
+    ax.imshow(np.moveaxis(np.asarray(image), 0, -1).clip(0, 1))
+    ax.set_xlabel(caption, color=colour, labelpad=2, fontsize=9)
+    return ax
+
+
+def class_colour(number: int) -> tuple[float, float, float]:
+    """The colour of class `number` (0 to 254) in masks and legends, the same everywhere."""
+    if 0 < number <= len(CLASSES):
+        return to_rgb(CLASSES[number - 1])
+    return tuple(hsv_to_rgb((number * 0.618034 % 1, 0.55 + 0.15 * (number % 3), 0.6 + 0.15 * (number % 3))))
+
+
+def show_mask(mask: Array, image: Array, ax: Axes, background: int | None = 0, caption: str = "") -> Axes:
+    """Class ids (H, W) in colour over their image (3, H, W); `background` and ignored pixels stay transparent."""
+    ids = np.asarray(mask).astype(int)
+    layer = np.zeros((*ids.shape, 4))
+    for number in set(np.unique(ids)) - {background, IGNORED}:
+        layer[ids == number] = (*class_colour(number), 0.8)
+    show_image(image, ax, caption).imshow(layer)
+    return ax
+
+
+def background_of(classes: Sequence[str]) -> int | None:
+    """0 if the first class is the background, else None: then every class is drawn."""
+    return 0 if classes[0] == "background" else None
+
+
+def _columns_that_fit(names: Sequence[str], columns: int, width: float) -> int:
+    """How many columns (at most `columns`) of a legend with these names fit into `width` inches; matplotlib fills them
+    one after another.
+    """
+    for count in range(min(columns, len(names)), 1, -1):
+        rows = -(-len(names) // count)
+        longest = [max(map(len, names[i : i + rows])) for i in range(0, len(names), rows)]
+        if sum(0.4 + 0.07 * length for length in longest) <= width:  # patch, gaps, a letter at 9 pt
+            return count
+    return 1
+
+
+def class_legend(masks: Sequence[Array], classes: Sequence[str], fig: Figure, columns: int) -> None:
+    """Names of the classes that occur in these masks, in room added below the figure."""
+    numbers = np.unique(np.concatenate([np.asarray(m).ravel() for m in masks])).astype(int)
+    shown = [n for n in numbers if n not in (background_of(classes), IGNORED)]
+    patches = [Patch(color=class_colour(n), label=classes[n]) for n in shown]
+    rows = max(1, -(-len(shown) // _columns_that_fit([classes[n] for n in shown], columns, fig.get_figwidth())))
+    fig.set_figheight(fig.get_figheight() + 0.1 + 0.2 * rows)
+    look = {"handlelength": 1, "handleheight": 1, "columnspacing": 1.2, "handletextpad": 0.5}
+    fig.legend(handles=patches, loc="outside lower center", ncols=max(1, -(-len(shown) // rows)), **look)
+
+
+def show_depth(depth: Array, ax: Axes, span: tuple[float, float], caption: str = "") -> AxesImage:
+    """Depth (H, W) in metres on the colour scale `span` (near, far); what is not valid (<= 0) is grey."""
+    metres = np.asarray(depth)
+    ax.set_xlabel(caption, labelpad=2, fontsize=9)
+    ax.imshow(np.full((*metres.shape, 3), 0.8))
+    return ax.imshow(np.ma.masked_where(~(metres > 0), metres), cmap=DEPTHS, vmin=span[0], vmax=span[1])
+
+
+def span_of(depth: Array) -> tuple[float, float]:
+    """Smallest and largest valid depth in metres; (0, 1) if none is valid."""
+    valid = np.asarray(depth)[np.asarray(depth) > 0]
+    return (float(valid.min()), float(valid.max())) if valid.size else (0.0, 1.0)
+
+
+def depth_scale(drawn: AxesImage, axes: Sequence[Axes], fig: Figure) -> None:
+    """Colour bar in metres, in room added beside these axes."""
+    fig.set_figwidth(fig.get_figwidth() + 0.6)
+    fig.colorbar(drawn, ax=list(axes), label="depth [m]", fraction=0.1, aspect=25, pad=0.02).outline.set_visible(False)
 
 
 @plt.rc_context(STYLE)
@@ -316,4 +433,84 @@ def figure2(tidy: pd.DataFrame) -> Figure:
         columnspacing=1.2,
         handletextpad=0.5,
     )
+    return fig
+
+
+# --- how hard the attacks of 07_sanity are ---
+
+ROW = ["task", "dataset", "encoder", "defense"]
+DEFENSE = {"standard": ("Standard", "-"), "deacl": ("DeACL", (0, (3, 1.5)))}  # its name, its line
+
+
+def eps_curves(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """The sweeps, a row for each radius: KEYS, metric, eps ([0,1] pixel units), value, se, and of the row its chance,
+    table_eps (the radius of the tables) and whether it is flagged.
+    """
+    rows = [
+        {key: result[key] for key in [*ROW, "metric"]} | point | {"chance": result["checks"]["chance"]}
+        | {"table_eps": result["attack"]["eps"], "flagged": bool(result["flags"])}
+        for result in results
+        for point in result["checks"]["sweep"]
+    ]  # fmt: skip
+    columns = [*ROW, "metric", "eps", "value", "se", "chance", "table_eps", "flagged"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+@plt.rc_context(STYLE)
+def sanity_figure(curves: pd.DataFrame) -> Figure:
+    """The metric against the radius, a panel for each task and data set, three in a row; `curves`: see eps_curves.
+
+    A colour for each encoder, dashed with DeACL; dots: the majority or mean baseline; vertical: the tables' radius; a
+    dagger marks rows with a flag.
+    """
+    panels = list(curves[["task", "dataset"]].drop_duplicates().itertuples(index=False, name=None))
+    across = min(3, max(1, len(panels)))
+    down = -(-max(1, len(panels)) // across)
+    fig, axes = plt.subplots(
+        down, across, figsize=(2.4 * across, 2.4 * down + 0.5), squeeze=False, layout="constrained"
+    )
+    plt.close(fig)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    names = list(curves["encoder"].unique())
+    colours = dict(zip(names, sns.color_palette(CLASSES, len(names)), strict=True))
+    for (task, dataset), ax in zip(panels, axes.flat, strict=False):
+        _sanity_panel(curves[(curves["task"] == task) & (curves["dataset"] == dataset)], colours, ax)
+    fig.legend(handles=_handles(curves, colours), loc="outside lower center", ncols=min(3, across))
+    return fig
+
+
+def _sanity_panel(curves: pd.DataFrame, colours: dict[str, Any], ax: Axes) -> None:
+    """One task and data set; the axis of radii is logarithmic from the smallest one on."""
+    for (encoder, defense), line in curves.sort_values("eps").groupby(["encoder", "defense"], sort=False):
+        look = {"color": colours[encoder], "linestyle": DEFENSE[defense][1], "marker": "o", "markersize": 3.5}
+        ax.errorbar(255 * line["eps"], line["value"], yerr=line["se"], elinewidth=0.8, capsize=1.5, **look)
+    radii = sorted(set(255 * curves["eps"]))
+    for level in curves["chance"].round(3).unique():
+        ax.axhline(level, zorder=0, **CHANCE)
+    ax.axvline(255 * curves["table_eps"].iloc[0], color="0.85", linewidth=3, zorder=0)
+    if len(radii) > 1:
+        ax.set_xscale("symlog", base=2, linthresh=radii[1])
+        ax.set_xlim(-0.3 * radii[1], 1.25 * radii[-1])
+    ax.set_xticks(radii, [f"{radius:.3g}" for radius in radii])
+    ax.minorticks_off()
+    task, dataset = curves[["task", "dataset"]].iloc[0]
+    ax.set(title=f"{task.capitalize()}\n{dataset}", xlabel="eps [1/255]", ylabel=axis(task), ylim=(0, None))
+    sns.despine(ax=ax)
+
+
+def _handles(curves: pd.DataFrame, colours: dict[str, Any]) -> list[Line2D]:
+    """The key: every encoder and defense, with a dagger if one of its rows is flagged, and the baseline."""
+    handles = []
+    for (encoder, defense), rows in curves.groupby(["encoder", "defense"], sort=False):
+        label = f"{encoder} {DEFENSE[defense][0]}{' †' * bool(rows['flagged'].any())}"
+        look = {"color": colours[encoder], "linestyle": DEFENSE[defense][1], "marker": "o", "markersize": 3.5}
+        handles.append(Line2D([], [], label=label, **look))
+    return [*handles, Line2D([], [], label="majority or mean baseline", **CHANCE)]
+
+
+def sanity(results: list[dict[str, Any]], profile: str) -> Figure:
+    """The figure of all sweeps, also written to figures/<profile>/sanity.png and .pdf."""
+    fig = sanity_figure(eps_curves(results))
+    save(fig, figures_dir(profile) / "sanity")
     return fig

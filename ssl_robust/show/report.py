@@ -1,9 +1,9 @@
-"""What lies in figures/<profile>: tables, data of Figure 2, times, a copy of the records and the page of everything.
+"""What lies in figures/<profile>: tables, figures, times, a copy of the records, and 06_figures as a page.
 
-`python -m ssl_robust.show.report demo` makes all of it anew from what is on disk, and says where the time went.
+`python -m ssl_robust.show.report demo` makes all of it anew from what is on disk.
 """
 
-import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -18,47 +18,28 @@ from ..settings import BadInput
 from ..tasks import TASKS
 from ..trust import claims, evidence, paired
 from ..trust.evidence import read_skipped as read_skipped
-from . import layout, timing
+from . import committed, layout
 from .tables import (
     ATTACKS,
-    KEYS,
     comparison,
     csv,
     daggers,
     effect_rows,
     in_order,
-    notes,
-    readable,
     table,
     table_files,
-    title,
     unique,
 )
 
 if TYPE_CHECKING:
+    from IPython.display import Markdown
     from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 
 FIG2_COLUMNS = ["task", "dataset", "epoch", "attack", "metric", "value", "n"]
-PICTURES = {  # file: its heading and caption on the page
-    "fig1": (
-        "Figure 1",
-        "What the attacks do: image, perturbation amplified to full range, clean and attacked prediction.",
-    ),
-    "fig2": (
-        "Figure 2",
-        "The metrics along DeACL fine-tuning. Epoch 0: Standard; bars: standard errors; dots: majority or mean "
-        "baseline.",
-    ),
-    "sanity": (
-        "How hard the attacks are",
-        "The metric under the task attack against its radius: it must get worse until chance. Vertical line: the "
-        "tables' radius; dots: majority or mean baseline; †: rows with a flag, whose reasons stand below the tables.",
-    ),
-}
+PICTURES = ("fig1", "fig2", "sanity")
 SMALL = ("demo", "samples", "test")
-TIME = "Dark: attacks and their evaluation, as the records say; light: the rest, heads and DeACL among it."
 
 
 def read(profile: str, folder: Path | None = None) -> tuple[list[Record], list[Record]]:
@@ -89,6 +70,35 @@ def write_table(number: int, profile: str, folder: Path | None = None) -> pd.Dat
     _write_files(number, profile, records, skipped)
     write_comparisons(profile, folder)
     return table([*TASKS][number - 1], records, skipped)
+
+
+def shown(number: int, profile: str) -> "Markdown":
+    """A table with its notes as notebooks show it; its files are written, too. Raises BadInput as table_files does."""
+    from IPython.display import Markdown  # here, as only notebooks need it
+
+    write_table(number, profile)
+    return Markdown(table_files(number, *read(profile))["md"])
+
+
+def facts(profile: str) -> str:
+    """How the records of `profile` were made, as Markdown: hardware, seeds, time, commit and versions."""
+    records, _ = read(profile)
+    made = {
+        "Profile": [profile],
+        "Hardware": [f"{r['device']}, {r['threads']} threads" for r in records],
+        "Seed": [str(s["seed"]) for r in records for s in [r, *r["over_seeds"]]],
+        "Notebooks": [f"{sum(stage['seconds'] for stage in times(profile).values()):.0f} s"],
+        "Code": [r["git"] for r in records],
+        "Versions": [f"{name} {number}" for r in records for name, number in r["versions"].items()],
+    }
+    return "\n".join(f"- **{name}**: {', '.join(unique(found))}" for name, found in made.items())
+
+
+def times(profile: str) -> dict[str, dict[str, float]]:
+    """When each executed notebook of `profile` was started and how many seconds it took."""
+    paths = sorted(disk.runs_dir(profile).glob("*.time.json"))
+    found = {path.name.removesuffix(".time.json"): disk.read_json(path) for path in paths}
+    return {name: {key: about[key] for key in ("started", "seconds")} for name, about in found.items()}
 
 
 def _write_files(number: int, profile: str, records: list[Record], skipped: list[Record]) -> None:
@@ -221,28 +231,8 @@ def copy_records(profile: str) -> int:
         disk.write_bytes((source / path).read_bytes(), target / path)
     for stale in {p.relative_to(target) for p in target.rglob("*.json")} - paths:
         (target / stale).unlink()
-    disk.write_json(timing.measured(profile), target.with_name("times.json"))
+    disk.write_json(times(profile), target.with_name("times.json"))
     return len(records)
-
-
-def _times(profile: str, folder: Path | None) -> timing.Times:
-    """Times of the stages: those measured here, or, for copied records, the copied ones."""
-    if folder in (None, disk.results_dir(profile)):
-        return timing.measured(profile)
-    copied = folder.with_name("times.json")
-    return disk.read_json(copied) if copied.is_file() else {}
-
-
-def _facts(profile: str, records: list[Record], times: timing.Times) -> dict[str, str]:
-    """How the records of a page were made."""
-    return {
-        "Profile": profile,
-        "Hardware": ", ".join(unique(f"{r['device']}, {r['threads']} threads" for r in records)),
-        "Seed": ", ".join(unique(str(s["seed"]) for r in records for s in [r, *r["over_seeds"]])),
-        "Time": timing.total_words(times) if times else "not measured",
-        "Code": ", ".join(unique(r["git"] for r in records)),
-        "Versions": ", ".join(unique(f"{name} {number}" for r in records for name, number in r["versions"].items())),
-    }
 
 
 def _example_places(profile: str) -> list[tuple[str, str, str]]:
@@ -295,46 +285,46 @@ def _flags_of_figure2(records: list[Record]) -> list[str]:
     return said
 
 
-def _figures(profile: str, records: list[Record]) -> list[str]:
-    """The figures there are as parts of the page, with what is to be said about their flags."""
-    flags = {"fig1": [said for _, said in _flags_of_figure1(profile, records)], "fig2": _flags_of_figure2(records)}
-    there = {name: disk.figures_dir(profile) / f"{name}.png" for name in PICTURES}
-    return [
-        layout.html_figure(title, there[name].read_bytes(), " ".join([caption, *flags.get(name, [])]))
-        for name, (title, caption) in PICTURES.items()
-        if there[name].is_file()
-    ]
+def captions(profile: str) -> str:
+    """What is to be said of flagged (†) panels of Figure 1 and points of Figure 2, as Markdown; '' if nothing is."""
+    records = read(profile)[0]
+    said = [f"Figure 1 {words}" for _, words in _flags_of_figure1(profile, records)] + _flags_of_figure2(records)
+    return "\n".join(f"- {words}" for words in said)
 
 
-def write_index(profile: str, folder: Path | None = None) -> Path:
-    """Write figures/<profile>/index.html, one self-contained page: the figures and tables there are, and their making.
+def _flags_of_figure2(records: list[Record]) -> list[str]:
+    """Reasons for the flagged points of Figure 2 that no table shows; the other ones are said to be in the tables."""
+    flagged = [r for r in _drawn(records) if evidence.reasons(r)]
+    said = ["Hollow markers of Figure 2 are flagged (†): the notes of the tables give the reasons."] * bool(flagged)
+    for r in (r for r in flagged if r["defense"] not in ("standard", "deacl")):
+        attack = {"clean": "clean", "embed": "EmbedAttack"}.get(r["attack"], TASKS[r["task"]].attack)
+        reasons = "; ".join(unique(reason.rstrip(".") for reason in evidence.reasons(r)))
+        said.append(f"†: {r['dataset']}/{r['encoder']}, {attack} at epoch {r['epoch']}: {reasons}.")
+    return said
 
-    The records are those of `profile`, or those below `folder`. Raises BadInput if there are none.
+
+def write_page(profile: str) -> Path | None:
+    """Write figures/<profile>/index.html: 06_figures as it was executed, without its code; None if it was not.
+
+    The page needs no other file and nothing from the network.
     """
-    (records, skipped), times = read(profile, folder), _times(profile, folder)
-    sections, verdicts = _figures(profile, records), claims.matrix(claims.judge(in_order(records)))
-    if len(verdicts):
-        rules = {"How to read it": claims.RULES}
-        sections.insert(0, layout.html_table("The paper's claims", verdicts, rules, "words"))
-    for task in (task for task in TASKS if any(r["task"] == task for r in [*records, *skipped])):
-        shown = readable(task, records, skipped), notes(task, records, skipped)
-        sections.append(layout.html_table(title(task), *shown))
-    if bars := timing.bars(times, records):
-        sections.append(layout.html_bars("Where the time goes", bars, TIME))
-    parts = ["task", *KEYS, "attack"]
-    runs = os.path.relpath(disk.runs_dir(profile), disk.figures_dir(profile))
-    links = unique((" ".join(r[part] for part in parts), f"{runs}/{TASKS[r['task']].notebook}.ipynb") for r in records)
-    sections.append(layout.html_links("The executed notebook that shows each value", links))
-    lead = "Tables and figures regenerated by the notebooks, each value from its record."
-    heading = "Adversarial robustness of frozen self-supervised encoders"
-    page = layout.html_page(heading, lead, _facts(profile, records, times), sections)
-    path = disk.figures_dir(profile) / "index.html"
+    notebook, path = disk.runs_dir(profile) / "06_figures.ipynb", disk.figures_dir(profile) / "index.html"
+    if not notebook.is_file():
+        return None
+    import nbformat  # here, as tables do without them
+    from nbconvert import HTMLExporter
+
+    names = ("mathjax_url", "require_js_url", "jquery_url", "mermaid_js_url", "jupyter_widgets_base_url")
+    exporter = HTMLExporter(exclude_input=True, embed_images=True, **dict.fromkeys(names, ""))
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    page, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
+    page = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.DOTALL)  # of widgets and formulas, which it has none
     disk.write_bytes(page.encode(), path)
     return path
 
 
-def rewrite(profile: str) -> str:
-    """Make everything in figures/<profile> anew from what is on disk; returns where the time went.
+def rewrite(profile: str) -> None:
+    """Make tables and figures in figures/<profile> anew from what is on disk.
 
     The same records give the same bytes. Without results the copied records are used, and Figure 1, whose images are
     not among them, stays as it is. Raises BadInput if there are no records at all.
@@ -350,8 +340,6 @@ def rewrite(profile: str) -> str:
     draw_figure2(profile, folder)
     if _example_places(profile):
         draw_figure1(profile)
-    write_index(profile, folder)
-    return timing.text(_times(profile, folder), records)
 
 
 def summary(profile: str) -> str:
@@ -376,10 +364,10 @@ def summary(profile: str) -> str:
 
 def main(profile: str) -> str:
     """What `make paper` says at its end, after everything was made anew."""
-    from ..ops import committed  # here, because it reads tables by this module
-
     disk.keep_inside()
-    return "\n\n".join(part for part in (rewrite(profile), summary(profile), committed.verdict(profile)) if part)
+    rewrite(profile)
+    write_page(profile)
+    return "\n\n".join(filter(None, [summary(profile), committed.verdict(profile)]))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ def reasons(record: Record) -> list[str]:
 
 def own_flags(record: Record) -> list[str]:
     """Sentences on a record's own attack, by its health record's numbers and today's thresholds; none without one."""
-    return flags(record.get("health"))
+    health = record.get("health") or {}
+    counted = flags(health)
+    return counted if {"images", "gradients"} & {*health} else counted or list(health.get("flags", ()))
 
 
 def flags(health: Record | None) -> list[str]:

@@ -10,13 +10,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import Tensor
 
 from .. import attacks, compute, datasets, deacl, encoders, evaluate, metrics, protocol, records
@@ -25,14 +20,12 @@ from ..encoders import Encoder
 from ..heads import TaskModel
 from ..progress import track
 from ..settings import Attack, BadInput, EncoderRow, Sanity, Settings, skipping
-from ..show import plots
-from ..show.tiles import CLASSES, STYLE
 from ..tasks import TASKS
 
 KEYS = ["task", "dataset", "encoder", "defense"]
 SURE = 2  # standard errors by which one attack must be stronger than another to say so
 STRONGER = 0.1  # a longer attack must take this share more than the table's takes from the clean value
-DEFENSE, DASH = {"standard": "Standard", "deacl": "DeACL"}, {"standard": "-", "deacl": (0, (3, 1.5))}
+DEFENSE = ("standard", "deacl")
 SLACK = 0.02  # of the sweep's whole range: a curve that turns back by less is still monotone
 
 Result = dict[str, Any]
@@ -462,78 +455,3 @@ def table(results: list[Result]) -> pd.DataFrame:
 def sentences(results: list[Result]) -> list[str]:
     """All flags, each behind its row's name."""
     return [f"{' '.join(row[key] for key in KEYS)}: {flag}." for row in results for flag in row["flags"]]
-
-
-def eps_curves(results: list[Result]) -> pd.DataFrame:
-    """The sweeps, a row for each radius: KEYS, metric, eps ([0,1] pixel units), value, se, and of the row its chance,
-    table_eps (the radius of the tables) and whether it is flagged.
-    """
-    rows = [
-        {key: result[key] for key in [*KEYS, "metric"]} | point | {"chance": result["checks"]["chance"]}
-        | {"table_eps": result["attack"]["eps"], "flagged": bool(result["flags"])}
-        for result in results
-        for point in result["checks"]["sweep"]
-    ]  # fmt: skip
-    columns = [*KEYS, "metric", "eps", "value", "se", "chance", "table_eps", "flagged"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-@plt.rc_context(STYLE)
-def figure(curves: pd.DataFrame) -> Figure:
-    """The metric against the radius, a panel for each task and data set, three in a row; `curves`: see eps_curves.
-
-    A colour for each encoder, dashed with DeACL; dots: the majority or mean baseline; vertical: the tables' radius; a
-    dagger marks rows with a flag.
-    """
-    panels = list(curves[["task", "dataset"]].drop_duplicates().itertuples(index=False, name=None))
-    across = min(3, max(1, len(panels)))
-    down = -(-max(1, len(panels)) // across)
-    fig, axes = plt.subplots(
-        down, across, figsize=(2.4 * across, 2.4 * down + 0.5), squeeze=False, layout="constrained"
-    )
-    plt.close(fig)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_axis_off()
-    names = list(curves["encoder"].unique())
-    colours = dict(zip(names, sns.color_palette(CLASSES, len(names)), strict=True))
-    for (task, dataset), ax in zip(panels, axes.flat, strict=False):
-        _panel(curves[(curves["task"] == task) & (curves["dataset"] == dataset)], colours, ax)
-    fig.legend(handles=_handles(curves, colours), loc="outside lower center", ncols=min(3, across))
-    return fig
-
-
-def _panel(curves: pd.DataFrame, colours: dict[str, Any], ax: Axes) -> None:
-    """One task and data set; the axis of radii is logarithmic from the smallest one on."""
-    for (encoder, defense), line in curves.sort_values("eps").groupby(["encoder", "defense"], sort=False):
-        look = {"color": colours[encoder], "linestyle": DASH[defense], "marker": "o", "markersize": 3.5}
-        ax.errorbar(255 * line["eps"], line["value"], yerr=line["se"], elinewidth=0.8, capsize=1.5, **look)
-    radii = sorted(set(255 * curves["eps"]))
-    for level in curves["chance"].round(3).unique():
-        ax.axhline(level, zorder=0, **plots.CHANCE)
-    ax.axvline(255 * curves["table_eps"].iloc[0], color="0.85", linewidth=3, zorder=0)
-    if len(radii) > 1:
-        ax.set_xscale("symlog", base=2, linthresh=radii[1])
-        ax.set_xlim(-0.3 * radii[1], 1.25 * radii[-1])
-    ax.set_xticks(radii, [f"{radius:.3g}" for radius in radii])
-    ax.minorticks_off()
-    task, dataset = curves[["task", "dataset"]].iloc[0]
-    ax.set(title=f"{task.capitalize()}\n{dataset}", xlabel="eps [1/255]", ylabel=plots.axis(task), ylim=(0, None))
-    sns.despine(ax=ax)
-
-
-def _handles(curves: pd.DataFrame, colours: dict[str, Any]) -> list[Line2D]:
-    """The key: every encoder and defense, with a dagger if one of its rows is flagged, and the baseline."""
-    handles = []
-    for (encoder, defense), rows in curves.groupby(["encoder", "defense"], sort=False):
-        label = f"{encoder} {DEFENSE[defense]}{' †' * bool(rows['flagged'].any())}"
-        handles.append(
-            Line2D([], [], color=colours[encoder], linestyle=DASH[defense], marker="o", markersize=3.5, label=label)
-        )
-    return [*handles, Line2D([], [], label="majority or mean baseline", **plots.CHANCE)]
-
-
-def draw(results: list[Result], profile: str) -> Figure:
-    """The figure of all sweeps, also written to figures/<profile>/sanity.png and .pdf."""
-    fig = figure(eps_curves(results))
-    plots.save(fig, records.figures_dir(profile) / "sanity")
-    return fig

@@ -9,13 +9,19 @@ from typing import Any
 from .. import records as disk
 from ..progress import any_terminal
 from ..settings import BadInput, DeACL, read_params, read_yaml
+from ..tasks import TASKS
 from ..trust import evidence
-from .explain import place_of
 
 Record = dict[str, Any]
 Pair = tuple[Record, Record]  # of the same cell: the new record, the committed one
 SETTINGS = ("the protocol", "the setting", "the seed", "the epochs", "the number of images")  # of records.SAID
 PAGES = ("fig1.*", "index.html")  # what shows images
+
+
+def place_of(record: Record) -> tuple[str, ...]:
+    """Where a value stands: table, data set, encoder, defense, attack."""
+    names = (record[name] for name in ("dataset", "encoder", "defense", "attack"))
+    return f"table{TASKS[record['task']].number}", *names
 
 
 def params_path(profile: str) -> Path:
@@ -128,8 +134,6 @@ def replace(profile: str) -> str:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("lab", *left_out))
     shutil.copy(params, params_path(profile))
-    if (page := target / "index.html").is_file():  # its links to executed notebooks: this folder lies one deeper
-        disk.write_bytes(page.read_bytes().replace(b'href="../../', b'href="../../../'), page)
     kept = f", without {' and '.join(left_out)}, which show images of others" if left_out else ""
     return f"{target.relative_to(disk.ROOT).as_posix()} is now what the last run made{kept}; look at it and commit it."
 
