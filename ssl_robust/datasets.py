@@ -501,7 +501,9 @@ def peek(task: str, name: str, settings: Settings, count: int, side: int = 64) -
 
     For 'deacl', which has no test split and no targets, augmented training images.
     """
-    split = "train" if task == "deacl" else "test"
+    split, section = "train" if task == "deacl" else "test", getattr(settings, task)
+    if entry(name, task).own_val:  # no more than are shown need be rendered
+        settings = settings.model_copy(update={task: section.model_copy(update={f"n_{split}": count})})
     _, images, targets = next(batches(load(task, name, split, settings, side), count))
     return images, targets
 

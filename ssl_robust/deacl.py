@@ -67,8 +67,9 @@ class LossTerms(nn.Module):
 
 
 def adversarial_images(
-    attacked: Encoder, clean_target: Tensor, x: Tensor, ids: list[str], cfg: DeACL, seed: int, precision: str = "fp32"
-) -> Tensor:
+    attacked: Encoder, clean_target: Tensor, x: Tensor, ids: list[str], cfg: DeACL, seed: int, precision: str = "fp32",
+    trace: attacks.Trace | None = None,
+) -> Tensor:  # fmt: skip
     """x' by PGD on the encoder `attacked`: the cosine to the teacher's clean embedding is made small."""
     attack = Attack(eps=cfg.eps, step=cfg.step, steps=cfg.steps)
     start = attacks.random_start(x, cfg.eps, ids, seed)
@@ -76,7 +77,7 @@ def adversarial_images(
     def loss(adv: Tensor, t: int) -> Tensor:
         return -F.cosine_similarity(embed(attacked, adv), clean_target)
 
-    return attacks.pgd(x, loss, attack, start, precision)
+    return attacks.pgd(x, loss, attack, start, precision, trace=trace)
 
 
 def learning_rate(epoch: float, cfg: DeACL) -> float:

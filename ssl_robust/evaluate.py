@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from .tasks import TASKS
 WORST, CHECKS = "worst", "checks"  # what the first may be made of besides the attacks of the table
 PLACE = ("task", "dataset", "encoder", "defense")  # of a row
 Variant = tuple[str, int, Path | None]  # defense, epochs of DeACL, weight file
+Loader = Callable[[EncoderRow, str], Encoder]  # (row, data folder) -> its Standard encoder
 
 
 class Outcome(NamedTuple):
@@ -340,6 +341,23 @@ def prepared(task: str, dataset: str, encoder: Encoder, settings: Settings, defe
     model, _ = training.fitted(task, dataset, encoder, settings, defense)
     test = datasets.load(task, dataset, "test", protocol.adjusted(settings, encoder.native), encoder.native)
     return model, protocol.ask(model.protocol, "test_images", test, test)
+
+
+def first(
+    task: str, settings: Settings, load: Loader | None = None, fallback: bool = True
+) -> tuple[TaskModel, Subset] | None:
+    """Model and test images that notebooks show: the first Standard row and data set; with missing: skip that can be.
+
+    Where none can be, those of the embedded encoder on the rendered scenes; None without this `fallback`. `load`: what
+    loads an encoder.
+    """
+    standard = [row for row in settings.encoders if "standard" in row.defenses] or settings.encoders
+    for dataset in settings.task(task).datasets:
+        for row in standard:
+            with skipping(settings, [], []):
+                encoder = (load or encoders.load)(row, settings.data_root)
+                return prepared(task, dataset, encoder, settings, "standard")
+    return prepare(task, "scenes", EncoderRow(name="embedded_vit"), settings) if fallback else None
 
 
 def data_sets(task: str, settings: Settings, row: EncoderRow, variant: Variant) -> list[str]:

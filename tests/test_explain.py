@@ -95,7 +95,7 @@ def test_no_notebook_is_named_that_did_not_make_the_number(project, capsys):
         if started is not None:
             records.write_json({"started": started, "seconds": 60.0}, executed.with_suffix(".time.json"))
         (line,) = [line for line in told(CELL, capsys)[1].splitlines() if line.strip().startswith("notebook")]
-        return line.split(maxsplit=1)[1]
+        return line.split(maxsplit=1)[1].strip("'")
 
     noon = 1735732800
     assert said(noon - 30) == "runs/demo/03_attack_classification.ipynb"

@@ -1031,6 +1031,7 @@ def test_the_page_is_the_executed_notebook_without_its_code_and_needs_nothing_el
     ]
     cells = [v4.new_markdown_cell("# Tables"), v4.new_code_cell("secret = 1", outputs=shown)]
     path = project / "runs/test/06_figures.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(v4.new_notebook(cells=cells), path)
     page = report.write_page("test").read_text()
     assert page == report.write_page("test").read_text()

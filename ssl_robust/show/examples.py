@@ -1,21 +1,18 @@
 """The images of Figure 1: a few test images of each task under the paper's attacks, and what the model says of them."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .. import attacks, compute, datasets, encoders, evaluate, heads, records
+from .. import attacks, compute, datasets, evaluate, heads, records
 from ..datasets import Subset
-from ..encoders import Encoder
 from ..heads import TaskModel
-from ..settings import EncoderRow, Settings, skipping
+from ..settings import Settings
 
 COUNT = 4  # images of each task
 KINDS = ("clean", "embed", "task")
-Loader = Callable[[EncoderRow, str], Encoder]  # (row, data folder) -> its Standard encoder
 
 
 @dataclass(frozen=True)
@@ -67,15 +64,10 @@ class Examples:
         records.write_tensors(shown, records.about(self.made) | about, self.path)
 
 
-def usable(task: str, settings: Settings, load: Loader | None = None, count: int = COUNT) -> Examples | None:
+def usable(task: str, settings: Settings, load: evaluate.Loader | None = None, count: int = COUNT) -> Examples | None:
     """The examples of a task, made or not; None if every row is skipped. `load`: what loads an encoder."""
-    standard = [row for row in settings.encoders if "standard" in row.defenses] or settings.encoders
-    for dataset in settings.task(task).datasets:
-        for row in standard:
-            with skipping(settings, [], []):
-                encoder = (load or encoders.load)(row, settings.data_root)
-                return Examples(*evaluate.prepared(task, dataset, encoder, settings, "standard"), settings, count)
-    return None
+    found = evaluate.first(task, settings, load, fallback=False)
+    return found and Examples(*found, settings, count)
 
 
 def make(task: str, settings: Settings, count: int = COUNT) -> list[Path]:

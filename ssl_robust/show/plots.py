@@ -25,6 +25,7 @@ from ..records import figures_dir, read_tensors, write_bytes
 from ..settings import BadInput
 from ..tasks import TASKS
 
+plt.switch_backend(plt.get_backend())  # now: in rc_context, notebooks would forget to show figures by themselves
 Array = Any  # torch tensor or numpy array
 # Paul Tol's high-contrast scheme: told apart by the colour-blind and in grey; one attack, one colour, in every picture
 COLOURS = {"clean": "#004488", "embed": "#DDAA33", "task": "#BB5566"}
