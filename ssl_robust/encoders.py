@@ -1,7 +1,7 @@
 """Encoders, pixels in [0,1] to a CLS token and patch tokens: known names, timm models, your own callables."""
 
 import math
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -11,20 +11,15 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from . import records, vit
-from .formats import callables, checkpoints
-from .formats.checkpoints import load_weights, read_weights
+from .parts import part
 from .settings import BadInput, EncoderRow, Normalise, Settings
-
-__all__ = ["EMBEDDED_WEIGHTS", "KNOWN", "Encoder", "check", "load", "load_weights", "random_init", "read_weights"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
-EMBEDDED_WEIGHTS = records.PACKAGE / "embedded" / "weights" / "embedded_vit.safetensors"
 NORMALISE = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "inception": ((0.5,) * 3, (0.5,) * 3),
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), "none": ((0.0,) * 3, (1.0,) * 3), "cifar": (CIFAR_MEAN, CIFAR_STD),
@@ -61,40 +56,6 @@ KNOWN = {
     "simclr_resnet18_cifar": Known("resnet18", 32, CIFAR_MEAN, CIFAR_STD, public=False, cifar_stem=True),
     "simsiam_resnet18_cifar": Known("resnet18", 32, CIFAR_MEAN, CIFAR_STD, public=False, cifar_stem=True),
 }
-
-
-# --- the embedded encoder ---
-
-
-class ConvStem(PatchEmbed):
-    """Three stride-2 convolutions instead of one 8x8 projection: small vision transformers learn faster behind them."""
-
-    def __init__(self, *args: object, embed_dim: int = 160, widths: tuple[int, ...] = (32, 64, 128), **kwargs: object):
-        super().__init__(*args, embed_dim=embed_dim, **kwargs)
-        layers: list[nn.Module] = []
-        for c_in, c_out in zip((3, *widths), widths, strict=False):
-            # group norm: the same function in train and eval mode, and at any batch size
-            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, c_out), nn.ReLU()]
-        self.proj = nn.Sequential(*layers, nn.Conv2d(widths[-1], embed_dim, 1))
-
-
-def embedded_backbone() -> VisionTransformer:
-    """The architecture of the embedded encoder, randomly initialised: 1 M parameters, 0.07 GMAC at 64 px.
-
-    `forward_features` maps normalised images (B, 3, H, W), H and W divisible by 8, to tokens (B, 1 + H/8 * W/8, 160):
-    the CLS token first, then the patch tokens row by row. The position embedding (8x8) is interpolated to other sizes.
-    """
-    return VisionTransformer(
-        img_size=64,
-        patch_size=8,
-        embed_dim=160,
-        depth=4,
-        num_heads=5,
-        mlp_ratio=2.0,
-        num_classes=0,
-        dynamic_img_size=True,
-        embed_layer=partial(ConvStem, widths=(32, 64, 128)),
-    )
 
 
 # --- the interface ---
@@ -176,7 +137,7 @@ def tokens(backbone: nn.Module, x: Tensor, patch: int, normed: bool = True) -> t
     `normed`: tokens before the final LayerNorm; a callable's and a ResNet's are the same either way.
     """
     grid = (x.shape[-2] // patch, x.shape[-1] // patch)
-    if isinstance(backbone, callables.Own):
+    if getattr(backbone, "own", False):
         return backbone(x, grid)
     features = _features(backbone, x, normed)
     if features.ndim == 4:
@@ -239,20 +200,20 @@ def load(row: EncoderRow, data_root: str = "", weights: Path | None = None) -> E
     path = weights or _file(row, known, data_root)
     if path is None:
         return _encoder(row, known, _build(row, known, pretrained=True), row.name, f"timm: {known.timm}")
-    content = checkpoints.read(path)
-    state, kind = checkpoints.recognise(content, path)
+    content = part("formats.checkpoints").read(path)
+    state, kind = part("formats.checkpoints").recognise(content, path)
     known, said = _own_normalisation(row, known, content, path)
     backbone = _build(row, known, pretrained=False)
     _take_grid(backbone, state)
-    load_weights(backbone, state, f"{model_name(row)} ({path.name})")
+    part("formats.checkpoints").load_weights(backbone, state, f"{model_name(row)} ({path.name})")
     return _encoder(row, known, backbone, row.name, f"{kind} {path.name}{said}")
 
 
 def _file(row: EncoderRow, known: Known, data_root: str) -> Path | None:
     """The weight file of a row's Standard encoder; None: timm fetches the weights."""
     if row.checkpoint:
-        return checkpoints.locate(row.checkpoint, data_root)
-    return None if known.timm else EMBEDDED_WEIGHTS
+        return part("formats.checkpoints").locate(row.checkpoint, data_root)
+    return None if known.timm else part("embedded.backbone").WEIGHTS
 
 
 def _own_normalisation(row: EncoderRow, known: Known, content: dict[str, Any], path: Path) -> tuple[Known, str]:
@@ -260,7 +221,7 @@ def _own_normalisation(row: EncoderRow, known: Known, content: dict[str, Any], p
 
     The row's own `normalise` counts more. BadInput if the file keeps several, or some that are not of pixels in [0,1].
     """
-    found = checkpoints.normalisations(content)
+    found = part("formats.checkpoints").normalisations(content)
     if row.normalise != "model":
         own = normalisation(row, known)
         differ = any(not torch.allclose(torch.tensor(own), torch.tensor(one), atol=1e-3) for one in found)
@@ -326,7 +287,9 @@ def check(settings: Settings) -> list[str]:
     for row in settings.encoders:
         for deacl in [False] * row.needs_standard + [True] * bool(row.deacl_checkpoint):
             try:
-                weights = checkpoints.locate(row.deacl_checkpoint, settings.data_root) if deacl else None
+                weights = (
+                    part("formats.checkpoints").locate(row.deacl_checkpoint, settings.data_root) if deacl else None
+                )
                 _check_row(row, settings.data_root, weights)
             except BadInput as problem:
                 problems.append(str(problem))
@@ -387,7 +350,7 @@ def _need_public(row: EncoderRow, known: Known) -> None:
 def _build(row: EncoderRow, known: Known, pretrained: bool) -> nn.Module:
     """Backbone of a row; timm's pretrained weights come from its hub."""
     if not known.timm:
-        return embedded_backbone()
+        return part("embedded.backbone").embedded_backbone()
     if pretrained:
         _need_public(row, known)
     backbone = _create(row, known.timm, pretrained)
@@ -458,8 +421,8 @@ def _measure(row: EncoderRow, backbone: nn.Module) -> tuple[int, int]:
 
 def _load_own(row: EncoderRow) -> Encoder:
     """The encoder that the row's `call` names; its patch and D are found by one forward pass at the native size."""
-    own, none = callables.find(row), Known("", 224, *NORMALISE["none"])
+    own, none = part("formats.callables").find(row), Known("", 224, *NORMALISE["none"])
     native = row.native or none.native
     encoder = Encoder(own, row.name, native, *normalisation(row, none), 1, 1, f"callable {row.call}")
-    encoder.patch, encoder.dim = callables.measure(row, own, encoder.mean, encoder.std, native)
+    encoder.patch, encoder.dim = part("formats.callables").measure(row, own, encoder.mean, encoder.std, native)
     return encoder

@@ -7,7 +7,8 @@ import torch
 from planted import brightness_model, images, model, target
 
 from ssl_robust import attacks, datasets
-from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
+from ssl_robust.embedded.backbone import embedded_backbone
+from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from ssl_robust.heads import HEADS, TaskModel
 from ssl_robust.settings import Attack
 from ssl_robust.tasks import TASKS

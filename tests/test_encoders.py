@@ -16,6 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
 from ssl_robust import encoders, records
+from ssl_robust.embedded import backbone
 from ssl_robust.settings import BadInput, EncoderRow, check
 from ssl_robust.vit import resample
 
@@ -39,10 +40,10 @@ def test_embedded_encoder_takes_any_size(embedded, size):
 
 
 def test_embedded_encoder_is_its_stored_weights(embedded):
-    stored = load_file(encoders.EMBEDDED_WEIGHTS)
+    stored = load_file(backbone.WEIGHTS)
     assert all(torch.equal(embedded.backbone.state_dict()[k], v.float()) for k, v in stored.items())
     assert stored.keys() == embedded.backbone.state_dict().keys()
-    assert encoders.EMBEDDED_WEIGHTS.stat().st_size < 12e6
+    assert backbone.WEIGHTS.stat().st_size < 12e6
     assert sum(p.numel() for p in embedded.parameters()) < 6e6
     assert (embedded.native, embedded.patch, embedded.dim) == (64, 8, 160)
 

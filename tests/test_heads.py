@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load, save_file
 
 from ssl_robust import compute, datasets, encoders, heads, protocol, records, training
-from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
+from ssl_robust.embedded.backbone import embedded_backbone
+from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from ssl_robust.heads import HEADS, TaskModel
 from ssl_robust.settings import BadInput, EncoderRow, TaskSettings
 from ssl_robust.tasks import TASKS

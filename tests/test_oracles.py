@@ -10,7 +10,8 @@ from torch import nn
 
 from ssl_robust import attacks, datasets, deacl, evaluate, metrics
 from ssl_robust.datasets import IGNORE, Item
-from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
+from ssl_robust.embedded.backbone import embedded_backbone
+from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from ssl_robust.heads import BINS, HEADS, MIN_DEPTH, TaskModel
 from ssl_robust.settings import Attack, DeACL
 from ssl_robust.strong import autoattack

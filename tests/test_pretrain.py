@@ -12,7 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ssl_robust.embedded import pretrain
-from ssl_robust.encoders import EMBEDDED_WEIGHTS, embedded_backbone, load_weights, read_weights
+from ssl_robust.embedded.backbone import WEIGHTS as EMBEDDED_WEIGHTS
+from ssl_robust.embedded.backbone import embedded_backbone
+from ssl_robust.formats.checkpoints import load_weights, read_weights
 from ssl_robust.settings import BadInput
 
 

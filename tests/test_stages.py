@@ -11,10 +11,10 @@ import planted
 import pytest
 from safetensors.torch import load_file
 
-from ssl_robust import datasets, deacl, encoders, evaluate, heads, records, strong, training
+from ssl_robust import attacks, datasets, deacl, encoders, evaluate, parts, records, training
 from ssl_robust.ops import plan, run, stages, wanted
 from ssl_robust.settings import EncoderRow, Sanity
-from ssl_robust.show import examples, report
+from ssl_robust.show import examples, report, tables
 from ssl_robust.tasks import TASKS
 from ssl_robust.trust import data, evidence, sanity
 
@@ -137,7 +137,7 @@ def test_trying_something_and_going_back_computes_nothing_and_changes_no_stored_
     stored, shown = _bytes(made / "runs"), _bytes(made / "results")
     _make(_settings(attack={"steps": 1}, deacl={"gamma": 0.0}, encoders=ROWS[:1]))
     assert {path: _bytes(made / "runs")[path] for path in stored} == stored
-    for module, name in ((evaluate, "evaluate"), (heads, "fit"), (deacl, "train_epoch"), (sanity, "checks")):
+    for module, name in ((evaluate, "evaluate"), (training, "fit"), (deacl, "train_epoch"), (sanity, "checks")):
         monkeypatch.setattr(module, name, None)
     _make(_settings())
     assert _bytes(made / "results") == shown
@@ -223,7 +223,7 @@ def test_a_sanity_check_of_another_cell_flags_no_value(made):
 def test_what_is_added_keeps_every_result(made, monkeypatch):
     monkeypatch.setitem(encoders.KNOWN, "one_more", encoders.Known("resnet18", 64))
     monkeypatch.setitem(datasets.DATASETS, "more", planted.TOYS)
-    monkeypatch.setitem(strong.NAMES, "depth", (*strong.NAMES["depth"], "another"))
+    monkeypatch.setitem(parts.table("strong", "ATTACKS"), "another", attacks.Kind("Another", lambda model, x, *_: x))
     monkeypatch.setitem(TASKS, "depth", TASKS["depth"]._replace(attack="DepthPGD, in other words"))
     monkeypatch.setitem(records.VERSIONS, "a_new_loop", 1)
     assert _absent(_settings()) == []
@@ -246,14 +246,14 @@ def test_another_version_makes_what_it_computes_and_keep_keeps_it(made, monkeypa
     assert stages.keep(_settings()) == 0
     assert "toy: 0 of" not in capsys.readouterr().out and _absent(_settings()) == []
     assert {path: _bytes(made / "runs")[path] for path in before} == before  # for when the version is put back
-    for module, name in ((evaluate, "evaluate"), (heads, "fit"), (deacl, "train_epoch"), (sanity, "checks")):
+    for module, name in ((evaluate, "evaluate"), (training, "fit"), (deacl, "train_epoch"), (sanity, "checks")):
         monkeypatch.setattr(module, name, None)
     _make(_settings())
     cell = records.read_record(records.record_path("toy", "depth", "toys", "planted", "deacl", "task"))
     assert (
         cell["kept"] == [{"loops": cell["made_from"]["loops"] | {"pgd": 1}}] and cell["made_from"]["loops"]["pgd"] == 2
     )
-    assert any("(pgd 1) and kept" in said for said in report.notes("depth", *report.read("toy"))["How it was measured"])
+    assert any("(pgd 1) and kept" in said for said in tables.notes("depth", *report.read("toy"))["How it was measured"])
     assert _absent(_settings(attack={"steps": 3})) != []  # nothing else was kept by it
 
 
@@ -272,7 +272,7 @@ def test_what_is_there_needs_no_room_on_the_disk(made, monkeypatch):
     disk = namedtuple("disk", "total used free")
     free = {"bytes": 11e6}
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: disk(0, 0, free["bytes"]))
-    monkeypatch.setattr(plan.cost, "weight_bytes", lambda encoder: 20e6)
+    monkeypatch.setattr(plan, "_bytes", lambda module: 20e6 * isinstance(module, encoders.Encoder))
     assert plan._disk_problems(_settings()) == []  # everything is there
     for run_ in (records.runs_dir("toy") / "deacl" / "planted").iterdir():
         (run_ / "deacl.json").unlink()

@@ -5,6 +5,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from ssl_robust import encoders, vit
+from ssl_robust.embedded.backbone import embedded_backbone
 from ssl_robust.settings import EncoderRow
 
 SMALL = {"img_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 0}
@@ -24,7 +25,7 @@ def _models():
         **SMALL, dynamic_img_size=True, qkv_bias=False, init_values=1e-1, reg_tokens=4, pre_norm=True
     )
     yield VisionTransformer(**SMALL, qk_norm=True, scale_attn_norm=True)
-    yield encoders.embedded_backbone()
+    yield embedded_backbone()
 
 
 def test_it_gives_what_timm_gives_and_its_gradient():

@@ -22,12 +22,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from .. import datasets, heads, metrics, records
-from ..encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, embedded_backbone
+from .. import datasets, heads, metrics, records, training
+from ..encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from ..progress import track
 from ..settings import BadInput, check
 from ..tasks import TASKS
 from . import scenes
+from .backbone import embedded_backbone
 
 GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue in luminance
 SCENES_SHARE = 0.35  # of every batch, where there are photographs too
@@ -452,7 +453,7 @@ def linear_probe(
     settings = check(profile="probe", seed=seed, data_root=data_root, encoders=[row], **{task: section})
     encoder = Encoder(copy.deepcopy(backbone).cpu().float(), "probe", 64, IMAGENET_MEAN, IMAGENET_STD)
     train, val = (datasets.load(task, dataset, part, settings, 64) for part in ("train", "val"))
-    head, _ = heads.fit(task, encoder, train, val, settings.task(task), seed, "cpu")
+    head, _ = training.fit(task, encoder, train, val, settings.task(task), seed, "cpu")
     model = heads.TaskModel(task, encoder, head).eval()
     with torch.no_grad():
         parts = [

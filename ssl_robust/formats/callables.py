@@ -23,6 +23,7 @@ REPEATED, BATCHED = 1e-5, 1e-2
 class Own(nn.Module):
     """A callable in the place of a timm model. The modules that it is or uses are part of it: frozen, moved, hashed."""
 
+    own = True  # which encoders ask
     computes = ""  # what it gives, as identity says; measure finds it
 
     def __init__(self, function: Callable[..., tuple[Tensor, Tensor]], call: str, uses: list[nn.Module]) -> None:
@@ -52,21 +53,30 @@ def _as_tuple(given: Any) -> tuple[Any, ...]:
 
 
 def find(row: EncoderRow) -> Own:
-    """The function that the row's `call` names; BadInput if there is none."""
-    module = _import(row)
-    name = row.call.partition(":")[2]
-    function = getattr(module, name, None)
-    if not callable(function) or isinstance(function, type):
-        known = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
-        raise BadInput(f"Encoder '{row.name}': {row.call} is no function; correct it (functions there: {known}).")
+    """The function that the row's `call` names, as an encoder; BadInput if there is none."""
+    module, function = _found(row.call, f"Encoder '{row.name}'")
     return Own(function, row.call, _modules(module, function))
 
 
-def _import(row: EncoderRow) -> ModuleType:
-    """The module of the row's `call`, looked up in notebooks/, the project's folder and the current one."""
-    module, _, function = row.call.partition(":")
+def named(call: str, who: str) -> Callable:
+    """The function 'module:function'; BadInput, which begins with `who`, if there is none."""
+    return _found(call, who)[1]
+
+
+def _found(call: str, who: str) -> tuple[ModuleType, Callable]:
+    module, name = _import(call, who), call.partition(":")[2]
+    function = getattr(module, name, None)
+    if not callable(function) or isinstance(function, type):
+        known = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
+        raise BadInput(f"{who}: {call} is no function; correct it (functions there: {known}).")
+    return module, function
+
+
+def _import(call: str, who: str) -> ModuleType:
+    """The module of a `call`, looked up in notebooks/, the project's folder and the current one."""
+    module, _, function = call.partition(":")
     if not module or not function:
-        raise BadInput(f"Encoder '{row.name}': call is '{row.call}'; write it as 'module:function'.")
+        raise BadInput(f"{who}: call is '{call}'; write it as 'module:function'.")
     before = sys.path[:]
     sys.path[:0] = [str(place) for place in (records.ROOT / "notebooks", records.ROOT, Path.cwd())]
     try:
@@ -76,12 +86,9 @@ def _import(row: EncoderRow) -> ModuleType:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
             raise BadInput(
-                f"Encoder '{row.name}': there is no module '{module}'; put {module}.py into notebooks/ or the current "
-                f"folder."
+                f"{who}: there is no module '{module}'; put {module}.py into notebooks/ or the current folder."
             ) from None
-        raise BadInput(
-            f"Encoder '{row.name}': the module {module} cannot be imported ({_line(error)}); correct it."
-        ) from None
+        raise BadInput(f"{who}: the module {module} cannot be imported ({_line(error)}); correct it.") from None
     finally:
         sys.path[:] = before
 
