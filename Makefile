@@ -103,7 +103,7 @@ keep: $(STAMP) ## keep results that other versions of the code made from the sam
 	@$(PY) -m ssl_robust.ops.stages --profile $(PROFILE) --data "$$DATA" --keep
 
 bench: $(STAMP) ## speed and strength of the attacks beside other implementations, in figures/bench
-	@$(PY) -m ssl_robust.ops.run appendix_bench --profile bench --data "$$DATA"
+	@$(PY) benchmarks/contenders.py
 
 example: $(STAMP) ## for maintainers: what the last run of PROFILE made becomes the committed example
 	@$(PY) -m ssl_robust.show.committed $(PROFILE)
@@ -112,7 +112,7 @@ lab: $(STAMP) ## JupyterLab on copies of the notebooks, in lab/ (options: LAB="-
 	@$(PY) -m ssl_robust.ops.lab
 
 test: $(STAMP) ## ruff, unit tests, notebook rules, nbval
-	@$(PY) -m ruff check ssl_robust tests notebooks
+	@$(PY) -m ruff check ssl_robust tests notebooks benchmarks
 	@env -u DATA -u CLUSTER -u NAME -u CELL -u LAB $(PY) -m pytest
 
 reference: $(STAMP) ## the notebooks that nbval compares with, made anew

@@ -30,12 +30,12 @@ class BadInput(ValueError):
     """Something the user gave cannot be used; the message is one sentence that names the thing and the remedy."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     # strict: "8/255" or "1e-3" given as text is refused instead of being guessed at
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Normalise(_Strict):
+class Normalise(Strict):
     """Mean and standard deviation of each colour, in [0,1] pixel units."""
 
     mean: list[float] = Field(min_length=3, max_length=3)
@@ -56,7 +56,7 @@ class Normalise(_Strict):
         return std
 
 
-class EncoderRow(_Strict):
+class EncoderRow(Strict):
     """One frozen encoder, a row in each of the three tables: a timm model or a Python callable."""
 
     name: str = Field(
@@ -89,7 +89,7 @@ class EncoderRow(_Strict):
         return self
 
 
-class Attack(_Strict):
+class Attack(Strict):
     """L-infinity PGD in [0,1] pixel space (section 3.1): eps 8/255, step 2/255, 20 steps in the paper."""
 
     eps: float = Field(8 / 255, ge=0, le=1, description="radius of the ball, in [0,1] pixel units")
@@ -99,7 +99,7 @@ class Attack(_Strict):
     stop_when_broken: bool = Field(True, description="PGD on classes: images whose class is surely lost are finished")
 
 
-class AttackRow(_Strict):
+class AttackRow(Strict):
     """An attack of your own, a column of the tables: a Python callable, see attacks.kinds."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=50, description="the column's name, also in file names")
@@ -109,7 +109,7 @@ class AttackRow(_Strict):
     tasks: list[Literal[tuple(TASKS)]] = Field([*TASKS], min_length=1, description="the tasks whose tables get it")
 
 
-class TaskSettings(_Strict):
+class TaskSettings(Strict):
     """Data subset, head training (appendix C) and evaluation of one task."""
 
     datasets: list[str] = Field(["scenes"], min_length=1)
@@ -159,7 +159,7 @@ class Depth(TaskSettings):
     crop: Literal["none", "eigen"] = Field("none", description="eigen: the centre crop of NYU-Depth-v2 by Eigen et al.")
 
 
-class DeACL(_Strict):
+class DeACL(Strict):
     """Eq. 2 and appendix C.2; the defaults are the paper's."""
 
     dataset: str = "scenes"
@@ -189,7 +189,7 @@ class DeACL(_Strict):
         return self
 
 
-class Sanity(_Strict):
+class Sanity(Strict):
     """How hard the attacks are checked (notebook 07_sanity), on the first `n` test images of each data set."""
 
     n: int = Field(16, ge=2, le=MANY, description="test images of each check")
@@ -205,20 +205,7 @@ class Sanity(_Strict):
         return self.more_steps + self.restarts + len(set(self.eps) - {0.0, attack.eps}) + 1
 
 
-class Bench(_Strict):
-    """What `make bench` times: frozen encoders under PGD and EmbedAttack, side by side with other implementations."""
-
-    encoders: list[str] = Field(["embedded_vit", "dinov2_vits14"], min_length=1, description="names or timm models")
-    gpu_encoders: list[str] = Field(["dino_vitb16"], description="further ones, where there is a GPU")
-    size: int = Field(224, ge=8, le=SIDE, description="side of the images in px, but not above the encoder's native px")
-    images: Literal["auto"] | Annotated[int, Field(ge=1, le=LONG)] = Field(
-        "auto", description="attacked at a time: as many as the package would, or a smaller number"
-    )
-    steps: int = Field(2, ge=1, le=10_000)
-    repeats: int = Field(3, ge=2, le=1000, description="rounds, each of which times everything once")
-
-
-class Settings(_Strict):
+class Settings(Strict):
     """Everything a profile can set; sections that a notebook does not use stay None."""
 
     profile: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=100)
@@ -250,7 +237,6 @@ class Settings(_Strict):
     attack: Attack | None = None
     deacl: DeACL | None = None
     sanity: Sanity | None = None
-    bench: Bench | None = None
 
     @field_validator("profile")
     @classmethod
@@ -292,20 +278,6 @@ class Settings(_Strict):
         if section is None:
             raise BadInput(f"The settings have no section '{name}'; add one (params/demo.yaml shows how).")
         return section
-
-
-class Cluster(_Strict):
-    """A file of params/cluster/: what each job of `make paper EXECUTOR=slurm` asks for."""
-
-    partition: str = Field("", description="Slurm partition; empty: the cluster's default")
-    account: str = ""
-    gpus: int = Field(1, ge=0, le=1000, description="GPUs of a job")
-    deacl_gpus: int = Field(1, ge=0, le=1000, description="GPUs of a DeACL job, which shares its batches among them")
-    cpus: int = Field(8, ge=1, le=LONG, description="CPU cores of a job")
-    memory: int = Field(64, ge=1, le=LONG, description="main memory of a job in GB")
-    hours: float = Field(24, gt=0, le=10_000, description="time limit of a job; one that meets it is taken up again")
-    setup: list[str] = Field([], description="shell lines before each job, e.g. 'module load cuda'")
-    at_once: int = Field(2, ge=1, le=1000, description="EXECUTOR=local: jobs that run at the same time")
 
 
 @contextmanager

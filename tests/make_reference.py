@@ -24,7 +24,7 @@ def stages(folder: Path = PROJECT / "notebooks") -> list[str]:
 
 def checked(folder: Path = PROJECT / "notebooks") -> list[str]:
     """Names of the notebooks that nbval runs, in order: all but two appendices, which are long and tested elsewhere."""
-    others = ("appendix_pretraining", "appendix_bench")
+    others = ("appendix_pretraining",)
     return sorted(path.stem for path in folder.glob("*.ipynb") if path.stem not in others)
 
 

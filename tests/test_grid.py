@@ -13,7 +13,7 @@ import yaml
 
 from ssl_robust import attacks, evaluate, records
 from ssl_robust.ops import grid, run
-from ssl_robust.settings import BadInput, Cluster, Sanity
+from ssl_robust.settings import BadInput, Sanity
 from ssl_robust.show import examples
 from ssl_robust.trust import sanity
 
@@ -458,7 +458,7 @@ def test_bad_cluster_file_is_one_sentence(
 
 
 def test_committed_cluster_files_are_valid() -> None:
-    assert grid.read_cluster("slurm") == Cluster() and grid.read_cluster("local") == Cluster()
+    assert grid.read_cluster("slurm") == grid.Cluster() and grid.read_cluster("local") == grid.Cluster()
 
 
 # ---- what is missing, and what a job makes ----

@@ -17,7 +17,7 @@ from ssl_robust.settings import BadInput, Settings, check, read_params
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-MAX_LINES = 12
+MAX_LINES = 10
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:

@@ -518,7 +518,7 @@ def test_make_explain_wants_a_cell(tree: Path) -> None:
     assert refused.returncode == 2 and refused.stderr.startswith("CELL is empty; write for example: make explain CELL=")
     said = make(tree, "explain", "CELL=table1/a/b/deacl/task").stdout
     assert said == "-m ssl_robust.ops.explain --profile demo table1/a/b/deacl/task\n"
-    assert make(tree, "bench").stdout == "-m ssl_robust.ops.run appendix_bench --profile bench --data \n"
+    assert make(tree, "bench").stdout == "benchmarks/contenders.py\n"
 
 
 def test_make_clean_asks_and_says_what_goes(tree: Path) -> None:

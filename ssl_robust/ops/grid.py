@@ -29,14 +29,16 @@ from typing import Any
 import psutil
 import submitit
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 
 from .. import deacl, evaluate, records
 from .. import settings as schema
 from ..progress import any_terminal
-from ..settings import BadInput, Cluster, Settings
+from ..settings import LONG, BadInput, Settings
+from ..show import examples
+from ..trust import sanity
 from .wanted import STEPS, Job, results, seeded
 
 WAITING = 3
@@ -48,6 +50,20 @@ HANDLES = {"local": submitit.LocalJob, "slurm": submitit.SlurmJob}
 
 # What was submitted, by job name: "id", "executor", "log", "submitted", "needs" (ids). Kept until the result is there.
 Book = dict[str, dict[str, Any]]
+
+
+class Cluster(schema.Strict):
+    """A file of params/cluster/: what each job of `make paper EXECUTOR=slurm` asks for."""
+
+    partition: str = Field("", description="Slurm partition; empty: the cluster's default")
+    account: str = ""
+    gpus: int = Field(1, ge=0, le=1000, description="GPUs of a job")
+    deacl_gpus: int = Field(1, ge=0, le=1000, description="GPUs of a DeACL job, which shares its batches among them")
+    cpus: int = Field(8, ge=1, le=LONG, description="CPU cores of a job")
+    memory: int = Field(64, ge=1, le=LONG, description="main memory of a job in GB")
+    hours: float = Field(24, gt=0, le=10_000, description="time limit of a job; one that meets it is taken up again")
+    setup: list[str] = Field([], description="shell lines before each job, e.g. 'module load cuda'")
+    at_once: int = Field(2, ge=1, le=1000, description="EXECUTOR=local: jobs that run at the same time")
 
 
 def missing(settings: Settings) -> tuple[list[Job], int, list[dict[str, str]]]:
@@ -110,18 +126,16 @@ def compute(job: Job, settings: Settings) -> None:
         deacl.finetune_all(settings.model_copy(update={"missing": "stop"}), job["encoder"])
         return
     if job["step"] == "examples":
-        evaluate.examples(job["task"], settings)
+        examples.make(job["task"], settings)
         return
     row = next(row for row in settings.encoders if row.name == job["encoder"])
     if job["step"] == "checks":
-        from ..trust import sanity
-
         sanity.check(job["task"], job["dataset"], row, job["defense"], settings)
         return
     settings, weights = seeded(settings, job["seed"]), Path(job["weights"]) if job["weights"] else None
     model, test = evaluate.prepare(job["task"], job["dataset"], row, settings, job["defense"], weights)
     if job["step"] == "cell":
-        evaluate.cell(model, test, (job["defense"], job["epoch"]), job["kind"], settings)
+        evaluate.Cell(model, test, job["kind"], settings, job["defense"], job["epoch"]).run()
 
 
 def _deaf() -> None:
@@ -551,6 +565,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from ssl_robust import grid  # under its own name, by which the jobs' processes find `work`
+    from ssl_robust.ops import grid  # under its own name, by which the jobs' processes find `work`
 
     sys.exit(grid.main())

@@ -2,14 +2,15 @@
 
 Whatever is compared runs on the same frozen model, images, start, ball and number of steps, and once in every round; a
 ratio is one of two times of the same round, so that other work on the machine spoils both. Strength is always judged in
-fp32. Weights do not change the time, so encoders without local weights are drawn at random, and the tables say so.
-choices.py times each choice of ours by itself with what is here; bench_page.py writes both down.
+fp32. Weights do not change the time, so encoders without local weights are drawn at random, and the table says so.
+
+python benchmarks/contenders.py [--encoders NAME ..] [--steps N] [--repeats N] writes figures/bench/contenders.{csv,md}.
 """
 
+import argparse
 import ctypes
 import gc
 import importlib
-import math
 import os
 import re
 import sys
@@ -32,8 +33,9 @@ from torch.utils.flop_counter import flop_registry
 from ssl_robust import attacks, compute, datasets, encoders, heads, records, vit
 from ssl_robust.encoders import Encoder
 from ssl_robust.heads import TaskModel
-from ssl_robust.progress import track
-from ssl_robust.settings import Attack, BadInput, EncoderRow, Settings
+from ssl_robust.progress import any_terminal, track
+from ssl_robust.settings import Attack, BadInput, EncoderRow, Settings, check
+from ssl_robust.show import layout
 
 Contender = Callable[[TaskModel, Tensor, Tensor | None, Tensor, Attack], Tensor]
 Pieces = dict[str, Callable[[], Any]]  # what is timed, by name
@@ -43,6 +45,16 @@ CLASSES, HEAD_IMAGES = 10, 16
 LEAST = 0.3  # seconds; shorter pieces are repeated until they take that long
 ROUNDING = 1e-6  # images that differ by less are equal up to the order of two additions
 ATTACK = {"task": "PGD", "embed": "EmbedAttack"}
+
+
+class Bench(NamedTuple):
+    """What is timed: names of encoders or timm models, at most so many px and images, steps, rounds."""
+
+    encoders: tuple[str, ...] = ("embedded_vit", "dinov2_vits14")
+    size: int = 224
+    images: int | str = "auto"  # as many as the package would take, or a smaller number
+    steps: int = 2
+    repeats: int = 3
 
 
 class Case(NamedTuple):
@@ -74,13 +86,10 @@ class Case(NamedTuple):
 # --- models and images ---
 
 
-def case(settings: Settings, name: str) -> Case:
-    """The encoder `name` (a row of the settings, a name of encoders.KNOWN or a timm model) ready to be timed.
-
-    Raises BadInput if the settings have no section `bench`, or if there is no such model.
-    """
-    bench, device = section(settings), records.pick_device(settings.device)
-    encoder = _encoder(settings, name).to(device)
+def case(settings: Settings, bench: Bench, name: str) -> Case:
+    """The encoder `name` (of encoders.KNOWN, or a timm model) ready to be timed; BadInput if there is no such model."""
+    device = records.pick_device(settings.device)
+    encoder = _encoder(settings, bench, name).to(device)
     # all in one batch, as other implementations have no other: not more than this project would take
     batch = compute.batch_for(compute.tokens_of(encoder.patch, (encoder.native, encoder.native)), device)
     batch = batch if bench.images == "auto" else min(bench.images, batch)
@@ -95,32 +104,13 @@ def case(settings: Settings, name: str) -> Case:
     return Case(name, model, x, label, ids, ball, batch, settings.seed, precision)
 
 
-def section(settings: Settings) -> Any:
-    """The settings' section `bench`; BadInput without it."""
-    if settings.bench is None:
-        raise BadInput("The settings have no section 'bench'; add one (params/bench.yaml shows how).")
-    return settings.bench
-
-
-def names(settings: Settings) -> list[str]:
-    """The encoders that are timed on this device."""
-    bench, gpu = section(settings), records.pick_device(settings.device) == "cuda"
-    return [*bench.encoders, *(bench.gpu_encoders if gpu else [])]
-
-
-def _row(settings: Settings, name: str) -> EncoderRow:
-    """The settings' row of that name, else one for the model itself; its images have the side of the bench."""
-    found = [row for row in settings.encoders if row.name == name]
-    row = found[0] if found else EncoderRow(name=re.sub(r"[^A-Za-z0-9_.-]", "_", name), timm=name)
-    native = row.native or (math.inf if row.call else encoders.describe(row).native)
-    return row.model_copy(update={"native": min(section(settings).size, native)})
-
-
-def _encoder(settings: Settings, name: str) -> Encoder:
-    """The encoder with its own weights if they are local, else drawn from the seed."""
-    row = _row(settings, name)
-    if row.call or row.checkpoint or not encoders.describe(row).timm:
-        return encoders.load(row, settings.data_root)
+def _encoder(settings: Settings, bench: Bench, name: str) -> Encoder:
+    """The encoder with its own weights if it is the embedded one, else drawn from the seed."""
+    row = EncoderRow(name=re.sub(r"[^A-Za-z0-9_.-]", "_", name), timm=name)
+    known = encoders.describe(row)
+    row = row.model_copy(update={"native": min(bench.size, known.native)})
+    if not known.timm:
+        return encoders.load(row)
     encoder = encoders.random_init(row, settings.seed)
     for scale in (m for m in encoder.modules() if isinstance(m, LayerScale)):
         scale.gamma.fill_(1)  # it starts at 1e-5, and then no block would have any effect
@@ -422,18 +412,17 @@ def strength(case: Case, adv: Tensor, kind: str, reference: Tensor | None = None
 # --- the table of contenders ---
 
 
-def run(settings: Settings) -> pd.DataFrame:
+def run(settings: Settings, bench: Bench) -> pd.DataFrame:
     """Every encoder, attack and contender: speed, ratio, memory, share of the ceiling and strength; a row each.
 
-    `seconds` lists the time of each round. Raises BadInput, before any work, for a missing package or section.
+    Raises BadInput, before any work, for a missing package or an unknown model.
     """
     for name in ("torchattacks", "foolbox"):
         _library(name)
-    work = [(name, kind) for name in names(settings) for kind in ATTACK]
-    rows, cases = [], {}
+    work, rows, cases = [(name, kind) for name in bench.encoders for kind in ATTACK], [], {}
     for name, kind in track(work, desc="contenders"):
-        cases = cases if name in cases else {name: case(settings, name)}
-        rows += compare(cases[name], kind, settings.bench.repeats)
+        cases = cases if name in cases else {name: case(settings, bench, name)}
+        rows += compare(cases[name], kind, bench.repeats)
     return pd.DataFrame(rows)
 
 
@@ -475,3 +464,38 @@ def _about(case: Case) -> Row:
         "encoder": case.name, "weights": case.model.encoder.origin, "device": case.device, "size": case.size,
         "images": len(case.x), "steps": case.attack.steps, "batch": case.batch,
     }  # fmt: skip
+
+
+SHOWN = ["encoder", "attack", "contender", "precision", "speed", "ratio", "ratio_sd", "memory_mb", "accuracy"]
+SHOWN += ["loss", "near"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    any_terminal()
+    parser = argparse.ArgumentParser(prog="python benchmarks/contenders.py", description="Our attacks beside others.")
+    parser.add_argument("--encoders", nargs="+", default=Bench().encoders, help="names or timm models")
+    parser.add_argument("--steps", type=int, default=Bench().steps)
+    parser.add_argument("--repeats", type=int, default=Bench().repeats, help="rounds of everything")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of our attack steps")
+    asked = parser.parse_args(argv)
+    rows = [{"name": "embedded_vit"}]
+    try:
+        given = check(profile="bench", device=asked.device, precision=asked.precision, encoders=rows, attack={})
+        found = run(given, Bench(encoders=tuple(asked.encoders), steps=asked.steps, repeats=asked.repeats))
+    except BadInput as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    notes = {"": ["speed: images times steps a second; ratio: to torchattacks (PGD) or the plain loop (EmbedAttack), "
+                  "paired within each round, ± its spread; near: share of values within 1e-6 of theirs."]}  # fmt: skip
+    text = layout.markdown("Attack steps beside other implementations", found[SHOWN].round(3), notes)
+    folder = records.figures_dir("bench")
+    records.write_bytes(text.encode(), folder / "contenders.md")
+    records.write_bytes(found.to_csv(index=False).encode(), folder / "contenders.csv")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,13 +1,10 @@
 """The contenders do the same thing, what is measured is computed rightly, and no row is missing."""
 
 import itertools
-import json
 import math
 import sys
 
-import bench
-import bench_page
-import choices
+import contenders as bench
 import pandas as pd
 import planted
 import pytest
@@ -38,20 +35,18 @@ def small() -> TaskModel:
 
 
 def settings(**changes: object) -> object:
-    sizes = {"encoders": ["embedded_vit"], "size": 32, "images": 2, "steps": 1, "repeats": 2}
-    parameters = {"profile": "bench", "device": "cpu", "encoders": [{"name": "embedded_vit"}], "bench": sizes}
-    return check(**(parameters | changes))
+    rows = [{"name": "embedded_vit"}]
+    return check(**({"profile": "bench", "device": "cpu", "encoders": rows, "attack": {}} | changes))
 
 
-def test_batches_and_encoders_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"encoders": ["embedded_vit"], "gpu_encoders": ["dino_vitb16"], "size": 32, "steps": 1}
-    asked = settings(bench=sizes)
+SMALL = bench.Bench(("embedded_vit",), 32, 2, 1, 2)
+
+
+def test_batches_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.compute.TOKENS, "cpu", 100)
-    assert bench.names(asked) == ["embedded_vit"] and bench.case(asked, "embedded_vit").batch == 100 // 17
-    few = settings(bench=sizes | {"images": 3})
-    assert bench.case(few, "embedded_vit").batch == 3 and len(bench.case(few, "embedded_vit").x) == 3
-    monkeypatch.setattr(records, "pick_device", lambda device: "cuda")
-    assert bench.names(asked) == ["embedded_vit", "dino_vitb16"]
+    assert bench.case(settings(), SMALL._replace(images="auto"), "embedded_vit").batch == 100 // 17
+    few = bench.case(settings(), SMALL._replace(images=3), "embedded_vit")
+    assert few.batch == 3 and len(few.x) == 3
 
 
 # --- contenders ---
@@ -134,7 +129,7 @@ def test_a_missing_library_is_one_sentence(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(bench, "case", None)  # refused before any work
     with pytest.raises(BadInput, match=f"^The package {name}, .* is not installed .*; install the extra 'dev'.*\\.$"):
-        bench.run(settings())
+        bench.run(settings(), SMALL)
 
 
 def test_libraries_are_imported_only_where_they_are_used() -> None:
@@ -144,19 +139,15 @@ def test_libraries_are_imported_only_where_they_are_used() -> None:
 # --- what is timed ---
 
 
-def test_missing_section_and_unknown_encoders_are_refused() -> None:
-    with pytest.raises(BadInput, match="no section 'bench'; add one"):
-        bench.run(settings(bench=None))
-    with pytest.raises(BadInput, match="no section 'bench'; add one"):
-        choices.run(settings(bench=None))
+def test_unknown_encoders_are_refused() -> None:
     with pytest.raises(BadInput, match="timm has no model 'vit_of_nobody'"):
-        bench.case(settings(bench={"encoders": ["vit_of_nobody"]}), "vit_of_nobody")
+        bench.case(settings(), SMALL, "vit_of_nobody")
 
 
 def test_case_is_what_the_settings_ask_for(monkeypatch: pytest.MonkeyPatch, root: object) -> None:
     monkeypatch.setattr(bench, "HEAD_IMAGES", 6)
     asked = settings(attack={"eps": 0.1, "step": 0.01, "steps": 20, "best": True})
-    case = bench.case(asked, "embedded_vit")
+    case = bench.case(asked, SMALL, "embedded_vit")
     assert case.x.shape == (2, 3, 32, 32) and case.size == 32 and case.batch == 2 and case.tokens == 17
     assert (case.attack.eps, case.attack.step, case.attack.steps, case.attack.best) == (0.1, 0.01, 1, False)
     assert "embedded_vit.safetensors" in case.model.encoder.origin
@@ -169,7 +160,7 @@ def test_case_is_what_the_settings_ask_for(monkeypatch: pytest.MonkeyPatch, root
 
 
 def test_encoders_without_weights_are_random_but_all_blocks_count() -> None:
-    encoder = bench._encoder(settings(bench={"encoders": ["dinov2_vits14"], "size": 28}), "dinov2_vits14")
+    encoder = bench._encoder(settings(), SMALL._replace(size=28), "dinov2_vits14")
     assert encoder.native == 28 and encoder.origin == "random, seed 0"
     assert all((block.ls1.gamma == 1).all() for block in encoder.backbone.blocks)
 
@@ -242,156 +233,14 @@ def test_ceiling_counts_its_flops() -> None:
     assert count.total == flops == 3 * 2 * 2 * (4 * 17) * 6 * 24
 
 
-# --- choices ---
-
-
-def test_kept_tokens_encode_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, pieces, encoded = planted_case(2), {}, []
-
-    def planted_times(given: bench.Pieces, repeats: int, device: str) -> pd.DataFrame:
-        pieces.update(given)
-        return pd.DataFrame({name: [1.0, 2.0] for name in given})
-
-    def counted(*arguments: object) -> object:
-        encoded.append(1)
-        yield torch.ones(2, 6), None, torch.zeros(2).long()
-
-    monkeypatch.setattr(bench, "timed", planted_times)
-    monkeypatch.setattr(bench, "scenes", lambda count, side, seed: [0] * count)
-    monkeypatch.setattr(choices.heads, "encoded", counted)
-    (row,) = choices.cached_tokens(case, 2)
-    for name, expected in (("kept", 1), ("encoded anew", choices.EPOCHS)):
-        encoded.clear()
-        pieces[name]()
-        assert len(encoded) == expected
-    assert row["ratio"] == 1
-
-
-def test_segpgds_loss_is_timed_on_equal_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    gradients = {}
-
-    def planted_times(given: bench.Pieces, repeats: int, device: str) -> pd.DataFrame:
-        gradients.update({name: piece() for name, piece in given.items()})
-        return pd.DataFrame({"own backward": [1.0, 1.0], "autograd": [2.0, 4.0]})
-
-    monkeypatch.setattr(bench, "timed", planted_times)
-    monkeypatch.setattr(choices, "SEGMENTED", (2, 5, 12))
-    (row,) = choices.segpgd(planted_case(), 2)
-    torch.testing.assert_close(gradients["own backward"], gradients["autograd"], atol=1e-7, rtol=1e-4)
-    assert gradients["autograd"].abs().max() > 1e-3
-    assert row["ratio"] == 3 and row["value"] == 2 and row["unit"] == "images/s"
-
-
-def test_explicit_attention_leaves_the_modules_as_they_were(small: TaskModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_contender_has_a_row_and_all_is_written(root: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "HEAD_IMAGES", 2)
     monkeypatch.setattr(bench, "LEAST", 0.0)
-    case = planted_case(2)._replace(model=small, x=planted.images(2, 32))
-    before = [b.attn.fused_attn for b in small.encoder.backbone.blocks]
-    assert len(choices.fused_attention(case, 2)) == 1
-    assert [b.attn.fused_attn for b in small.encoder.backbone.blocks] == before
-
-
-def test_compilation_without_a_compiler_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices.shutil, "which", lambda name: None)
-    (row,) = choices.compilation(planted_case(), 2)
-    assert math.isnan(row["ratio"]) and "no C++ compiler" in row["note"]
-
-
-def test_compilation_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(function: object, **options: object) -> object:
-        def call(x: torch.Tensor) -> torch.Tensor:
-            raise NotImplementedError
-
-        return call
-
-    monkeypatch.setattr(choices.shutil, "which", lambda name: name)
-    monkeypatch.setattr(torch, "compile", broken)
-    (row,) = choices.compilation(planted_case(), 2)
-    assert math.isnan(row["ratio"]) and row["note"] == "compiling failed (NotImplementedError)"
-
-
-def test_when_compiling_pays() -> None:
-    case = planted_case()  # batches of 4
-    faster = pd.DataFrame({"compiled": [8.0], "not compiled": [4.0]})  # steps of 0.5 s and 1 s
-    said = choices._pays(case, 10.0, faster)
-    assert "takes 10 s" in said and "pays after 20 such steps" in said
-    slower = pd.DataFrame({"compiled": [4.0], "not compiled": [8.0]})
-    assert "never pays" in choices._pays(case, 10.0, slower)
-
-
-# --- tables ---
-
-
-@pytest.fixture(scope="module")
-def measured() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Both tables of the embedded encoder, small and in a hurry."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name, value in (
-            (bench, "LEAST", 0.0), (bench, "HEAD_IMAGES", 2),
-            (choices, "LOADED", 2), (choices, "EPOCHS", 2), (choices, "SEGMENTED", (1, 3, 8)),
-        ):  # fmt: skip
-            patch.setattr(module, name, value)
-        return bench.run(settings()), choices.run(settings(), compiled=[])
-
-
-def test_table_has_every_contender_and_column(measured: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    table, _ = measured
-    for kind, name in bench.ATTACK.items():
-        assert list(table[table["attack"] == name]["contender"]) == list(bench.able(kind, "fp32"))
-    numbers = table[["speed", "ratio", "ratio_sd", "memory_mb", "gflop", "ceiling_share", "accuracy", "loss", "near"]]
-    assert numbers.notna().all(axis=None) and (table["speed"] > 0).all()
-    assert (table["max_change"] <= ATTACK.eps + bench.ROUNDING).all()
-    assert [len(s) for s in table["seconds"]] == [2] * len(table)
-
-
-def test_every_choice_has_a_ratio_or_a_reason(measured: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    _, picks = measured
-    wanted = {
-        "weights", "last block", "patch embedding", "precision", "attention", "batch", "broken images",
-        "tokens of head training", "windows in a batch", "SegPGD's loss", "loading",
-        "memory by steps", "memory by batch",
-    }  # fmt: skip
-    assert set(picks["choice"]) == wanted and list(picks) == choices.COLUMNS
-    without = picks[picks["ratio"].isna()]
-    assert set(without["choice"]) <= {"patch embedding", "precision"} and (without["note"] != "").all()
-    bf16 = picks[picks["choice"] == "precision"].iloc[0]
-    assert "bf16: accuracy" in bf16["note"] and "fp32: accuracy" in bf16["note"]  # its strength, timed or not
-
-
-def test_everything_is_written(measured: tuple[pd.DataFrame, pd.DataFrame], root: object) -> None:
-    text = bench_page.write(settings(), *measured)
-    folder = records.figures_dir("bench")
-    assert {p.name for p in folder.iterdir()} >= {"bench.csv", "choices.csv", "bench.json", "bench.md", "bench.png"}
-    content = json.loads((folder / "bench.json").read_text())
-    assert len(content["contenders"]) == len(measured[0]) and len(content["choices"]) == len(measured[1])
-    assert all(f"| {name} (" in text for name in bench.contenders("fp32"))
-    assert len(pd.read_csv(folder / "bench.csv")) == len(measured[0])
-
-
-def test_notes_say_what_was_reached(measured: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    table, picks = measured
-    slow = " ".join(bench_page.notes(table.assign(ratio=1.0), picks))
-    fast = " ".join(bench_page.notes(table.assign(ratio=1.2), picks))
-    assert "(aim: 1.1; not reached)" in slow and "(aim: 1.1; reached)" in fast
-    quick = table.assign(precision=["bf16" if c == "ours" else "fp32" for c in table["contender"]], ratio=2.3)
-    assert "(aim: 2.2; reached)" in " ".join(bench_page.notes(quick, picks))
-
-
-def test_notes_say_that_bf16_could_not_be_measured(
-    measured: tuple[pd.DataFrame, pd.DataFrame], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table, case = measured[0], planted_case()
-    monkeypatch.setattr(bench_page.compute, "fast_bf16", lambda device: False)
-    picks = pd.DataFrame(choices.bf16(case, 2))
-    said = bench_page.notes(table.assign(precision="fp32"), picks)[-1]
-    assert "its speed could not be measured here" in said and "Strength, planted, on 4 images bf16: accuracy" in said
-    monkeypatch.setattr(bench_page.compute, "fast_bf16", lambda device: True)
-    assert "the setting precision is fp32" in bench_page.notes(table.assign(precision="fp32"), picks)[-1]
-
-
-def test_remarks_name_choices_that_bring_nothing() -> None:
-    rows = [("a", 0.8, 0.9), ("b", 0.9, 1.2), ("c", 1.1, 1.3), ("d", math.nan, math.nan)]
-    picks = pd.DataFrame(rows, columns=["choice", "ratio_min", "ratio_max"])
-    picks = picks.assign(ratio=picks["ratio_min"], option="on", encoder="e", unit="image steps/s")
-    said = bench_page.remarks(picks)
-    assert "Slower in every round: a (on, e)." in said
-    assert "Faster in some rounds and slower in others: b (on, e)." in said
+    monkeypatch.setattr(bench, "Bench", lambda **asked: SMALL._replace(**asked) if asked else SMALL)
+    assert bench.main(["--device", "cpu", "--precision", "fp32", "--steps", "1", "--repeats", "2"]) == 0
+    table = pd.read_csv(records.figures_dir("bench") / "contenders.csv")
+    assert set(table["attack"]) == {"PGD", "EmbedAttack"} and (table["max_change"] <= 8 / 255 + 1e-6).all()
+    pgd = table[table["attack"] == "PGD"].set_index("contender")
+    assert {"ours", "torchattacks", "foolbox", "plain loop"} <= set(pgd.index)
+    assert pgd["loss"].max() - pgd["loss"].min() < 1e-3 and pgd.loc["ours", "near"] > 0.99
+    assert "| embedded_vit | PGD | ours |" in (records.figures_dir("bench") / "contenders.md").read_text()
