@@ -1,4 +1,4 @@
-"""Pretraining: augmentation, losses by hand, both objectives, taking up a killed run, the shipped weights."""
+"""Pretraining: augmentation, losses by hand, taking up a killed run, the shipped weights."""
 
 import io
 import math
@@ -28,7 +28,7 @@ def rng(seed: int = 0) -> torch.Generator:
 
 def run(tmp_path: Path, name: str = "run.pt", **changes: object) -> tuple[torch.nn.Module, list[dict]]:
     # 16 images in batches of 8: two steps an epoch
-    options = {"checkpoint": tmp_path / name, "epochs": 1.0, "batch": 8, "objective": "contrastive"}
+    options = {"checkpoint": tmp_path / name, "epochs": 1.0, "batch": 8}
     return pretrain.pretrain({"noise": images(16)}, **{**options, **changes})
 
 
@@ -80,22 +80,6 @@ def test_contrastive_loss_prefers_agreeing_views() -> None:
     assert pretrain.contrastive_loss(torch.stack([z[0], z[0]])) < pretrain.contrastive_loss(z)
 
 
-def test_dino_loss_by_hand() -> None:
-    student = [torch.zeros(1, 4)] * 3  # uniform over four prototypes: log 4 against any target
-    teacher = [torch.tensor([[9.0, 0, 0, 0]])] * 2
-    assert math.isclose(pretrain.dino_loss(student, teacher, torch.zeros(4), 0.1).item(), math.log(4), rel_tol=1e-5)
-
-
-def test_dino_teacher_gets_no_gradient_and_moves() -> None:
-    learner = pretrain.new_run("dino", 1e-3, 0, "cpu").learner
-    before = learner.average.cls_token.clone()
-    learner.backbone.cls_token.data += 1
-    sum(learner(pretrain.multi_crop(images(4), rng()), 0.0, rng()).values()).backward()
-    learner.after_step(0.0)
-    assert all(p.grad is None for p in learner.average.parameters())
-    assert torch.allclose(learner.average.cls_token, before + 0.01, atol=1e-5)
-
-
 def test_learning_rate_follows_its_formula() -> None:
     rates = [pretrain.learning_rate(p, 2.0) for p in (0.03, 0.515, 1.0)]
     assert rates == pytest.approx([2.0, 1.0, 0.0], abs=1e-9)
@@ -105,9 +89,8 @@ def test_learning_rate_follows_its_formula() -> None:
 # --- runs ---
 
 
-@pytest.mark.parametrize("objective", sorted(pretrain.OBJECTIVES))
-def test_objectives_run_and_change_the_weights(objective: str, tmp_path: Path) -> None:
-    backbone, history = run(tmp_path, objective=objective, stop_after=2)
+def test_a_run_changes_the_weights(tmp_path: Path) -> None:
+    backbone, history = run(tmp_path, stop_after=2)
     losses = [v for k, v in history[-1].items() if k not in ("seconds", "images", "progress")]
     assert history[-1]["images"] == 16
     assert all(math.isfinite(v) for v in losses)
@@ -120,18 +103,16 @@ def test_contrastive_loss_falls(tmp_path: Path) -> None:
     assert histories[-1][-1]["cls"] < histories[0][0]["cls"]
 
 
-@pytest.mark.parametrize("objective", sorted(pretrain.OBJECTIVES))
-def test_a_run_taken_up_again_is_the_uninterrupted_one(objective: str, tmp_path: Path) -> None:
-    whole, _ = run(tmp_path, "whole.pt", objective=objective)
-    run(tmp_path, "parts.pt", objective=objective, stop_after=1)
-    parts, _ = run(tmp_path, "parts.pt", objective=objective)
+def test_a_run_taken_up_again_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path, "whole.pt")
+    run(tmp_path, "parts.pt", stop_after=1)
+    parts, _ = run(tmp_path, "parts.pt")
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"objective": "simsiam"}, "no objective 'simsiam'; choose one of: contrastive, dino"),
         ({"minutes": 1.0}, "either in minutes or in epochs"),
         ({"epochs": None}, "either in minutes or in epochs"),
     ],
@@ -141,10 +122,8 @@ def test_bad_settings_are_refused(changes: dict, sentence: str, tmp_path: Path) 
         run(tmp_path, **changes)
 
 
-def test_a_foreign_or_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     run(tmp_path, stop_after=1)
-    with pytest.raises(BadInput, match="run.pt is of a contrastive run"):
-        run(tmp_path, objective="dino")
     (tmp_path / "run.pt").write_bytes((tmp_path / "run.pt").read_bytes()[:1000])
     with pytest.raises(BadInput, match="run.pt is damaged"):
         run(tmp_path)

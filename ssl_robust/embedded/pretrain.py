@@ -1,4 +1,4 @@
-"""Pretraining of the embedded encoder without labels: multi-view contrast (the shipped weights) or DINO (for a GPU).
+"""Pretraining of the embedded encoder without labels, by multi-view contrast.
 
 Images are uint8 (N, 3, H, W); views are float (B, 3, s, s) in [0, 1] until `normalise`. Everything that one step draws
 comes from a generator seeded by (seed, step), so a run that was killed and taken up again draws what it would have.
@@ -192,19 +192,6 @@ def tokens_at(tokens: Tensor, points: Tensor) -> Tensor:
     return sampled.squeeze(3).transpose(1, 2)
 
 
-def dino_loss(
-    student: list[Tensor], teacher: list[Tensor], centre: Tensor, t_temp: float, s_temp: float = 0.1
-) -> Tensor:
-    """DINO's cross-entropy between sharpened, centred teacher outputs and student outputs (B, K) of different views."""
-    targets = [((t - centre) / t_temp).softmax(1) for t in teacher]
-    logs = [(s / s_temp).log_softmax(1) for s in student]
-    pairs = [-(t * s).sum(1).mean() for i, t in enumerate(targets) for j, s in enumerate(logs) if i != j]
-    return torch.stack(pairs).mean()
-
-
-# --- objectives ---
-
-
 def projector(dim_in: int, hidden: int, dim_out: int) -> nn.Sequential:
     """Two-layer head with batch norm; thrown away after pretraining."""
     return nn.Sequential(
@@ -222,7 +209,7 @@ class Contrastive(nn.Module):
         self.cls_head, self.pool_head = projector(dim, 512, 128), projector(dim, 512, 128)
         self.point_head = projector(dim, 256, 64)
 
-    def forward(self, views: list[View], progress: float, rng: torch.Generator) -> dict[str, Tensor]:
+    def forward(self, views: list[View], rng: torch.Generator) -> dict[str, Tensor]:
         """Loss terms of one batch; views[0] and views[1] are the global ones."""
         tokens = [self.backbone.forward_features(normalise(v.pixels)) for v in views]  # each (B, 1 + g*g, D)
         cls = self.cls_head(torch.cat([t[:, 0] for t in tokens]))
@@ -238,58 +225,10 @@ class Contrastive(nn.Module):
         }
 
     @torch.no_grad()
-    def after_step(self, progress: float) -> None:
+    def after_step(self) -> None:
         """Running average of the weights: smoother features than the last iterate."""
-        move(self.average, self.backbone, 0.995)
-
-
-class DinoHead(nn.Module):
-    """DINO's projection to prototypes, small: MLP, unit vectors, cosine to 1024 learned directions."""
-
-    def __init__(self, dim: int, prototypes: int = 1024):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, 512), nn.GELU(), nn.Linear(512, 128))
-        self.prototypes = nn.Parameter(torch.randn(prototypes, 128))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """CLS tokens (B, D) to prototype scores (B, K) in [-1, 1]."""
-        return F.normalize(self.mlp(x), dim=1) @ F.normalize(self.prototypes, dim=1).T
-
-
-class Dino(nn.Module):
-    """Self-distillation without labels: a student matches its own moving average across crops (Caron et al., 2021)."""
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        self.backbone, self.head = backbone, DinoHead(backbone.embed_dim)
-        self.average, self.average_head = (copy.deepcopy(m).requires_grad_(False) for m in (backbone, self.head))
-        self.register_buffer("centre", torch.zeros(len(self.head.prototypes)))
-
-    def forward(self, views: list[View], progress: float, rng: torch.Generator) -> dict[str, Tensor]:
-        """Loss of one batch: the teacher sees the two global views, the student all of them."""
-        pixels = [normalise(v.pixels) for v in views]
-        with torch.no_grad():
-            teacher = [self.average_head(self.average.forward_features(p)[:, 0]) for p in pixels[:2]]
-        student = [self.head(self.backbone.forward_features(p)[:, 0]) for p in pixels]
-        loss = dino_loss(student, teacher, self.centre, 0.04 + 0.03 * min(1.0, progress / 0.3))
-        self.centre.lerp_(torch.cat(teacher).mean(0), 0.1)
-        return {"dino": loss}
-
-    @torch.no_grad()
-    def after_step(self, progress: float) -> None:
-        """Move the teacher towards the student, by a momentum that rises from 0.99 to 1 on a cosine."""
-        momentum = 1 - 0.01 * (1 + math.cos(math.pi * progress)) / 2
-        move(self.average, self.backbone, momentum)
-        move(self.average_head, self.head, momentum)
-
-
-OBJECTIVES: dict[str, type[nn.Module]] = {"contrastive": Contrastive, "dino": Dino}
-
-
-def move(average: nn.Module, source: nn.Module, momentum: float) -> None:
-    """average <- momentum * average + (1 - momentum) * source, in place."""
-    for a, s in zip(average.parameters(), source.parameters(), strict=True):
-        a.lerp_(s.detach(), 1 - momentum)
+        for average, now in zip(self.average.parameters(), self.backbone.parameters(), strict=True):
+            average.lerp_(now.detach(), 0.005)
 
 
 # --- training ---
@@ -321,7 +260,7 @@ def train_step(learner: nn.Module, adam: torch.optim.AdamW, images: Tensor, done
 
     Raises BadInput if the loss is not finite.
     """
-    losses = learner(multi_crop(images, rng, global_px=global_size(done)), done, rng)
+    losses = learner(multi_crop(images, rng, global_px=global_size(done)), rng)
     total = torch.stack(list(losses.values())).sum()
     if not total.isfinite():
         raise BadInput(f"The pretraining loss is {total.item()} after {done:.0%} of the run; choose a smaller lr.")
@@ -329,7 +268,7 @@ def train_step(learner: nn.Module, adam: torch.optim.AdamW, images: Tensor, done
     total.backward()
     nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.requires_grad], 3.0)
     adam.step()
-    learner.after_step(done)
+    learner.after_step()
     return {name: value.item() for name, value in losses.items()}
 
 
@@ -339,7 +278,6 @@ class Run:
 
     learner: nn.Module
     adam: torch.optim.AdamW
-    objective: str
     step: int = 0
     seconds: float = 0.0
     history: list[dict] = field(default_factory=list)
@@ -352,32 +290,28 @@ class Run:
         records.write_sealed(buffer.getvalue(), path)
 
     def resume(self, path: Path, device: str) -> None:
-        """Go on from `path`; raises BadInput if it is damaged or holds a run of the other objective."""
+        """Go on from `path`; raises BadInput if it is damaged."""
         content = records.read_sealed(path)
         if content is None:
             raise BadInput(f"The checkpoint {path} is damaged; delete it to start anew.")
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        if state["objective"] != self.objective:
-            raise BadInput(f"The checkpoint {path} is of a {state['objective']} run; move it or choose that objective.")
         self.learner.load_state_dict(state["learner"])
         self.adam.load_state_dict(state["adam"])
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
 
 
-def new_run(objective: str, lr: float, seed: int, device: str) -> Run:
-    """A run at step 0, initialised by `seed`; raises BadInput for an unknown objective."""
-    if objective not in OBJECTIVES:
-        raise BadInput(f"There is no objective '{objective}'; choose one of: {', '.join(OBJECTIVES)}.")
+def new_run(lr: float, seed: int, device: str) -> Run:
+    """A run at step 0, initialised by `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        learner = OBJECTIVES[objective](embedded_backbone())
+        learner = Contrastive(embedded_backbone())
     learner = learner.to(device, memory_format=torch.channels_last).train()
-    return Run(learner, optimiser(learner, lr), objective)
+    return Run(learner, optimiser(learner, lr))
 
 
 def pretrain(
     pools: dict[str, Tensor], *, checkpoint: Path, minutes: float | None = None, epochs: float | None = None,
-    batch: int = 128, lr: float = 1e-3, objective: str = "contrastive", seed: int = 0, device: str = "cpu",
+    batch: int = 128, lr: float = 1e-3, seed: int = 0, device: str = "cpu",
     progress: Callable[[Run], None] | None = None, stop_after: int | None = None,
 ) -> tuple[nn.Module, list[dict]]:  # fmt: skip
     """Train the embedded architecture on pools of images (see `training_images`); goes on from `checkpoint` if it is.
@@ -388,7 +322,7 @@ def pretrain(
     """
     if (minutes is None) == (epochs is None):
         raise BadInput("The length of the run must be given either in minutes or in epochs; set the other to None.")
-    run = new_run(objective, lr, seed, device)
+    run = new_run(lr, seed, device)
     if checkpoint.is_file():
         run.resume(checkpoint, device)
     steps = math.inf if epochs is None else max(1, round(epochs * sum(map(len, pools.values())) / batch))
@@ -444,7 +378,7 @@ def linear_probe(
     backbone: nn.Module, task: str, dataset: str, data_root: str = "", split: str = "test", n_train: int = 1500,
     n_val: int = 300, n_test: int = 600, seed: int = 0,
 ) -> float:  # fmt: skip
-    """Accuracy, mIoU or RMSE (metres) on `split` of a linear head on the frozen backbone; see heads.fit.
+    """Accuracy, mIoU or RMSE (metres) on `split` of a linear head on the frozen backbone; see training.fit.
 
     The head trains on `n_train` images of the train split; its epoch is selected on images held out of it.
     """
@@ -465,7 +399,7 @@ def linear_probe(
 
 def random_backbone(seed: int = 0) -> nn.Module:
     """The same architecture without any training: what pretraining is compared with."""
-    return new_run("contrastive", 0.0, seed, "cpu").learner.average.eval()
+    return new_run(0.0, seed, "cpu").learner.average.eval()
 
 
 def probe_table(
