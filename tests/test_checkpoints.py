@@ -5,10 +5,8 @@ import collections
 import itertools
 import json
 import math
-import os
 import re
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -196,44 +194,35 @@ def mae(state):
     return {"model": state | decoder, "optimizer": {}, "epoch": 5, "scaler": {}, "args": argparse.Namespace(lr=1.0)}
 
 
-LAYOUTS = [
-    ("dino", lambda s: s, "state dict"),
-    ("dino", lambda s: prefixed(s, "module."), "state dict"),
-    ("dino", dino_training, "DINO teacher checkpoint"),
-    ("dino", lambda s: {"student": prefixed(s, "module.backbone.") | head("module.head.")}, "DINO student checkpoint"),
-    ("dino", lambda s: {"teacher": prefixed(s, "module.backbone.")}, "DINO teacher checkpoint"),
-    ("dinov2", dinov2_official, "DINOv2 state dict"),
-    ("dinov2", lambda s: dinov2_official(s, chunks=True), "DINOv2 state dict"),
-    ("dinov2", dinov2_training, "DINOv2 training checkpoint (teacher)"),
-    ("dinov2", lambda s: {"teacher": prefixed(dinov2_official(s), "backbone.") | head("dino_head.")},
-     "DINOv2 teacher checkpoint"),
-    ("registers", dinov2_official, "DINOv2 state dict"),
-    ("registers", lambda s: s, "state dict"),  # timm's own names
-    ("mae", mae, "MAE checkpoint with decoder"),
-    ("mae", lambda s: {"model": s}, "state dict in 'model'"),
-    ("dino", deacl("backbone.encoder."), "DeACL checkpoint of the paper's code"),
-    ("dino", deacl("backbone.model."), "DeACL checkpoint of the paper's code"),
-    ("dino", deacl("backbone.encoder.model."), "DeACL checkpoint of the paper's code"),
-    ("resnet", solo("backbone.", False), "solo-learn checkpoint"),
-    ("resnet", solo("backbone.", True), "solo-learn checkpoint"),
-    ("resnet", solo("encoder.", True), "SimSiam, MoCo or early solo-learn checkpoint"),
-    ("resnet", simsiam, "SimSiam, MoCo or early solo-learn checkpoint"),
-    ("resnet", moco("encoder_q", "encoder_k"), "SimSiam, MoCo or early solo-learn checkpoint"),
-    ("resnet", moco("base_encoder", "momentum_encoder"), "SimSiam, MoCo or early solo-learn checkpoint"),
-    ("resnet", lambda s: {"state_dict": prefixed(s, "model.")}, "state dict in 'state_dict'"),
-    ("resnet", lambda s: without(s, "num_batches_tracked"), "state dict"),  # written before there were such counters
-    ("dinov3", lambda s: s, "state dict"),
-    ("dinov3", dinov3_official, "DINOv3 state dict"),
-    ("dinov3_bias", dinov3_official, "DINOv3 state dict"),
-    ("dinov3_swiglu", dinov3_official, "DINOv3 state dict"),
-    ("dinov3", lambda s: {"teacher": prefixed(dinov3_official(s), "backbone.") | head("ibot_head.")},
-     "DINOv2 teacher checkpoint"),
-    ("dino", compiled_parts, "state dict"),
-    *(("dino", lambda s, p=p: {"teacher": prefixed(s, p)}, "DINO teacher checkpoint")
-      for n in (1, 2, 3) for p in map("".join, itertools.permutations(["module.", "_orig_mod.", "backbone."], n))),
-    *(("dinov2", lambda s, p=p: {"teacher": prefixed(dinov2_official(s), p)}, "DINOv2 teacher checkpoint")
-      for p in map("".join, itertools.permutations(["module.", "_orig_mod.", "backbone."]))),
-    ("resnet", lambda s: {"state_dict": {**s, "fc.weight": torch.ones(2)}}, "state dict in 'state_dict'"),
+WRAPPED = ["".join(p) for n in (1, 2, 3) for p in itertools.permutations(["module.", "_orig_mod.", "backbone."], n)]
+LAYOUTS = [  # where the tensors stand ("": nowhere but in the file itself) is what the origin says
+    ("dino", lambda s: s, ""),
+    ("dino", lambda s: prefixed(s, "module."), ""),
+    ("dino", compiled_parts, ""),
+    ("dino", dino_training, "teacher"),
+    ("dino", lambda s: {"student": prefixed(s, "module.backbone.") | head("module.head.")}, "student"),
+    *(("dino", lambda s, p=p: {"teacher": prefixed(s, p) | head("head.")}, "teacher") for p in WRAPPED),
+    ("dinov2", dinov2_official, ""),
+    ("dinov2", lambda s: dinov2_official(s, chunks=True), ""),
+    ("dinov2", dinov2_training, "model"),
+    *(("dinov2", lambda s, p=p: {"teacher": prefixed(dinov2_official(s), p) | head("dino_head.")}, "teacher")
+      for p in WRAPPED[-3:]),
+    ("registers", dinov2_official, ""),
+    ("registers", lambda s: s, ""),  # timm's own names
+    ("mae", mae, "model"),
+    ("mae", lambda s: {"model": s}, "model"),
+    ("dino", deacl("backbone.encoder."), "state_dict"),
+    ("dino", deacl("backbone.encoder.model."), "state_dict"),
+    ("resnet", solo("backbone.", False), "state_dict"),
+    ("resnet", solo("encoder.", True), "state_dict"),
+    ("resnet", simsiam, "state_dict"),
+    ("resnet", moco("encoder_q", "encoder_k"), "state_dict"),
+    ("resnet", moco("base_encoder", "momentum_encoder"), "state_dict"),
+    ("resnet", lambda s: {"state_dict": prefixed(s, "model.") | {"fc.weight": torch.ones(2)}}, "state_dict"),
+    ("resnet", lambda s: without(s, "num_batches_tracked"), ""),  # written before there were such counters
+    ("dinov3", lambda s: s, ""),
+    *((kind, dinov3_official, "") for kind in ("dinov3", "dinov3_bias", "dinov3_swiglu")),
+    ("dinov3", lambda s: {"teacher": prefixed(dinov3_official(s), "backbone.") | head("ibot_head.")}, "teacher"),
 ]  # fmt: skip
 
 
@@ -242,7 +231,7 @@ def test_every_layout_gives_the_models_own_features(kind, layout, origin, small,
     model = made(kind)
     torch.save(layout(model.state_dict()), tmp_path / "w.pth")
     encoder = encoders.load(EncoderRow(name=kind, checkpoint="w.pth"), str(tmp_path))
-    assert encoder.origin == f"{origin} w.pth"
+    assert encoder.origin == f"state dict in '{origin}' w.pth".replace(" in ''", "")
     x = planted.images(2, 64 if kind == "resnet" else NATIVE)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoders.IMAGENET_MEAN, encoders.IMAGENET_STD))
     cls, patches = encoder(x)
@@ -316,7 +305,7 @@ def test_the_papers_models_have_the_tensors_of_the_official_files(name):
     with torch.device("meta"):
         own = encoders._create(EncoderRow(name=name), known.timm, False).state_dict()
     found = checkpoints.recognise(file, Path("w.pth"))[0]
-    assert found.keys() == own.keys()
+    assert found.keys() - {"mask_token"} == own.keys()
     assert all(found[key].shape == own[key].shape for key in ("cls_token", "pos_embed"))
     assert not dinov2 or found["pos_embed"].shape[1] == (1369 if name.endswith("reg") else 1370)
 
@@ -336,29 +325,17 @@ REFUSED = [
      r"missing blocks.0.ls1.gamma; missing blocks.0.ls2.gamma; missing blocks.1.ls1.gamma; and 3 more; name"),
     ("dinov3", lambda: dinov3_official(made("dinov3_bias").state_dict()), "left over blocks.0.attn.q_bias; "),
     ("resnet", lambda: without(made("resnet").state_dict(), "running_mean"), "missing bn1.running_mean; "),
-    ("dino", lambda: made("dino").state_dict() | {"module.cls_token": torch.ones(1, 1, DIM)},
-     r"left over module.cls_token \(a second cls_token\); name"),
     ("resnet", lambda: {"state_dict": made("resnet").state_dict() | {"normalize.mean": torch.ones(3)}},
      "left over normalize.mean; name"),
-    ("dinov2", lambda: dinov2_official(without(made("dinov2").state_dict(), "ls1", "ls2")), "missing blocks.0.ls1"),
-    ("dinov2", lambda: {"model": without(dinov2_training(made("dinov2").state_dict())["model"], "norm2")},
-     "missing blocks.0.norm2.bias"),
     ("dinov2", lambda: {"model": dinov2_training(made("dinov2").state_dict())["model"] | {"ema.a": torch.ones(1)}},
-     r"left over ema.a \(outside the encoder\); name"),
+     "left over ema.a; name"),
     # no square grid, so of no image size
     ("dinov2", lambda: dinov2_official(vit(0, **DINOV2).state_dict()) | {"pos_embed": torch.ones(1, 18, DIM)},
      r"pos_embed has shape \(1, 18, 24\), not \(1, 26, 24\); name"),
     ("dinov2", lambda: dinov2_official(made("registers").state_dict()), "left over reg_token; pos_embed has shape"),
     ("resnet", lambda: made("dino").state_dict(), "left over blocks.0.attn.proj.bias; .* more"),
-    ("dino", lambda: {"teacher": prefixed(made("dino").state_dict(), "backbone.") | {"queue": torch.ones(1)}},
-     "left over queue"),
-    ("resnet", lambda: solo("backbone.", True)(made("resnet").state_dict() | {"extra.weight": torch.ones(1)}),
-     "left over extra.weight"),
     ("resnet", lambda: lightning(prefixed(made("resnet").state_dict(), "backbone.") | {"neck.0.bias": torch.ones(1)}),
-     r"left over neck.0.bias \(outside the encoder\)"),
-    ("dino", lambda: {"model": made("dino").state_dict(), "model_ema": made("dino", 1).state_dict()},
-     r"left over model_ema.blocks.0.attn.proj.bias \(outside 'model'\)"),
-    ("dino", lambda: mae(made("dino").state_dict())["model"], "left over decoder_blocks.0.a; left over decoder_pos"),
+     "left over neck.0.bias; name"),
 ]  # fmt: skip
 
 
@@ -409,6 +386,12 @@ def test_a_classifier_is_ignored_and_half_precision_is_widened():
     assert torch.equal(backbone.proj.weight, state["proj.weight"].float())
 
 
+def test_two_copies_of_the_encoder_are_refused():
+    state = made("dino").state_dict() | {"module.cls_token": torch.ones(1, 1, DIM)}
+    with pytest.raises(BadInput, match=r"w.pth holds cls_token twice; save the encoder's state_dict"):
+        checkpoints.recognise(state, Path("w.pth"))
+
+
 # --- files that cannot be read ---
 
 
@@ -419,49 +402,26 @@ def test_truncated_weight_files_are_refused(tmp_path, suffix, share):
     torch.save(_planted_state(), path)
     data = save(_planted_state()) if suffix == "safetensors" else path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(BadInput, match=rf"w\.{suffix} "):
+    with pytest.raises(BadInput, match=rf"w\.{suffix} cannot be read .*; fetch (it again|or make)"):
         checkpoints.read_weights(path)
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pth", "ckpt"])
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "begins 'version https://git-lfs"),
-        (b"<!DOCTYPE html><html>404</html>", "begins '<!DOCTYPE html>"),
-        (b'\n{"error": "Invalid username or password."}', 'begins \'{"error": "Invalid'),
-        (b"{'a'}: {'b'}", "begins \"{'a'}"),
-        (b"\x1f\x8b\x08\x00" + bytes(40), "begins '\\x1f\\x8b"),
-        (b"", "is empty"),
-        (b"\n \n", "is empty"),
-    ],
-)
-def test_what_is_no_weight_file_is_to_be_fetched_again(tmp_path, suffix, content, words):
-    (tmp_path / f"w.{suffix}").write_bytes(content)
-    with pytest.raises(BadInput) as refusal:
-        checkpoints.read_weights(tmp_path / f"w.{suffix}")
-    assert re.search(rf"w\.{suffix} is not a weight file \(it ", str(refusal.value))
-    assert words in str(refusal.value) and str(refusal.value).endswith("); fetch it again.")
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>", b"{'a'}: {}"])
+def test_what_is_no_weight_file_is_to_be_fetched_again(tmp_path, content):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(
+        BadInput, match=r"w\.pth cannot be read \(\w+: no weight file, or half of one\); fetch it again"
+    ):
+        checkpoints.read_weights(tmp_path / "w.pth")
 
 
 def test_formats_are_known_by_content_not_by_name(tmp_path):
     save_file(_planted_state(), tmp_path / "w.pth")
     torch.save(_planted_state(), tmp_path / "w.safetensors")
     for path in tmp_path.iterdir():
-        assert torch.equal(checkpoints.read_weights(path)["proj.bias"], _planted_state()["proj.bias"])
-
-
-def test_other_zips_are_told_apart(tmp_path):
-    np.savez(tmp_path / "w.npz", a=np.zeros(2))
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "w.pt")
-    torch.save({"a": torch.zeros(1000, 1000)}, tmp_path / "w.pth")
-    with zipfile.ZipFile(tmp_path / "w.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w", 8) as packed:
-        for member in plain.infolist():
-            packed.writestr(member.filename, plain.read(member))
-    for name, words in (("w.npz", "zip file without PyTorch's data.pkl .it holds a.npy"), ("w.pt", "TorchScript"),
-                        ("bomb.pth", "is compressed and would unpack to 0.004 GB; save it anew")):  # fmt: skip
-        with pytest.raises(BadInput, match=f"{name} is a .*{words}" if name == "w.npz" else words):
-            checkpoints.read(tmp_path / name)
+        state, origin = checkpoints.recognise(checkpoints.read(path), path)
+        assert origin == "state dict" and state.keys() == _planted_state().keys()
+        assert torch.equal(state["proj.bias"], _planted_state()["proj.bias"])
 
 
 class _Code:
@@ -489,14 +449,17 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_options_are_left_unread_not_imported(tmp_path, legacy, option):
-    content = lightning(_planted_state()) | {"args": OPTIONS[option]}
-    torch.save(content, tmp_path / "w.ckpt", _use_new_zipfile_serialization=not legacy)
+def test_options_are_left_unread_not_imported(tmp_path, option):
+    torch.save(lightning(_planted_state()) | {"args": OPTIONS[option]}, tmp_path / "w.ckpt")
     read = checkpoints.read(tmp_path / "w.ckpt")
     assert isinstance(read["hyper_parameters"]["attack"], checkpoints.Unread)
     assert torch.equal(checkpoints.read_weights(tmp_path / "w.ckpt")["proj.bias"], _planted_state()["proj.bias"])
+
+
+def test_files_from_before_pytorch_1_6_are_read(tmp_path):
+    torch.save({"state_dict": _planted_state(), "epoch": 3}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(checkpoints.read_weights(tmp_path / "w.pth")["proj.bias"], _planted_state()["proj.bias"])
 
 
 @pytest.mark.parametrize(
@@ -505,8 +468,6 @@ def test_options_are_left_unread_not_imported(tmp_path, legacy, option):
         ([torch.zeros(1)], "no plain state dict but a list"),
         ({}, "it holds nothing; save the model's state_dict"),
         ({"epoch": 3, "loss": 0.5}, "it holds epoch, loss; save"),
-        ({"state_dict": {"a": torch.zeros(1), "b": [1, 2]}}, "its b is a list, not a tensor"),
-        ({"a": torch.zeros(1), "notes": "hello"}, "its notes is a str, not a tensor"),
         ({"model": {"module": {"a": torch.zeros(1)}}}, "it holds model; save"),
     ],
 )
@@ -518,21 +479,9 @@ def test_files_of_something_else_are_refused(tmp_path, content, words):
 
 def test_files_that_cannot_be_opened_say_why(tmp_path):
     (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    for place, words in (
-        ("gone.pth", "gone.pth does not exist; correct the"), ("folder", "is a folder; name the weight file"),
-        ("file/w.pth", "cannot be opened .Not a directory.; correct"), ("x" * 3000, "cannot be opened .File name too"),
-        ("a\0b", "cannot be opened .embedded null byte.; correct"),
-    ):  # fmt: skip
-        with pytest.raises(BadInput, match=words):
+    for place, words in (("gone.pth", "does not exist; correct the path"), ("folder", r"cannot be read \(Is a dir")):
+        with pytest.raises(BadInput, match=f"{place} {words}"):
             checkpoints.read_weights(tmp_path / place)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_says_so(tmp_path):
-    (tmp_path / "w.pth").touch(0)
-    with pytest.raises(BadInput, match="w.pth cannot be opened .Permission denied.; make it readable"):
-        checkpoints.read_weights(tmp_path / "w.pth")
 
 
 def test_one_rule_says_where_a_file_lies(root, monkeypatch):
@@ -569,31 +518,20 @@ def test_paths_mean_the_same_for_both_checkpoints_from_every_folder(root, small,
 # --- what no model can compute with ---
 
 
-def _sparse(value):
-    return value.to_sparse()
-
-
-def _quantised(value):
-    return torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("change", "words"),
+    "change",
     [
-        (_sparse, "w.pth holds no plain numbers: its norm.weight is a sparse tensor; save plain"),
-        (_quantised, "w.pth holds no plain numbers: its norm.weight is a quantised tensor; save plain"),
-        (lambda v: v.to("meta"), "w.pth holds no plain numbers: its norm.weight is a meta tensor; save plain"),
-        (lambda v: v.char(), r"dino \(w.pth\) holds torch.int8 numbers in norm.weight; save floating-point"),
-        (lambda v: v + 0j, r"dino \(w.pth\) holds torch.complex64 numbers in norm.weight; save floating-point"),
-        (lambda v: v * math.nan, r"dino \(w.pth\) holds NaN or infinite numbers in norm.weight; fetch"),
-        (lambda v: v.double() * 1e300, r"dino \(w.pth\) holds NaN or infinite numbers in norm.weight; fetch"),
+        lambda v: v.to_sparse(), lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), lambda v: v.to("meta"),
+        lambda v: v.char(), lambda v: v + 0j, lambda v: v * math.nan, lambda v: v.double() * 1e300,
     ],
-)
-def test_tensors_without_usable_numbers_are_named(change, words, small, tmp_path):
+)  # fmt: skip
+def test_tensors_without_usable_numbers_are_named(change, small, tmp_path):
     state = made("dino").state_dict()
     torch.save(state | {"norm.weight": change(state["norm.weight"])}, tmp_path / "w.pth")
-    with pytest.raises(BadInput, match=words):
+    with pytest.raises(
+        BadInput, match=r"dino \(w.pth\) holds no finite plain numbers in norm.weight; fetch or make it"
+    ):
         encoders.load(EncoderRow(name="dino", checkpoint="w.pth"), str(tmp_path))
 
 
@@ -683,14 +621,3 @@ def test_weights_of_deacl_keep_the_normalisation_they_were_trained_with(small, t
     finetuning.save_backbone(teacher, tmp_path / "epoch_1.safetensors")
     assert encoders.load(row, str(tmp_path), tmp_path / "epoch_1.safetensors").hash == teacher.hash
     assert records.read_tensors(tmp_path / "epoch_1.safetensors")[0].keys() == teacher.backbone.state_dict().keys()
-
-
-# --- files of both formats ---
-
-
-def test_own_files_are_read_in_both_formats(tmp_path):
-    save_file(_planted_state(), tmp_path / "w.safetensors")
-    torch.save(_planted_state(), tmp_path / "w.pth")
-    for path in tmp_path.iterdir():
-        state, kind = checkpoints.recognise(checkpoints.read(path), path)
-        assert kind == "state dict" and state.keys() == _planted_state().keys()
