@@ -547,39 +547,28 @@ BAD = [
     ("def encode(images): return images.mean((2, 3))[:1], images[:1]", r"gives \(1, 3\) and \(1, 3, 32, 32\)"),
     ("def encode(images): return images.mean((2, 3)), images[:, :, :5, :5]", "gives 5 x 5 patch tokens for 32 x 32 px"),
     ("def encode(images): return images.mean((2, 3)), images[:, :, :8, :4]", "gives 8 x 4 patch tokens for 32 x 32 px"),
-    (
-        "def encode(images): return images.detach().mean((2, 3)), images",
-        "the CLS token of .* give the image no gradient",
-    ),
-    (
-        "def encode(images): return images.mean((2, 3)), images.round()",
-        "the patch tokens of .* give the image no grad",
-    ),
+    ("def encode(images): return images.detach().mean((2, 3)), images", "without a gradient of the image"),
+    ("def encode(images): return images.mean((2, 3)), images.round()", "without a gradient of the image"),
     ("def encode(images): return images.nothing", r"fails on images \(2, 3, 32, 32\) \(AttributeError: .*; correct it"),
-    # answers that vary, and images that do not stay as they are
+    # answers that vary
     ("import torch\nimport torch.nn.functional as F\n"
      "def encode(images): images = F.dropout(images, 0.1); return images.mean((2, 3)), images",
-     "gives other tokens when asked again about the same images; put its modules into eval mode"),
+     "gives other tokens when asked again, or among other images; put its modules into eval mode"),
     ("import torch\ndef encode(images): x = images.roll(int(torch.randint(99, ())), 3); return x.mean((2, 3)), x",
-     "gives other tokens when asked again"),
+     "gives other tokens"),
     ("asked = []\ndef encode(images): asked.append(1); x = images * len(asked); return x.mean((2, 3)), x",
-     "gives other tokens when asked again"),
+     "gives other tokens"),
     ("def encode(images): x = images - images.mean((0, 2, 3), keepdim=True); return x[..., 0].mean(2), x",
-     "gives an image other tokens alone than among others; put its modules into eval mode"),
+     "gives other tokens"),
     ("import torch\ndef encode(images):\n net = torch.nn.BatchNorm2d(3); x = net(images); return x[..., 0].mean(2), x",
-     "gives an image other tokens alone than among others"),
+     "gives other tokens"),
     ("def encode(images): x = images * (images / 0); return x.mean((2, 3)), x", "gives tokens that are NaN or"),
-    ("def encode(images): images.mul_(2); return images.mean((2, 3)), images",
-     "changes the images that it is given; let it work on a copy"),
-    ("def encode(images): x = images.double(); return x.mean((2, 3)), x",
-     "gives tokens of torch.float64 for images of torch.float32; let it compute"),
     ("import torch\ndef encode(images): x = torch.cat([images[:1], images[1:].detach()]); return x.mean((2, 3)), x",
-     "the CLS token of .* give the image no gradient"),
+     "without a gradient of the image"),
     ("def encode(images): raise RuntimeError('two\\n  lines')", r"fails on .* \(RuntimeError: two lines\); correct it"),
     ("raise SystemExit('bye')", "cannot be imported .SystemExit: bye"),
     ("class encode: pass", ":encode is no function; correct it"),
-    ("def other(images): return 1", r":encode is no function; correct it \(functions there: other\)"),
-    ("encode = 3", ":encode is no function; correct it .functions there: none"),
+    ("def other(images): return 1", ":encode cannot be imported .AttributeError: .* has no attribute 'encode'"),
     ("import no_such_package", "cannot be imported .ModuleNotFoundError: No module named 'no_such_package'"),
     ("def encode(images) return 1", "cannot be imported .SyntaxError"),
 ]  # fmt: skip
@@ -651,9 +640,9 @@ def test_a_callable_that_ignores_the_size_is_stopped_where_it_does(write):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        ("no_such_module:encode", "there is no module 'no_such_module'; put no_such_module.py into notebooks/"),
-        ("my_encoder", "call is 'my_encoder'; write it as 'module:function'"),
-        (":encode", "write it as 'module:function'"),
+        ("no_such_module:encode", "No module named 'no_such_module'.*; correct it, 'module:function' is looked up in"),
+        ("my_encoder", "my_encoder cannot be imported .*; correct it, 'module:function' is looked up in notebooks/"),
+        (":encode", ":encode cannot be imported"),
     ],
 )
 def test_calls_that_name_nothing_are_refused(call, words):

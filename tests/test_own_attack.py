@@ -68,8 +68,8 @@ def test_another_file_is_another_attack_and_the_same_one_is_kept(written, monkey
         ),
         ("def mine(x, **_):\n    return x[:, :1]\n", "must return finite images of the shape of x"),
         ("def mine(x, **_):\n    return x * float('nan')\n", "must return finite images of the shape of x"),
-        ("def other(x, **_):\n    return x\n", "mine is no function; correct it .functions there: other"),
-        ("import nothing_like_it\n", "the module .* cannot be imported"),
+        ("def other(x, **_):\n    return x\n", "mine cannot be imported .AttributeError"),
+        ("import nothing_like_it\n", "cannot be imported .ModuleNotFoundError"),
     ],
 )
 def test_what_is_wrong_with_it_is_one_sentence(source, said, written):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +32,11 @@ class Own(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         """What the callable gives; BadInput unless it is cls (B, D) and patches (B, D, h, w), on `grid` if given."""
         given = self.function(x)
-        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in _as_tuple(given)]
-        if (
-            [len(s) for s in shapes] != [2, 4]
-            or shapes[0] != (len(x), shapes[1][1])
-            or shapes[1][0] != len(x)
-            or (grid and shapes[1][2:] != grid)
-        ):
+        both = tuple(given) if isinstance(given, tuple | list) else (given,)
+        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in both]
+        patches = shapes[-1]
+        right = [len(s) for s in shapes] == [2, 4] and shapes[0] == patches[:2] and patches[0] == len(x)
+        if not right or (grid and patches[2:] != grid):
             wanted = f"(B, D) and (B, D, {grid[0]}, {grid[1]})" if grid else "(B, D) and (B, D, h, w)"
             raise BadInput(
                 f"{self.call} must give cls and patches of shapes {wanted} but gives {' and '.join(map(str, shapes))} "
@@ -48,49 +45,34 @@ class Own(nn.Module):
         return given
 
 
-def _as_tuple(given: Any) -> tuple[Any, ...]:
-    return tuple(given) if isinstance(given, tuple | list) else (given,)
-
-
 def find(row: EncoderRow) -> Own:
     """The function that the row's `call` names, as an encoder; BadInput if there is none."""
-    module, function = _found(row.call, f"Encoder '{row.name}'")
+    function = named(row.call, f"Encoder '{row.name}'")
+    module = sys.modules[row.call.partition(":")[0]]
     return Own(function, row.call, _modules(module, function))
 
 
 def named(call: str, who: str) -> Callable:
-    """The function 'module:function'; BadInput, which begins with `who`, if there is none."""
-    return _found(call, who)[1]
+    """The function 'module:function' of notebooks/, the project's folder or the current one.
 
-
-def _found(call: str, who: str) -> tuple[ModuleType, Callable]:
-    module, name = _import(call, who), call.partition(":")[2]
-    function = getattr(module, name, None)
-    if not callable(function) or isinstance(function, type):
-        known = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
-        raise BadInput(f"{who}: {call} is no function; correct it (functions there: {known}).")
-    return module, function
-
-
-def _import(call: str, who: str) -> ModuleType:
-    """The module of a `call`, looked up in notebooks/, the project's folder and the current one."""
-    module, _, function = call.partition(":")
-    if not module or not function:
-        raise BadInput(f"{who}: call is '{call}'; write it as 'module:function'.")
+    BadInput, which begins with `who`, if there is none.
+    """
+    name, _, attribute = call.partition(":")
     before = sys.path[:]
     sys.path[:0] = [str(place) for place in (records.ROOT / "notebooks", records.ROOT, Path.cwd())]
     try:
         importlib.invalidate_caches()  # the file may just have been written
         # read anew each time: in a running kernel the file may have been edited since
-        return importlib.reload(sys.modules[module]) if module in sys.modules else importlib.import_module(module)
+        module = importlib.reload(sys.modules[name]) if name in sys.modules else importlib.import_module(name)
+        function = getattr(module, attribute)
     except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
-            raise BadInput(
-                f"{who}: there is no module '{module}'; put {module}.py into notebooks/ or the current folder."
-            ) from None
-        raise BadInput(f"{who}: the module {module} cannot be imported ({_line(error)}); correct it.") from None
+        where = "'module:function' is looked up in notebooks/ and the current folder"
+        raise BadInput(f"{who}: {call} cannot be imported ({_line(error)}); correct it, {where}.") from None
     finally:
         sys.path[:] = before
+    if not callable(function) or isinstance(function, type):
+        raise BadInput(f"{who}: {call} is no function; correct it.")
+    return function
 
 
 def _line(error: BaseException) -> str:
@@ -100,9 +82,9 @@ def _line(error: BaseException) -> str:
 
 def _modules(module: ModuleType, function: Callable) -> list[nn.Module]:
     """Modules that a function can reach by its file, its object or the function around it; not those it consists of."""
-    holders = [h for h in (function, getattr(function, "__self__", None)) if not isinstance(h, nn.Module)]
-    reached = [v for holder in (module, *holders) for v in getattr(holder, "__dict__", {}).values()]
-    reached += [getattr(function, "__self__", None)]
+    around = getattr(function, "__self__", None)
+    holders = [h for h in (module, function, around) if not isinstance(h, nn.Module)]
+    reached = [around, *(v for holder in holders for v in getattr(holder, "__dict__", {}).values())]
     reached += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     own = set(function.modules()) if isinstance(function, nn.Module) else set()
     return [m for m in dict.fromkeys(v for v in reached if isinstance(v, nn.Module)) if m not in own]
@@ -111,28 +93,49 @@ def _modules(module: ModuleType, function: Callable) -> list[nn.Module]:
 def measure(row: EncoderRow, own: Own, mean: Tensor, std: Tensor, native: int) -> tuple[int, int]:
     """Patch side and D of a callable, tried on images of `native` px that are normalised by mean and std.
 
-    Raises BadInput if it fails, its tokens fit no grid or are no numbers, it changes its images, the image gets no
-    gradient, or its answer about an image varies or depends on the other images.
+    Raises BadInput if it fails, its tokens fit no grid or are no numbers, the image gets no gradient, or its answer
+    about an image varies or depends on the other images.
     """
+
+    def refusal(problem: str) -> BadInput:
+        return BadInput(f"Encoder '{row.name}': {row.call} {problem}.")
+
     x = torch.rand(2, 3, native, native, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    given = _tokens(row, own, (x - mean) / std)
-    for what, values in zip(("CLS token", "patch tokens"), given, strict=True):
-        if not _has_gradient(values, x):
-            raise BadInput(
-                f"Encoder '{row.name}': the {what} of {row.call} give the image no gradient, so no attack could "
-                f"find anything; use differentiable torch operations without no_grad or detach."
-            )
-    with torch.no_grad():
-        _need_steady(row, own, (x - mean) / std, given)
+    try:
+        given = own((x - mean) / std)
+        steady = _steady(own, (x - mean) / std, given)
+    except BadInput as problem:
+        raise BadInput(f"Encoder '{row.name}': {problem}") from None
+    except Exception as error:
+        raise refusal(f"fails on images {tuple(x.shape)} ({_line(error)}); correct it") from None
+    if not all(t.isfinite().all() for t in given):
+        raise refusal("gives tokens that are NaN or infinite; correct it or its weights")
+    if not all(_has_gradient(t, x) for t in given):
+        raise refusal(
+            "gives cls or patches without a gradient of the image, so no attack could find anything; use "
+            "differentiable torch operations without no_grad or detach"
+        )
+    if not steady:
+        raise refusal(
+            "gives other tokens when asked again, or among other images; put its modules into eval mode and compute "
+            "nothing at random or across the batch"
+        )
     down, across = given[1].shape[2:]
     if down != across or not down or native % down:
-        raise BadInput(
-            f"Encoder '{row.name}': {row.call} gives {down} x {across} patch tokens for {native} x {native} px; give a "
-            f"square grid whose side divides the native size, or set native."
+        raise refusal(
+            f"gives {down} x {across} patch tokens for {native} x {native} px; give a square grid whose side divides "
+            f"the native size, or set native"
         )
     patch = native // down
     own.computes = identity(row.name, (*given, *_elsewhere(own, native + patch, native + 2 * patch)))
     return patch, given[1].shape[1]
+
+
+@torch.no_grad()
+def _steady(own: Own, x: Tensor, given: tuple[Tensor, Tensor]) -> bool:
+    """Whether a callable answers the same when asked again, twice, and about an image alone."""
+    again = [(slice(0, 2), REPEATED), (slice(0, 2), REPEATED), (slice(0, 1), BATCHED), (slice(1, 2), BATCHED)]
+    return all(_alike(own(x[part]), tuple(t[part] for t in given), share) for part, share in again)
 
 
 @torch.no_grad()
@@ -159,45 +162,6 @@ def identity(name: str, given: tuple[Tensor, ...]) -> str:
                 return path.stem.rpartition("__")[2]
     records.write_tensors(tokens, {}, folder / f"{name}__{new}.safetensors")
     return new
-
-
-def _tokens(row: EncoderRow, own: Own, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a callable gives for images that it leaves as they are: finite tokens of their type; else BadInput."""
-    before = x.detach().clone()
-    try:
-        given = own(x)
-    except BadInput as problem:
-        raise BadInput(f"Encoder '{row.name}': {problem}") from None
-    except Exception as error:
-        raise BadInput(
-            f"Encoder '{row.name}': {row.call} fails on images {tuple(x.shape)} ({_line(error)}); correct it."
-        ) from None
-    problem = ""
-    if not torch.equal(x, before):
-        problem = "changes the images that it is given; let it work on a copy (images.clone())"
-    elif wrong := [t.dtype for t in given if t.dtype != x.dtype]:
-        problem = f"gives tokens of {wrong[0]} for images of {x.dtype}; let it compute in the images' type"
-    elif not all(t.isfinite().all() for t in given):
-        problem = "gives tokens that are NaN or infinite; correct it or its weights"
-    if problem:
-        raise BadInput(f"Encoder '{row.name}': {row.call} {problem}.")
-    return given
-
-
-def _need_steady(row: EncoderRow, own: Own, x: Tensor, given: tuple[Tensor, Tensor]) -> None:
-    """BadInput if a callable answers otherwise when asked again, or about an image among others."""
-    for _ in range(2):
-        if not _alike(_tokens(row, own, x), given, REPEATED):
-            raise BadInput(
-                f"Encoder '{row.name}': {row.call} gives other tokens when asked again about the same images; put its "
-                f"modules into eval mode (dropout) and take random steps out of it."
-            )
-    for part in (slice(0, 1), slice(1, 2)):
-        if not _alike(_tokens(row, own, x[part]), tuple(t[part] for t in given), BATCHED):
-            raise BadInput(
-                f"Encoder '{row.name}': {row.call} gives an image other tokens alone than among others; put its "
-                f"modules into eval mode (batch norm) and compute nothing across the batch."
-            )
 
 
 def _alike(some: tuple[Tensor, ...], others: tuple[Tensor, ...], share: float) -> bool:
