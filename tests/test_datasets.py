@@ -113,18 +113,10 @@ def test_16_bit_gray_keeps_its_upper_bits(tmp_path, suffix):
     assert np.array_equal(_looks(tmp_path / f"a.{suffix}"), np.dstack([GRAY] * 3))
 
 
-def test_16_bit_tiff_may_count_from_white(tmp_path):
-    Image.fromarray(RAMP).save(tmp_path / "a.tif", tiffinfo={262: 0})
-    assert np.array_equal(_looks(tmp_path / "a.tif")[..., 1], 255 - GRAY)
-
-
 def test_48_bit_colour_keeps_its_upper_bits(tmp_path):
     rows = np.stack([RAMP, RAMP[:, ::-1], RAMP], -1).astype(">u2")
     (tmp_path / "a.png").write_bytes(trees.png_of_48_bits(rows))
     assert np.array_equal(_looks(tmp_path / "a.png"), np.dstack([GRAY, GRAY[:, ::-1], GRAY]))
-    (tmp_path / "a.png").write_bytes(trees.png_of_48_bits(rows // 16))
-    with pytest.raises(BadInput, match="a.png has 16 bits a value of which it uses the lower ones only; save it with"):
-        _looks(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(
@@ -133,9 +125,8 @@ def test_48_bit_colour_keeps_its_upper_bits(tmp_path):
         (RAMP // 16, "uses the lower ones only; save it with 8"),  # 12 bits
         (RAMP // 4, "uses the lower ones only; save it with 8"),  # 14 bits
         (RAMP // 257, "uses the lower ones only; save it with 8"),  # 8 bits in 16
-        (RAMP.astype(np.int32), "stores 32-bit numbers, of which white is unknown; save it as 8-bit gray or RGB"),
-        (RAMP / np.float32(65535), "stores 32-bit numbers, of which white is unknown"),
-        (RAMP / np.float32(257), "stores 32-bit numbers, of which white is unknown"),
+        (RAMP.astype(np.int32), "stores I numbers, of which white is unknown; save it as 8-bit gray or RGB"),
+        (RAMP / np.float32(65535), "stores F numbers, of which white is unknown"),
     ],
 )
 def test_pictures_whose_white_is_unknown_are_refused(tmp_path, pixels, words):
@@ -175,10 +166,10 @@ def test_pictures_of_other_modes(tmp_path, picture, seen):
     assert np.array_equal(_looks(tmp_path / "a.tif"), seen)
 
 
-@pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "HSV", "YCbCr"])
+@pytest.mark.parametrize("mode", ["RGBa", "PA", "HSV", "YCbCr"])
 def test_pictures_of_rare_modes(mode):
     smooth = Image.fromarray(np.dstack([GRAY] * 3))
-    whole = smooth.convert({"La": "LA", "RGBa": "RGBA"}.get(mode, "RGB"))
+    whole = smooth.convert("RGBA" if mode == "RGBa" else "RGB")
     rare = smooth.convert("L").convert("P").convert("PA") if mode == "PA" else whole.convert(mode)
     rare.tile = ()  # as a picture that was opened has
     assert np.abs(pictures.rgb(rare, "it").astype(int) - GRAY[..., None]).max() <= 2  # YCbCr rounds
@@ -194,25 +185,18 @@ def test_palettes_with_transparent_entries(tmp_path):
     assert np.array_equal(seen, np.where((GRAY > 99)[..., None], [200, 100, 0], [10, 20, 30]))
 
 
-def test_pictures_that_are_all_in_their_transparency_are_refused(tmp_path):
-    Image.fromarray(np.dstack([0 * COLOURS, FADING])).save(tmp_path / "a.png")
-    with pytest.raises(BadInput, match="a.png has one colour and its picture in the transparency; save it without"):
-        _looks(tmp_path / "a.png")
-
-
 def test_lab_is_refused_by_name(tmp_path):
     Image.fromarray(COLOURS, "LAB").save(tmp_path / "a.tif")
-    with pytest.raises(BadInput, match="a.tif stores colours as LAB; save it as 8-bit gray or RGB"):
+    with pytest.raises(
+        BadInput, match="a.tif stores LAB numbers, of which white is unknown; save it as 8-bit gray or RGB"
+    ):
         _looks(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize("size", [(12_000, 12_000), (20_000, 20_000)])
-def test_pictures_of_too_many_pixels_are_refused_before_they_are_read(tmp_path, size):
-    (tmp_path / "a.png").write_bytes(trees.png_of_size(*size))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with pytest.raises(BadInput, match=f"{tmp_path}/a.png has .* to read; make it smaller"):
-            _looks(tmp_path / "a.png")
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(trees.png_of_size(20_000, 20_000))
+    with pytest.raises(BadInput, match=f"{tmp_path}/a.png has .* to read; make it smaller"):
+        _looks(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("stored", ["uint16", "float32"])
@@ -254,12 +238,9 @@ def test_a_turned_picture_and_its_mask_match_or_are_refused(tmp_path, tag):
         assert torch.equal(seen[0], target)
 
 
-def test_a_turned_tiff_with_a_mask_is_refused(tmp_path):
+def test_tiffs_stand_upright(tmp_path):
     Image.fromarray(COLOURS).save(tmp_path / "a.tif", tiffinfo={274: 3})
-    trees.stored(tmp_path / "m.png", COLOURS[..., 0].copy())
     assert np.array_equal(_looks(tmp_path / "a.tif"), TURNS[3](COLOURS))
-    with pytest.raises(BadInput, match="a.tif is to be turned .orientation 3.; save it upright"):
-        datasets.read(Item("i", tmp_path / "a.tif", tmp_path / "m.png"), "segmentation")
 
 
 def test_scenes_serve_all_tasks_with_their_own_splits(root):

@@ -49,73 +49,27 @@ def text_of(content: bytes, place: object) -> str:
 def rgb(picture: Image.Image, place: object, shape: tuple[int, ...] = ()) -> np.ndarray:
     """A picture as uint8 (H, W, 3), turned upright by its orientation tag unless its map of `shape` is not.
 
-    16 bits become the upper 8 of them, transparency is left out. Raises BadInput naming `place` where that would lose
-    the picture, where the value of white is unknown, and where too many pixels are claimed.
+    16 bits of gray become the upper 8 of them, transparency is left out. Raises BadInput naming `place` where the value
+    of white is unknown, or where picture and map fit either way.
     """
-    _demand_readable(picture, place, shape)
-    deep = ";16" in f"{picture.mode} {picture.tile}"
-    if picture.mode.startswith("I;16"):
-        pixels, largest = _gray_of_16_bits(picture)
-    else:
-        pixels = _opaque(picture, place)
-        largest = 256 * int(pixels.max(initial=0)) + 1  # if of 16 bits, the library has left out the lower 8
-    if deep and 0 < largest < 1 << 14:  # 12 bits of a camera, say, would be nearly black
-        raise BadInput(f"{place} has 16 bits a value of which it uses the lower ones only; save it with 8.")
-    tag = _orientation(picture)  # now, as damaged pixels that it comes across would be no error a second time
-    return pixels if tag == 1 else _upright(pixels, tag, place, shape)
-
-
-def _demand_readable(picture: Image.Image, place: object, shape: tuple[int, ...]) -> None:
-    """Refuses what the header of a picture says cannot be taken as it is."""
-    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-        raise BadInput(f"{place} has {picture.width} x {picture.height} pixels, too many to read; make it smaller.")
     if picture.mode in ("I", "F", "LAB"):
-        what = "colours as LAB" if picture.mode == "LAB" else "32-bit numbers, of which white is unknown"
-        raise BadInput(f"{place} stores {what}; save it as 8-bit gray or RGB.")
-    tag = getattr(picture, "tag_v2", {}).get(ExifTags.Base.Orientation, 1)
-    if shape and tag != 1:  # a TIFF, which the library turns whether its map is or not
-        raise BadInput(f"{place} is to be turned (orientation {tag}); save it upright.")
-
-
-def _gray_of_16_bits(picture: Image.Image) -> tuple[np.ndarray, int]:
-    """The upper 8 bits, uint8 (H, W, 3), and the largest value of all 16."""
-    gray = np.array(picture)
-    largest = int(gray.max(initial=0))
-    if getattr(picture, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:  # a TIFF whose 0 is white
-        gray = ~gray
-    return np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, 2), largest
-
-
-def _opaque(picture: Image.Image, place: object) -> np.ndarray:
-    """A picture of 8 bits a value as uint8 (H, W, 3), without its transparency."""
-    if "transparency" not in picture.info and picture.mode[-1] not in "Aa":
-        return np.array(picture.convert("RGB"))
-    whole = picture.convert(picture.mode.upper()) if picture.mode[-1] == "a" else picture
-    pixels = np.array(whole.convert("RGBA"))
-    flat = (pixels == pixels[:1, :1]).all((0, 1))  # of each channel, whether it has one value everywhere
-    if flat[:3].all() and not flat[3]:
-        raise BadInput(f"{place} has one colour and its picture in the transparency; save it without transparency.")
-    return pixels[..., :3].copy()
-
-
-def _orientation(picture: Image.Image) -> int:
-    """How a picture is to be turned, 1 to 8 (1: it is upright)."""
-    try:
-        tag = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # what is damaged here says nothing of the pixels
-        return 1
-    return tag if tag in range(2, 9) else 1
-
-
-def _upright(pixels: np.ndarray, tag: int, place: object, shape: tuple[int, ...]) -> np.ndarray:
-    """Pixels turned as `tag` says; where they have a map, as its shape says, or BadInput if it fits either way."""
-    picture = Image.fromarray(pixels)
-    picture.getexif()[ExifTags.Base.Orientation] = tag
-    turned = np.array(ImageOps.exif_transpose(picture))
-    fits = [way.shape[:2] == tuple(shape) for way in (pixels, turned)]
-    if all(fits):
+        raise BadInput(
+            f"{place} stores {picture.mode} numbers, of which white is unknown; save it as 8-bit gray or RGB."
+        )
+    if picture.mode.startswith("I;16"):
+        gray = np.array(picture)
+        if 0 < gray.max(initial=0) < 1 << 14:  # 12 bits of a camera, say, would be nearly black
+            raise BadInput(f"{place} has 16 bits a value of which it uses the lower ones only; save it with 8.")
+        stored = Image.fromarray((gray >> 8).astype(np.uint8)).convert("RGB")
+    else:
+        stored = (picture.convert("RGBA") if picture.has_transparency_data else picture).convert("RGB")
+    tag = picture.getexif().get(ExifTags.Base.Orientation, 1)  # now, as reading a TIFF has turned it
+    stored.getexif()[ExifTags.Base.Orientation] = tag
+    ways = [np.array(stored), np.array(ImageOps.exif_transpose(stored))]
+    fits = [way.shape[:2] == tuple(shape) for way in ways]
+    if all(fits) and tag in range(2, 9):
         raise BadInput(f"{place} is to be turned (EXIF orientation {tag}), its map or not; save both upright.")
-    return pixels if fits[0] else turned
+    return ways[0] if fits[0] else ways[1]
 
 
 def pictures(folder: Path) -> list[Path]:
