@@ -1,6 +1,5 @@
 """Results on disk: where they lie, atomic writing, hashes that say what a result was made from, provenance."""
 
-import errno
 import glob
 import hashlib
 import json
@@ -29,8 +28,6 @@ SCHEMA = 2  # of records; 2: they carry a hash of their own content
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pyautoattack")
 # what decides in which order, with which instructions a CPU adds: set differently, last digits differ
 THREADING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # What computes numbers, each with a version that is raised whenever its numbers change; every key holds those that its
 # result was made by. tests/golden.py has golden numbers of each, which fail where they move and the version does not.
 VERSIONS = {
@@ -88,16 +85,6 @@ def examples_path(profile: str, task: str) -> Path:
     return results_dir(profile) / "examples" / f"{task}.json"
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; BadInput if that cannot be, or nothing can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(disk_problem(error, folder)) from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInput(disk_problem(OSError(errno.EACCES, os.strerror(errno.EACCES)), folder / "x"))
-
-
 def home() -> Path:
     """Folder of what Jupyter, IPython and matplotlib keep for themselves."""
     return ROOT / "runs" / ".home"
@@ -105,16 +92,16 @@ def home() -> Path:
 
 def keep_inside() -> None:
     """Points what Jupyter, IPython and matplotlib write for themselves into runs/, so nothing outside is touched."""
-    make_folder(home())
-    for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR"):
-        os.environ[name] = str(home() / name.partition("_")[0].removesuffix("DIR").removesuffix("CONFIG").lower())
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(disk_problem(error, home())) from None
+    for name in ("jupyter_runtime_dir", "ipythondir", "mplconfigdir"):
+        os.environ[name.upper()] = str(home() / name)
 
 
 def write_bytes(data: bytes, path: Path) -> None:
-    """Write a file whole or not at all: a killed process leaves the old file or none, never half of one.
-
-    Raises BadInput if the disk is full or the folder cannot be written to.
-    """
+    """Write a file whole or not at all: a killed process leaves the old file or none. BadInput where it cannot be."""
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # many processes, on many machines
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,14 +117,8 @@ def write_bytes(data: bytes, path: Path) -> None:
 def disk_problem(error: OSError, path: Path) -> str:
     """Why a file could not be written, and the remedy, in one sentence."""
     why = error.strerror or str(error) or type(error).__name__
-    if error.errno in FULL:
-        return (
-            f"The disk of {path.parent} is full ({path.name}: {why}); free some space there and repeat, what was "
-            f"computed before is kept."
-        )
-    if error.errno in DENIED:
-        return f"{path.parent} cannot be written to ({why}); make it writable or use a copy of the project of your own."
-    return f"{path} cannot be written ({why}); put that right and repeat, what was computed before is kept."
+    remedy = "free some space or make its folder writable, and repeat; what was computed before is kept"
+    return f"{path} cannot be written ({why}): {remedy}."
 
 
 def size(number: float) -> str:
@@ -321,19 +302,46 @@ def nearest(others: list[Made], made: Made) -> list[str]:
 
     Settings say what they were and are: 'the setting attack.eps (0.0314, now 0.0627)'.
     """
-    return min((_between(before, made) for before in others), key=len, default=[])
+    told = [_apart(*({**m["inputs"], "loops": m["loops"]} for m in (before, made))) for before in others]
+    least = min(told, key=len, default={})
+    return [w if "hash" in w else f"{w} ({_short(a)}, now {_short(b)})" for w, (a, b) in least.items()]
 
 
-def _between(before: Made, now: Made) -> list[str]:
-    flat, words = [_flat({**made["inputs"], "loops": made["loops"]}) for made in (before, now)], []
+def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two records and can change numbers, in words -> both values: settings, inputs, machine."""
+    return _apart(*({k: r[k] for k in SAID if r.get(k) not in (None, {})} for r in (one, other)))
+
+
+# what of a record can change numbers, in this order, and how sentences call it
+SAID = {name: f"the {name}" for name in (
+    "schema", "task", "dataset", "encoder", "defense", "epoch", "attack", "protocol", "counts", "settings", "seed",
+    "seeds", "precision", "batch", "n", "hashes", "loops", "git", "versions", "device", "threads", "numerics",
+)} | {
+    "schema": "the version of the record", "dataset": "the data set", "epoch": "the epochs of DeACL",
+    "counts": "the setting counts", "settings": "the setting", "n": "the number of images",
+    "hashes": "the hash of the", "loops": "the code's version of", "git": "the commit",
+    "versions": "the version of", "threads": "the number of threads", "numerics": "the CPU's or GPU's",
+}  # fmt: skip
+
+
+def _apart(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where two nested dicts differ, in words -> both values."""
+    flat, found = (_flat(one), _flat(other)), {}
     for name in dict.fromkeys([*flat[0], *flat[1]]):
-        one, other = (side.get(name) for side in flat)
-        if one != other:
+        first, second = (side.get(name, "none") for side in flat)
+        if first != second:
             # what is made from several cells differs as they do
             top, _, rest = (name.split(".", 2)[2] if name.startswith("cells.") else name).partition(".")
-            said = f"{SAID.get(top, f'the {top}')}{f' {rest}' if rest else ''}"
-            words.append(said if top == "hashes" else f"{said} ({_short(one)}, now {_short(other)})")
-    return list(dict.fromkeys(words))
+            found[f"{SAID.get(top, f'the {top}')} {rest}".strip()] = first, second
+    return found
+
+
+def _flat(content: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested dicts as one: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return flat
 
 
 def _short(value: Any) -> str:
@@ -465,10 +473,7 @@ def pick_device(device: str) -> str:
 
 
 def notebook() -> str:
-    """The executed copy of the notebook that computes in this process, 'runs/demo/05_attack_depth.ipynb'; '': none is.
-
-    Only those that run.py executes leave one, not those that are open in JupyterLab.
-    """
+    """The executed copy that this process will leave, 'runs/demo/05_attack_depth.ipynb'; '' in JupyterLab."""
     return os.environ.get("SSL_ROBUST_NOTEBOOK", "")
 
 
@@ -502,42 +507,6 @@ def numerics(device: str) -> dict[str, Any]:
         return cpu
     flags = {"benchmark": torch.backends.cudnn.benchmark, "tf32": torch.backends.cudnn.allow_tf32}
     return {**cpu, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **flags}
-
-
-SAID = {  # how differences are called in sentences, in their order; what is not here is no cause of other numbers
-    "schema": "the version of the record", "task": "the task", "dataset": "the data set", "encoder": "the encoder",
-    "defense": "the defense", "epoch": "the epochs of DeACL", "attack": "the attack", "protocol": "the protocol",
-    "counts": "the setting counts", "settings": "the setting", "seed": "the seed", "seeds": "the seeds",
-    "precision": "the precision", "batch": "the batch", "n": "the number of images", "hashes": "the hash of the",
-    "loops": "the code's version of", "git": "the commit", "versions": "the version of", "device": "the device",
-    "threads": "the number of threads",
-    "numerics": "the CPU's or GPU's",
-}  # fmt: skip
-
-
-def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between two records and can change numbers, in words -> both values: settings, inputs, machine."""
-    flat_one, flat_other = (_flat({k: r[k] for k in SAID if r.get(k) not in (None, {})}) for r in (one, other))
-    found = {}
-    for name in dict.fromkeys([*flat_one, *flat_other]):
-        first, second = (flat.get(name, "not recorded") for flat in (flat_one, flat_other))
-        if first != second:
-            top, _, rest = name.partition(".")
-            found[f"{SAID[top]}{f' {rest}' if rest else ''}"] = first, second
-    return found
-
-
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Sentences that say in what two records differ that can change numbers."""
-    return [f"They differ in {what}: {a} and {b}." for what, (a, b) in differing(one, other).items()]
-
-
-def _flat(content: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested dicts as one: {"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return flat
 
 
 def shown(profile: str) -> str:

@@ -34,6 +34,7 @@ from ssl_robust.formats import checkpoints
 from ssl_robust.ops import run
 from ssl_robust.settings import BadInput
 from ssl_robust.show import plots, report
+from ssl_robust.trust import data
 
 ALL = os.environ.get("SSL_ROBUST_FAULTS") == "all"
 
@@ -183,7 +184,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(kind, tmp_path):
     path.write_text("old")
     with (
         file_limit(50_000),
-        pytest.raises(BadInput, match=r"^The disk of .* is full \(file: File too large\); free") as e,
+        pytest.raises(BadInput, match=r"file cannot be written \(File too large\): free") as e,
     ):
         WRITERS[kind](path)
     assert str(e.value).count("\n") == 0 and path.read_text() == "old"
@@ -201,7 +202,7 @@ def test_a_disk_that_fills_while_a_notebook_runs(source, notebooks, capfd):
     with file_limit(200_000):
         code = run.main(["00_try", "--profile", "tiny"])
     said = capfd.readouterr().err
-    assert code == 2 and said.count("\n") == 1 and "is full" in said and "free some space there and repeat" in said
+    assert code == 2 and said.count("\n") == 1 and "cannot be written (File too large): free" in said
     executed = notebooks / "runs/tiny/00_try.ipynb"
     assert nbformat.read(executed, 4).cells and not list(notebooks.rglob("*.part")) and not (notebooks / "big").exists()
 
@@ -241,7 +242,7 @@ def test_a_project_folder_that_is_read_only_is_one_sentence(notebooks, capfd):
     write_notebook(notebooks, "raise SystemExit")
     notebooks.chmod(0o555)
     said = _refused_without_privileges(capfd)
-    assert "cannot be written to (Permission denied); make it writable or use a copy of the project" in said
+    assert "cannot be written (Permission denied): free some space or make its folder writable" in said
 
 
 def test_a_lock_of_another_user_is_one_sentence(notebooks, capfd):
@@ -253,7 +254,7 @@ def test_a_lock_of_another_user_is_one_sentence(notebooks, capfd):
     lock.touch()
     lock.chmod(0o600)
     said = _refused_without_privileges(capfd)
-    assert "runs/tiny cannot be written to (Permission denied); make it writable or use a copy of the project" in said
+    assert "runs/tiny/.00_try.lock cannot be written (Permission denied)" in said
 
 
 def test_a_failed_run_does_not_make_its_copy_look_changed(notebooks, capfd):
@@ -271,17 +272,17 @@ def test_images_of_figure_1_that_were_deleted_are_named(root):
 
 
 def test_a_data_folder_that_is_read_only_is_enough(root):
-    data = root / "data"
-    data.mkdir()
-    trees.image_folder(data)
-    for path in [data, *data.rglob("*")]:
+    folder = root / "data"
+    folder.mkdir()
+    trees.image_folder(folder)
+    for path in [folder, *folder.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    before = files(data)
+    before = files(folder)
     (root / "runs").mkdir()
     for path in (root, root / "runs"):
         path.chmod(0o777)
     settings = planted.settings(
-        data_root=str(data), counts="any", segmentation=None, depth=None, deacl=None,
+        data_root=str(folder), counts="any", segmentation=None, depth=None, deacl=None,
         classification={"datasets": ["cifar10"], "n_train": 8, "n_val": 4, "n_test": 4},
         encoders=[{"name": "planted", "timm": "embedded_vit"}],
     )  # fmt: skip
@@ -289,7 +290,7 @@ def test_a_data_folder_that_is_read_only_is_enough(root):
         assert data.check(settings) == [] and len(data.overview(settings)) == 3
         encoder = planted.encoder()
         training.fitted("classification", "cifar10", encoder, settings)
-    assert files(data) == before and list(root.rglob("*.safetensors"))
+    assert files(folder) == before and list(root.rglob("*.safetensors"))
 
 
 # ---- damaged files ----

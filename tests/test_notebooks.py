@@ -141,7 +141,7 @@ def test_rules_accept_a_good_notebook() -> None:
         ({"parameters": "import os"}, "more than assignments"),
         ({"last": "def f():\n    pass\n" + LAST}, "defines something"),
         ({"last": "g = lambda: 0\n" + LAST}, "defines something"),
-        ({"last": "x = 1\n" * MAX_LINES + LAST}, "13 lines"),
+        ({"last": "x = 1\n" * MAX_LINES + LAST}, f"{MAX_LINES + 1} lines"),
         ({"last": "records.finish(profile, '01_other')"}, "records.finish"),
         ({"prose": " "}, "prose"),
     ],

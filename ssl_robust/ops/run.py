@@ -211,7 +211,6 @@ def alone(notebook: str, profile: str) -> Iterator[float]:
     """
     path = executed_path(profile, notebook).with_name(f".{notebook}.lock")
     start = time.monotonic()
-    records.make_folder(path.parent)
     with _opened(path) as lock:
         if fcntl and not _free(lock.fileno()):
             print(f"{notebook} | profile {profile}: waiting, as another process runs this notebook", flush=True)
@@ -221,6 +220,7 @@ def alone(notebook: str, profile: str) -> Iterator[float]:
 
 def _opened(path: Path) -> TextIO:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("w")
     except OSError as error:  # another user's, say
         raise BadInput(records.disk_problem(error, path)) from None
