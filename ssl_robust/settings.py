@@ -39,21 +39,14 @@ class Normalise(Strict):
     """Mean and standard deviation of each colour, in [0,1] pixel units."""
 
     mean: list[float] = Field(min_length=3, max_length=3)
-    std: list[float] = Field(min_length=3, max_length=3)
+    std: list[Annotated[float, Field(gt=0)]] = Field(min_length=3, max_length=3)
 
-    @field_validator("mean")
+    @field_validator("mean", "std")
     @classmethod
-    def _mean_of_pixels(cls, mean: list[float]) -> list[float]:
-        if not all(0 <= value <= 1 for value in mean):
-            raise ValueError(f"{mean} lies outside 0..1; pixels do not, so divide a mean of 0..255 by 255")
-        return mean
-
-    @field_validator("std")
-    @classmethod
-    def _std_of_pixels(cls, std: list[float]) -> list[float]:
-        if not all(0 < value <= 1 for value in std):
-            raise ValueError(f"{std} is not above 0 and up to 1, as of pixels in 0..1; divide a std of 0..255 by 255")
-        return std
+    def _of_pixels(cls, values: list[float]) -> list[float]:
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"{values} lies outside 0..1; pixels do not, so divide what is of 0..255 by 255")
+        return values
 
 
 class EncoderRow(Strict):
@@ -129,18 +122,12 @@ class TaskSettings(Strict):
 
     @field_validator("size", mode="before")
     @classmethod
-    def _pair(cls, size: Any) -> Any:
-        return tuple(size) if isinstance(size, list) else size
-
-    @field_validator("size")
-    @classmethod
-    def _size_usable(cls, size: int | str | tuple[int, int]) -> int | str | tuple[int, int]:
-        if isinstance(size, tuple) and not issubclass(cls, Depth):
-            raise ValueError(f"{list(size)} is no size; write one number, the short side in px")
-        sides = size if isinstance(size, tuple) else (size,)
+    def _size_usable(cls, size: Any) -> Any:
+        pair = issubclass(cls, Depth) and isinstance(size, list | tuple) and len(size) == 2
+        sides = size if pair else [size]
         if size not in ("native", "original") and not all(isinstance(s, int) and 8 <= s <= SIDE for s in sides):
             raise ValueError(f"{size!r} is no size; write 'native', 'original' or a number of pixels from 8 to {SIDE}")
-        return size
+        return tuple(size) if pair else size
 
 
 class Segmentation(TaskSettings):
@@ -343,65 +330,47 @@ def check(**parameters: Any) -> Settings:
         raise BadInput(sentence(meant)) from None
 
 
-class _Refused(yaml.MarkedYAMLError):
-    """Valid YAML that nobody can mean."""
+_YAML = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it, much as YAML 1.2: decimal numbers, true and false, names that are text, none twice.
+    """YAML 1.2, where 010 is no octal 8, 1:30 no 90 and no no false: what is no decimal or true or false is text."""
 
-    What YAML 1.1 takes for other numbers, truths and dates (010 for 8, 1:30 for 90, no for false) stays text here,
-    which is right for a name and is refused where a number or a truth is wanted.
-    """
-
-    yaml_implicit_resolvers: dict[str, list] = {}
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in pairs if tag in (_YAML + "null", _YAML + "merge")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the base class; raises _Refused for a name that is no text, or there twice."""
+        """As the base class, but names are text and none stands twice."""
         names = set()
         for key in (key for key, _ in node.value if key.tag != _YAML + "merge"):
-            if key.tag != _YAML + "str":
-                raise _Refused(problem="sets what is no name; write 'name: value'", problem_mark=key.start_mark)
-            if key.value in names:
-                twice = f"sets {_shown(key.value)} a second time; remove one of the two"
-                raise _Refused(problem=twice, problem_mark=key.start_mark)
+            if key.tag != _YAML + "str" or key.value in names:
+                what = "is no name" if key.tag != _YAML + "str" else "stands there twice"
+                raise yaml.MarkedYAMLError(problem=f"{_shown(key.value)} {what}", problem_mark=key.start_mark)
             names.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_YAML = "tag:yaml.org,2002:"
 for _tag, _form, _first in (
-    ("null", r"~|null|Null|NULL|", "~nN"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(0|[1-9][0-9]{0,99})", "-+0123456789"),
-    ("float", r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)", "-+.0123456789"),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
-    ("merge", "<<", "<"),
+    ("float", r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)|\.nan", "-+.0123456789"),
 ):
-    _Loader.add_implicit_resolver(_YAML + _tag, re.compile(f"^({_form})$"), [*_first, ""] if _tag == "null" else _first)
+    _Loader.add_implicit_resolver(_YAML + _tag, re.compile(f"^({_form})$"), [*_first])
 
 
 def read_yaml(path: Path, shown: str) -> Any:
-    """What a YAML file holds, which sentences call `shown`; BadInput if it cannot be read or cannot be meant so."""
+    """What a YAML file holds, which sentences call `shown`; BadInput if it cannot be read."""
     try:
-        data = path.read_bytes()
-        text = data.decode("utf-8")
-        return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
+        return yaml.load(path.read_bytes(), _Loader)  # noqa: S506, a SafeLoader
     except OSError as error:
         raise BadInput(f"{shown} cannot be read ({error.strerror}); make it readable.") from None
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise BadInput(f"{shown} is not UTF-8 text in line {line}; save it as UTF-8.") from None
-    except RecursionError:
-        raise BadInput(f"{shown} is nested too deeply; write it as params/demo.yaml.") from None
-    except _Refused as error:
-        raise BadInput(f"{shown}, line {error.problem_mark.line + 1}, {error.problem}.") from None
-    except yaml.reader.ReaderError as error:  # a character that no text has
-        line = text.count("\n", 0, error.position) + 1
-        raise BadInput(f"{shown} is not valid YAML near line {line}; correct that line.") from None
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise BadInput(f"{shown} is not valid YAML near line {line}; correct that line.") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        why = getattr(error, "problem", None) or "no text, or nested too far"
+        near = f" near line {mark.line + 1}" if mark else ""
+        raise BadInput(f"{shown} is not valid YAML{near} ({why}); correct it.") from None
 
 
 def read_params(path: Path) -> dict[str, Any]:
