@@ -1,11 +1,11 @@
 """How attack steps are computed: precision, images at a time, and what happens when memory runs out."""
 
-import gc
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: by default GPUs would round the factors of convolutions
@@ -15,16 +15,16 @@ TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 def precision(setting: str, device: str) -> str:
-    """'fp32' or 'bf16' for the setting 'auto', 'fp32' or 'bf16'; auto: bf16 where the device multiplies it faster."""
-    return ("bf16" if fast_bf16(device) else "fp32") if setting == "auto" else setting
+    """'fp32' or 'bf16' for the setting 'auto', 'fp32' or 'bf16'; auto: bf16 where the device multiplies it faster.
 
-
-def fast_bf16(device: str) -> bool:
-    """Whether the device has matrix instructions for bf16: GPUs from compute capability 8.0 on, some CPUs."""
+    Those are GPUs from compute capability 8.0 on, and CPUs with matrix instructions for it.
+    """
+    if setting != "auto":
+        return setting
     if device == "cuda":
-        return torch.cuda.get_device_capability() >= (8, 0)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell, and then computes fp32
-    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")) else "fp32"
 
 
 def steps_in(precision: str, device: str | torch.device) -> AbstractContextManager:
@@ -55,41 +55,22 @@ Rows = Tensor | tuple[Tensor, ...]  # one or several tensors, (rows, ...) each
 def in_parts(work: Callable[[slice], Rows], count: int, size: int) -> tuple[Rows, int]:
     """`work` on rows 0..count in parts of at most `size`, joined, and the size that was possible.
 
-    When memory runs out the size is halved, so a batch that is too large costs time and no result; a single image that
-    does not fit raises torch's error.
+    When memory runs out the size is halved; a single image that does not fit raises torch's error.
     """
     done, parts = 0, []
     while done < count:
-        part = _tried(work, slice(done, min(done + size, count)), last=size == 1)
-        if part is None:
-            size = (min(size, count - done) + 1) // 2
-            _free()
+        rows = slice(done, min(done + size, count))
+        try:
+            part = work(rows)
+        except RuntimeError as error:
+            if size == 1 or not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                raise
+            part = None
+        if part is None:  # outside of the block, where the failed call's tensors are no longer held
+            size = (rows.stop - done + 1) // 2
+            clear_device_cache(garbage_collection=True)
         else:
             parts.append(part)
-            done += size
-    return _joined(parts), size
-
-
-def _joined(parts: list[Rows]) -> Rows:
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def _tried(work: Callable[[slice], Rows], rows: slice, last: bool) -> Rows | None:
-    try:
-        return work(rows)
-    except RuntimeError as error:
-        if last or not _memory_lacks(error):
-            raise
-    return None  # outside of the block, where the failed call's tensors are still held
-
-
-def _memory_lacks(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+            done = rows.stop
+    whole = torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts, strict=True)))
+    return whole, size

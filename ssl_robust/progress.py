@@ -37,34 +37,21 @@ def _line(desc: str, done: int, total: int, elapsed: float) -> str:
     return f"{desc} {done}/{total} ({100 * done // total} %), {time_words}".strip()
 
 
-def _bar(iterable: Iterable[T], total: int | None, desc: str, size: Callable[[T], int]) -> Iterator[T]:
-    """A tqdm bar, moved on by `size` after each item."""
-    with tqdm(total=total, desc=desc, leave=False) as bar:
-        for item in iterable:
-            yield item
-            bar.update(size(item))
-
-
-def _lines(iterable: Iterable[T], total: int | None, desc: str, size: Callable[[T], int]) -> Iterator[T]:
-    """One line to stdout for each further tenth of `total`, once QUIET_SECONDS have passed."""
-    start, printed, done = time.monotonic(), 0, 0
-    for item in iterable:
-        yield item
-        done += size(item)
-        elapsed = time.monotonic() - start
-        if total and elapsed >= QUIET_SECONDS and 10 * done // total > printed:
-            printed = 10 * done // total
-            print(_line(desc, done, total, elapsed), flush=True)
-
-
 def track(
     iterable: Iterable[T], total: int | None = None, desc: str = "", size: Callable[[T], int] = lambda item: 1
 ) -> Iterator[T]:
-    """The items of `iterable`, with progress shown under the name `desc`.
+    """The items of `iterable`, with progress shown under the name `desc`: a bar, or a line for each further tenth.
 
     `total` is the sum of their `size` (1 each unless given), needed for the plain lines if `iterable` has no length.
     Loops of less than three seconds print nothing; without a total no plain line is printed.
     """
-    if total is None and hasattr(iterable, "__len__"):
-        total = len(iterable)
-    return (_bar if _in_jupyter() else _lines)(iterable, total, desc, size)
+    total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+    jupyter, printed, done, start = _in_jupyter(), 0, 0, time.monotonic()
+    with tqdm(total=total, desc=desc, leave=False, disable=not jupyter) as bar:
+        for item in iterable:
+            yield item
+            bar.update(size(item))
+            done, elapsed = done + size(item), time.monotonic() - start
+            if not jupyter and total and elapsed >= QUIET_SECONDS and 10 * done // total > printed:
+                printed = 10 * done // total
+                print(_line(desc, done, total, elapsed), flush=True)
