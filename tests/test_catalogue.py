@@ -104,21 +104,16 @@ def test_cifar_as_image_folder_unless_the_batches_are_there(tmp_path):
     trees.image_folder(tmp_path, "cifar100", ("bear", "apple"))
     subset = _subset(tmp_path, "cifar100", "classification")
     assert subset.classes == ("apple", "bear") and [t for _, t in subset] == [0] * 3 + [1] * 3
-    (tmp_path / "cifar10" / "test" / "zebra").mkdir()
-    _refused(
-        tmp_path, "cifar10", "classification", "cifar10/train and cifar10/test differ in class folders: zebra; give"
-    )
-    (tmp_path / "cifar10" / "train" / "zebra").mkdir()
-    _refused(tmp_path, "cifar10", "classification", "class folders missing or too many: zebra; correct them")
+    for split in ("train", "test"):
+        (tmp_path / "cifar10" / split / "zebra").mkdir()
+    _refused(tmp_path, "cifar10", "classification", "cifar10 must have the class folders airplane, .*; correct them")
     trees.cifar(tmp_path)
     assert _subset(tmp_path, "cifar10", "classification").ids[0] == "cifar-10-batches-py/test_batch/0"
     (tmp_path / "cifar-10-batches-py" / "test_batch").unlink()
     _refused(tmp_path, "cifar10", "classification", "'cifar10' .test. was not found")
     trees.cifar(tmp_path, "cifar100")
-    meta = tmp_path / "cifar-100-python" / "meta"
-    for content, words in ((pickle.dumps({}), f"{meta} cannot be read"), (None, "cifar-100-python lacks meta")):
-        meta.write_bytes(content) if content else meta.unlink()
-        _refused(tmp_path, "cifar100", "classification", words)
+    (tmp_path / "cifar-100-python" / "meta").unlink()
+    _refused(tmp_path, "cifar100", "classification", "'cifar100' .class names. was not found")
 
 
 def test_stl10_binaries(tmp_path):
@@ -251,39 +246,16 @@ def test_incomplete_nyu_files_are_refused(tmp_path):
     splits, mat = home / "splits.mat", home / "nyu_depth_v2_labeled.mat"
     ends = {"trainNdxs": np.array([[7]], np.uint16), "testNdxs": np.array([[1]], np.uint16)}
     scipy.io.savemat(splits, ends)
-    _refused(tmp_path, "nyuv2", "depth", "has 6 images but splits.mat names others too", "train")
+    _refused(tmp_path, "nyuv2", "depth", f"file {mat} cannot be read", "train")
     splits.write_bytes(b"no matlab file")
     _refused(tmp_path, "nyuv2", "depth", f"file {splits} cannot be read")
     splits.unlink()
-    _refused(tmp_path, "nyuv2", "depth", "nyuv2 lacks splits.mat .* get the official one .make data.")
+    _refused(tmp_path, "nyuv2", "depth", "'nyuv2' .test. was not found .* and nyuv2/splits.mat")
     scipy.io.savemat(splits, ends)
     half = mat.read_bytes()[:1000]
     mat.unlink()  # HDF5 knows an open file again
     mat.write_bytes(half)
     _refused(tmp_path, "nyuv2", "depth", f"file {mat} cannot be read .damaged or half a download.; fetch it again")
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_nyu_parquet_files(tmp_path, whole):
-    trees.nyu_parquet(tmp_path, whole)
-    train, test = (_subset(tmp_path, "nyuv2", "depth", split) for split in ("train", "test"))
-    assert len(train) == 5 and len(test) == 3 and len(set(train.ids + test.ids)) == 8
-    for i in (4, 0, 3):
-        image, depth = train[i]
-        assert (image == i).all() and image.shape == (3, 12, 16)
-        assert depth.shape == (12, 16) and torch.allclose(depth, torch.tensor(1.5 + i))
-    for file in (tmp_path / "nyuv2" / "data").iterdir():
-        file.write_bytes(file.read_bytes()[:50])
-    _refused(tmp_path, "nyuv2", "depth", "train-00000-of-00001.parquet cannot be read", "train")
-
-
-def test_parquet_files_of_something_else_are_refused(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    (tmp_path / "nyuv2").mkdir()
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "nyuv2" / "train.parquet")
-    _refused(tmp_path, "nyuv2", "depth", "has no columns image and depth_map", "train")
 
 
 # --- DeACL ---
@@ -331,7 +303,7 @@ def test_own_mask_folder(tmp_path):
     (tmp_path / "street" / "masks" / "val" / "1.png").unlink()
     _refused(tmp_path, "street", "segmentation", r"masks/val lacks 1.png \(1 missing\); restore it or remove its image")
     (tmp_path / "street" / "classes.txt").unlink()
-    with pytest.raises(BadInput, match="street/classes.txt is missing; write one class a line"):
+    with pytest.raises(BadInput, match="street/classes.txt lists 0 classes; list 1 to 255"):
         datasets.class_names("street", "segmentation", str(tmp_path))
 
 
@@ -344,7 +316,7 @@ def test_own_mask_folder(tmp_path):
         (trees.image_folder, "cifar10", "classification"), (trees.cifar, "cifar10", "classification"),
         (trees.stl10, "stl10", "classification"), (trees.voc, "voc2012", "segmentation"),
         (trees.ade20k, "ade20k", "segmentation"), (trees.cityscapes, "cityscapes", "segmentation"),
-        (trees.nyuv2, "nyuv2", "depth"), (trees.nyu_parquet, "nyuv2", "depth"), (trees.nyu_archives, "nyuv2", "depth"),
+        (trees.nyuv2, "nyuv2", "depth"), (trees.nyu_archives, "nyuv2", "depth"),
         (trees.mask_folder, "street", "segmentation"), (trees.depth_folder, "sevenscenes", "depth"),
         (trees.tiny_imagenet, "tiny_imagenet", "classification"), (trees.wnids, "imagenette", "deacl"),
     ],
@@ -490,50 +462,21 @@ def test_nyu_depths_beyond_its_range_are_refused(tmp_path):
         _subset(tmp_path, "nyuv2", "depth")[1]
 
 
-def test_nyu_cells_of_8_bits_are_refused(tmp_path):
-    trees.nyu_parquet(tmp_path, cell=lambda depth: trees.png((depth * 20).astype(np.uint8)))
-    with pytest.raises(BadInput, match="Depth 0 of .*parquet is of mode L; store metres or 16-bit millimetres"):
-        _subset(tmp_path, "nyuv2", "depth")[0]
-
-
-def test_nyu_pictures_of_12_bits_are_refused(tmp_path):
-    trees.nyu_parquet(tmp_path, image=lambda i: trees.png(np.full((12, 16), 4095, np.uint16)))
-    with pytest.raises(BadInput, match="Image 0 of .*parquet has 16 bits a value of which it uses the lower ones only"):
-        _subset(tmp_path, "nyuv2", "depth")[0]
-
-
 # --- archives and text files ---
 
 
-def test_zipped_images_of_16_bits_keep_their_upper_ones(tmp_path):
-    ramp = np.tile(np.arange(64, dtype=np.uint16) * 1040, (4, 1))
-    (tmp_path / "a.zip").write_bytes(trees.zipped("x.png", trees.png(ramp)))
-    assert np.array_equal(tiny_imagenet._zipped(tmp_path / "a.zip", "x.png")[..., 2], ramp >> 8)
-    (tmp_path / "a.zip").write_bytes(trees.zipped("x.png", trees.png(ramp >> 4)))
-    with pytest.raises(BadInput, match="x.png of .*a.zip has 16 bits a value of which it uses the lower ones only"):
-        tiny_imagenet._zipped(tmp_path / "a.zip", "x.png")
-
-
-@pytest.mark.parametrize(
-    ("hurt", "words"),
-    [
-        (trees.locked, "a.zip is locked by a password; unpack it"),
-        (trees.packed_otherwise, "a.zip is packed in a way that is not read here; unpack it"),
-        (trees.damaged_inside, "image file x.png in .*/a.zip cannot be read .damaged or empty.; replace"),
-    ],
-)
-def test_archives_that_cannot_be_read_are_said(tmp_path, hurt, words):
+@pytest.mark.parametrize("hurt", [trees.locked, trees.damaged_inside])
+def test_archives_that_cannot_be_read_are_said(tmp_path, hurt):
     whole = trees.zipped("x.png", b"ssl" * 1000)
     (tmp_path / "a.zip").write_bytes(hurt(whole))
     part = datasets.Part(tiny_imagenet._zipped, tmp_path / "a.zip", "x.png")
-    with pytest.raises(BadInput, match=words):
+    with pytest.raises(BadInput, match="image file x.png in .*/a.zip cannot be read .damaged or empty.; replace"):
         datasets.read(datasets.Item("i", part, 0), "classification")
     home = tmp_path / "tiny-imagenet-200"
     home.mkdir()
-    listed = trees.zipped("tiny-imagenet-200/wnids.txt", b"ssl" * 1000)
-    (home / "a.zip").write_bytes(hurt(listed))
-    with pytest.raises(BadInput, match="a.zip (is locked|is packed|cannot be read)"):
-        tiny_imagenet._tiny_text(home, "wnids.txt")
+    (home / "a.zip").write_bytes(hurt(trees.zipped("tiny-imagenet-200/wnids.txt", b"ssl" * 1000)))
+    with pytest.raises(BadInput, match="a.zip cannot be read"):
+        tiny_imagenet._text(tiny_imagenet._files(home), "wnids.txt")
 
 
 ENCODED = {"BOM": "utf-8-sig", "UTF-16": "utf-16", "UTF-8": "utf-8"}
@@ -582,18 +525,13 @@ def test_as_many_classes_as_a_mask_can_hold(tmp_path, count):
         datasets.class_names("street", "segmentation", str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"", b"[" * 100_000])
-def test_a_broken_meta_json_is_to_be_corrected(tmp_path, content):
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"[" * 100_000, b"[1000]", b"null", b'{"depth_scale": true}', b'{"depth_scale": "1"}']
+)
+def test_a_meta_json_without_a_scale_is_to_be_corrected(tmp_path, content):
     trees.depth_folder(tmp_path)
     (tmp_path / "sevenscenes" / "meta.json").write_bytes(content)
-    _refused(tmp_path, "sevenscenes", "depth", "sevenscenes/meta.json is not .*; (correct it|save it)")
-
-
-@pytest.mark.parametrize("content", ["[1000]", "1000", "null", '{"depth_scale": true}'])
-def test_a_meta_json_without_a_scale_is_refused(tmp_path, content):
-    trees.depth_folder(tmp_path)
-    (tmp_path / "sevenscenes" / "meta.json").write_text(content)
-    _refused(tmp_path, "sevenscenes", "depth", "sevenscenes/meta.json has no positive 'depth_scale'; write one")
+    _refused(tmp_path, "sevenscenes", "depth", "sevenscenes/meta.json (must give the stored|is not text)")
 
 
 def test_palettes_are_no_depth(tmp_path):
@@ -605,10 +543,12 @@ def test_palettes_are_no_depth(tmp_path):
         subset[0]
 
 
-@pytest.mark.parametrize("scale", [0, -1, "1000", None, float("inf")])
+@pytest.mark.parametrize("scale", [0, -1, float("inf"), float("nan")])
 def test_depth_scales_that_cannot_be(tmp_path, scale):
     trees.depth_folder(tmp_path, scale=scale)
-    _refused(tmp_path, "sevenscenes", "depth", "sevenscenes/meta.json has no positive 'depth_scale'; write one")
+    _refused(
+        tmp_path, "sevenscenes", "depth", "sevenscenes/meta.json must give the stored units per metre; for mm write"
+    )
 
 
 def test_deacl_takes_any_folder_of_images(tmp_path):

@@ -984,7 +984,7 @@ def test_missing_depth_files_are_named(tmp_path):
     with pytest.raises(BadInput, match=r"sevenscenes/depth/val lacks 2.png \(1 missing\)"):
         _load("depth", "test", tmp_path)
     (tmp_path / "sevenscenes" / "meta.json").unlink()
-    with pytest.raises(BadInput, match="sevenscenes/meta.json is missing; write one: depth_scale is"):
+    with pytest.raises(BadInput, match="sevenscenes/meta.json must give the stored units per metre"):
         _load("depth", "train", tmp_path)[0]
 
 

@@ -1,4 +1,4 @@
-"""NYU-Depth-v2 in its three forms: tar archives of the hub, read where they lie; parquet files; the labelled .mat."""
+"""NYU-Depth-v2 in its two forms: tar archives of the hub, read where they lie, and the labelled .mat."""
 
 import dataclasses
 import shutil
@@ -113,13 +113,6 @@ def test_the_large_training_set_is_taken_where_it_is_whole(tmp_path, official):
     assert _subset(tmp_path, "test", "official").ids == ["nyuv2/0", "nyuv2/1"]  # the same images of the .mat file
     (tmp_path / "nyuv2" / "data" / "train-000001.tar").unlink()
     assert _subset(tmp_path, counts="official").ids == [f"nyuv2/{i}" for i in (2, 3, 4, 5)]
-
-
-def test_the_large_training_set_of_parquet_files_comes_before_the_labelled_one(tmp_path, official):
-    trees.nyuv2(tmp_path)
-    trees.nyu_parquet(tmp_path)  # 5 train, 3 validation
-    assert len(_subset(tmp_path, counts="official")) == 5
-    assert _subset(tmp_path, "test", "official").ids == ["nyuv2/0", "nyuv2/1"]
 
 
 def test_a_part_of_the_archives_is_refused_unless_any_will_do(tmp_path, official):

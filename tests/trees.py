@@ -179,25 +179,6 @@ def png(pixels, form="png"):
     return buffer.getvalue()
 
 
-def nyu_parquet(root, whole=False, cell=None, image=lambda i: png(np.full((12, 16, 3), i, np.uint8))):
-    """Parquet files as the hub keeps them: float metres (TIFF), or whole millimetres (PNG); or what `cell` makes."""
-    cell = cell or (lambda d: png((d * 1000).astype(np.uint16)) if whole else png(d, "tiff"))
-    import pyarrow
-    import pyarrow.parquet
-
-    (root / "nyuv2" / "data").mkdir(parents=True)
-    for split, count in (("train", 5), ("validation", 3)):
-        depth = [np.full((12, 16), 1.5 + i, np.float32) for i in range(count)]
-        cells = [cell(d) for d in depth]
-        table = pyarrow.table({
-            "image": [{"bytes": image(i), "path": None} for i in range(count)],
-            "depth_map": [{"bytes": cell, "path": None} for cell in cells],
-        })  # fmt: skip
-        pyarrow.parquet.write_table(
-            table, root / "nyuv2" / "data" / f"{split}-00000-of-00001.parquet", row_group_size=2
-        )
-
-
 def wnids(root, home="imagenette2-320", count=4):
     for split in ("train", "val"):
         for wnid in WNIDS:
@@ -248,10 +229,6 @@ def _changed(whole, offset, values):
 
 def locked(whole):
     return _changed(whole, 6, (1, 1))
-
-
-def packed_otherwise(whole):
-    return _changed(whole, 8, (99, 99))
 
 
 def damaged_inside(whole):

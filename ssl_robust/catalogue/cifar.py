@@ -2,7 +2,7 @@
 
 import codecs
 import pickle
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,37 @@ import numpy as np
 from ..items import Archive, Dataset, Item, Part
 from ..settings import BadInput
 from .own import class_folders, image_folder
-from .pictures import damaged, demand, demand_labels, once
+from .pictures import damaged, demand_labels, once
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CIFAR = {  # folder, files of each split, key of the labels, file and key of the class names
+CIFAR = {  # what is fetched, key of the labels, MD5 of each file
     "cifar10": (
-        "cifar-10-batches-py", {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}, "labels",
-        "batches.meta", "label_names",
+        Archive(
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "cifar-10-batches-py", 170_498_071,
+            "md5:c58f30108f718f92721af3b95e74349a",
+        ),
+        "labels",
+        {
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
     ),
-    "cifar100": ("cifar-100-python", {"train": ["train"], "test": ["test"]}, "fine_labels", "meta", "fine_label_names"),
+    "cifar100": (
+        Archive(
+            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "cifar-100-python", 169_001_437,
+            "md5:eb9058c3a382ffc7106e4002c42a8d85",
+        ),
+        "fine_labels",
+        {
+            "train": "16019d7e3df5f24257cddd939b257f8d",
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+            "meta": "7973b15100ade9c7d40fb424638fde48",
+        },
+    ),
 }  # fmt: skip
 
 
@@ -40,7 +62,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 @once
-def _cifar_file(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> dict[str, Any]:
     """Content of one batch file, its images as uint8 (N, 3, 32, 32)."""
     try:
         with path.open("rb") as file:
@@ -52,82 +74,45 @@ def _cifar_file(path: Path) -> dict[str, Any]:
         raise damaged(path) from None
 
 
-def _cifar_image(path: Path, i: int) -> np.ndarray:
-    return _cifar_file(path)["data"][i].transpose(1, 2, 0)
+def _image(path: Path, i: int) -> np.ndarray:
+    return _content(path)["data"][i].transpose(1, 2, 0)
 
 
 def _is_image_folder(root: Path, name: str) -> bool:
-    return not (root / CIFAR[name][0]).is_dir() and (root / name / "train").is_dir()
+    return not (root / CIFAR[name][0].place).is_dir() and (root / name / "train").is_dir()
 
 
-def _cifar(name: str) -> Callable[[Path, str, str, int], list[Item]]:
-    folder, parts, key = CIFAR[name][:3]
-
-    def items(root: Path, task: str, split: str, n: int) -> list[Item]:
-        if _is_image_folder(root, name):
-            wrong = sorted(set(class_folders(root / name)) ^ set(_cifar_classes(name)(root, task)))
-            if wrong:
-                raise BadInput(f"{name} has class folders missing or too many: {', '.join(wrong[:5])}; correct them.")
-            return image_folder(name)(root, task, split, n)
-        found = []
-        for part in parts[split]:
-            file = root / folder / part
-            content = _cifar_file(file)
-            labels = np.asarray(content.get(key, [])).ravel().tolist()
-            if not labels or len(labels) != len(content.get("data", [])):
-                raise damaged(file)
-            demand_labels(labels, int(name.removeprefix("cifar")), file)
-            found += [Item(f"{folder}/{part}/{i}", Part(_cifar_image, file, i), int(y)) for i, y in enumerate(labels)]
-        return found
-
-    return items
+def _items(name: str, root: Path, task: str, split: str, n: int) -> list[Item]:
+    archive, key, files = CIFAR[name]
+    if _is_image_folder(root, name):
+        if name == "cifar10" and (*class_folders(root / name),) != CIFAR10_CLASSES:
+            raise BadInput(f"{root / name} must have the class folders {', '.join(CIFAR10_CLASSES)}; correct them.")
+        return image_folder(name, root, task, split, n)
+    found = []
+    for part in (file for file in files if file != "meta" and file.startswith("test") == (split == "test")):
+        file = root / archive.place / part
+        content = _content(file)
+        labels = np.asarray(content.get(key, [])).ravel().tolist()
+        if not labels or len(labels) != len(content.get("data", [])):
+            raise damaged(file)
+        demand_labels(labels, int(name.removeprefix("cifar")), file)
+        found += [Item(f"{archive.place}/{part}/{i}", Part(_image, file, i), int(y)) for i, y in enumerate(labels)]
+    return found
 
 
-def _cifar_classes(name: str) -> Callable[[Path, str], tuple[str, ...]]:
-    folder, _, _, meta, key = CIFAR[name]
-
-    def classes(root: Path, task: str) -> tuple[str, ...]:
-        if name == "cifar10":
-            return CIFAR10_CLASSES
-        if _is_image_folder(root, name):
-            return tuple(class_folders(root / name))
-        demand([root / folder / meta], "restore it")
-        names = _cifar_file(root / folder / meta).get(key)
-        if not names:
-            raise damaged(root / folder / meta)
-        return tuple(names)
-
-    return classes
+def _classes(name: str, root: Path, task: str) -> tuple[str, ...]:
+    if name == "cifar10":
+        return CIFAR10_CLASSES
+    if _is_image_folder(root, name):
+        return tuple(class_folders(root / name))
+    return tuple(_content(root / CIFAR[name][0].place / "meta")["fine_label_names"])
 
 
 DATASETS = {
-    "cifar10": Dataset(
-        ("classification", "deacl"), "cifar-10-batches-py (or cifar10/{train,test}/CLASS/*.png)", _cifar("cifar10"),
-        _cifar_classes("cifar10"), counts={"train": (50_000,), "test": (10_000,)}, shape=(32, 32), gigabytes=0.2,
-        archives=(Archive(
-            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "cifar-10-batches-py", 170_498_071,
-            "md5:c58f30108f718f92721af3b95e74349a",
-        ),),
-        md5={
-            "cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
-            "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-            "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-            "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
-            "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-            "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
-        },
-    ),
-    "cifar100": Dataset(
-        ("classification", "deacl"), "cifar-100-python (or cifar100/{train,test}/CLASS/*.png)", _cifar("cifar100"),
-        _cifar_classes("cifar100"), counts={"train": (50_000,), "test": (10_000,)}, shape=(32, 32), gigabytes=0.2,
-        archives=(Archive(
-            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "cifar-100-python", 169_001_437,
-            "md5:eb9058c3a382ffc7106e4002c42a8d85",
-        ),),
-        md5={
-            "cifar-100-python/train": "16019d7e3df5f24257cddd939b257f8d",
-            "cifar-100-python/test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
-            "cifar-100-python/meta": "7973b15100ade9c7d40fb424638fde48",
-        },
-    ),
+    name: Dataset(
+        ("classification", "deacl"), f"{archive.place} (or {name}/{{train,test}}/CLASS/*.png)", partial(_items, name),
+        partial(_classes, name), counts={"train": (50_000,), "test": (10_000,)}, shape=(32, 32), gigabytes=0.2,
+        archives=(archive,), md5={f"{archive.place}/{file}": md5 for file, md5 in files.items()},
+    )
+    for name, (archive, _, files) in CIFAR.items()
 }  # fmt: skip

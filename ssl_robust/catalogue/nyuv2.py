@@ -1,4 +1,4 @@
-"""NYU-Depth-v2: tar archives of its 47,584 training images, parquet files, or the labelled .mat with its splits."""
+"""NYU-Depth-v2: tar archives of its 47,584 training images, or the labelled .mat with its splits."""
 
 import re
 import tarfile
@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..items import Archive, Dataset, Item, Part
 from ..parts import table
 from ..settings import BadInput
-from .pictures import damaged, demand, once, rgb
+from .pictures import damaged, once
 
 NYU_DEPTH = 10.0  # metres, where the depth maps of NYU-Depth-v2 end
 # The archives of the hub, read as they are: about how many bytes, and what the hub says of their content
@@ -36,13 +35,11 @@ NYU = {
 
 
 def _nyuv2(root: Path, task: str, split: str, n: int) -> list[Item]:
-    """The split in the first form that holds the whole of it; where none does, in the one that holds most."""
-    found = []
-    for form in (_nyu_archives, _parquet_items, _nyu_labelled):
-        found.append(form(root / "nyuv2", split))
-        if len(found[-1]) in table("catalogue", "DATASETS")["nyuv2"].counts[split]:
-            return found[-1]
-    return max(found, key=len)
+    """The split from the archives if they hold the whole of it; else from what holds more."""
+    found = _nyu_archives(root / "nyuv2", split)
+    if len(found) in table("catalogue", "DATASETS")["nyuv2"].counts[split]:
+        return found
+    return max(_nyu_labelled(root / "nyuv2", split), found, key=len)
 
 
 def _nyu_archives(home: Path, split: str) -> list[Item]:
@@ -61,10 +58,10 @@ def _tar_index(path: Path) -> dict[str, tuple[int, int]]:
     """Offset and size of each HDF5 file in an archive that is not compressed."""
     try:
         with tarfile.open(path, "r:") as archive:
-            files = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in archive if m.isfile()}
+            members = [m for m in archive if m.isfile() and re.search(r"(^|/)[^./][^/]*\.h5$", m.name)]
     except (tarfile.TarError, OSError):
         raise damaged(path) from None
-    return {name: place for name, place in files.items() if re.search(r"(^|/)[^./][^/]*\.h5$", name)}
+    return {m.name.removeprefix("./"): (m.offset_data, m.size) for m in members}
 
 
 def _nyu_pair(path: Path, key: tuple[str, int, int]) -> np.ndarray:
@@ -85,12 +82,9 @@ def _hdf5(path: Path) -> Any:
     import h5py
 
     try:
-        file = h5py.File(path, "r")
-        if file["images"].ndim == 4 and file["depths"].ndim == 3:
-            return file
-    except (OSError, KeyError):
-        pass
-    raise damaged(path)
+        return h5py.File(path, "r")
+    except OSError:
+        raise damaged(path) from None
 
 
 def _nyu_image(path: Path, i: int) -> np.ndarray:
@@ -113,80 +107,28 @@ def _nyu_split(path: Path, split: str) -> list[int]:
     """0-based rows of the official split, which splits.mat counts from 1."""
     import scipy.io
 
+    content = BytesIO(path.read_bytes())
     try:
-        return [int(i) - 1 for i in scipy.io.loadmat(path)[f"{split}Ndxs"].ravel()]
+        return [int(i) - 1 for i in scipy.io.loadmat(content)[f"{split}Ndxs"].ravel()]
     except Exception:  # scipy has errors of its own for each kind of damage
         raise damaged(path) from None
 
 
 def _nyu_labelled(home: Path, split: str) -> list[Item]:
-    mat, splits = home / "nyu_depth_v2_labeled.mat", home / "splits.mat"
+    mat = home / "nyu_depth_v2_labeled.mat"
     if not mat.is_file():
         return []
-    demand([splits], "get the official one (make data)")
-    rows, count = _nyu_split(splits, split), len(_hdf5(mat)["images"])
-    if not rows or max(rows) >= count:
-        raise BadInput(f"{mat} has {count} images but {splits.name} names others too; fetch the file again.")
+    rows = _nyu_split(home / "splits.mat", split)
+    if max(rows) >= len(_hdf5(mat)["images"]):
+        raise damaged(mat)
     return [Item(f"nyuv2/{i}", Part(_nyu_image, mat, i), Part(_nyu_depth, mat, i)) for i in rows]
-
-
-def _parquet_items(home: Path, split: str) -> list[Item]:
-    """Rows of the parquet files whose names begin as the split's do: train, else test or val."""
-    begin = ("train",) if split == "train" else ("test", "val")
-    found = []
-    # train-00000-of-00008.parquet, or as the hub converts it train/0000.parquet, partial-train/0000.parquet
-    named = [(f, (f.name, f.parent.name.removeprefix("partial-"))) for f in home.rglob("*.parquet")]
-    for file in sorted(f for f, names in named if any(name.startswith(begin) for name in names)):
-        groups = _parquet(file).metadata
-        for group in range(groups.num_row_groups):
-            for row in range(groups.row_group(group).num_rows):
-                where = [Part(_parquet_cell, file, (group, row, column)) for column in ("image", "depth_map")]
-                place = file.relative_to(home).with_suffix("").as_posix()
-                found.append(Item(f"nyuv2/{place}/{group}/{row}", *where))
-    return found
-
-
-@once
-def _parquet(path: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowInvalid):
-        raise damaged(path) from None
-    if {"image", "depth_map"} <= set(file.schema_arrow.names):
-        return file
-    raise BadInput(f"{path} has no columns image and depth_map; get the parquet files of NYU-Depth-v2.")
-
-
-@once
-def _last_group(path: Path) -> dict[int, Any]:
-    return {}
-
-
-def _parquet_cell(path: Path, key: tuple[int, int, str]) -> np.ndarray:
-    """A picture stored in a cell; depth in metres, whole numbers being millimetres."""
-    group, row, column = key
-    kept = _last_group(path)  # a row group is read whole, so the last one is kept
-    if group not in kept:
-        kept.clear()
-        kept[group] = _parquet(path).read_row_group(group, columns=["image", "depth_map"])
-    cell = kept[group][column][row].as_py()
-    picture = Image.open(BytesIO(cell["bytes"] if isinstance(cell, dict) else cell))
-    if column == "image":
-        return rgb(picture, f"Image {row} of {path}")
-    pixels = np.array(picture)
-    if picture.mode[0] not in "FI":
-        raise BadInput(f"Depth {row} of {path} is of mode {picture.mode}; store metres or 16-bit millimetres.")
-    return _nyu_metres(pixels if picture.mode == "F" else pixels / 1000, path)
 
 
 DATASETS = {
     "nyuv2": Dataset(
         ("depth", "deacl"),
         "nyuv2/nyu_depth_v2_labeled.mat and nyuv2/splits.mat (or nyuv2/data/{train,val}-*.tar with the hub's 47,584 "
-        "training images, or nyuv2/{train,val}*.parquet with image and depth_map)",
+        "training images)",
         _nyuv2, {}, counts={"train": (795, 47_584), "test": (654,)}, shape=(480, 640), gigabytes=3,
         archives=(
             Archive(

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,34 +35,29 @@ def class_folders(home: Path) -> list[str]:
     return sorted(names[0]) if names else []
 
 
-def image_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
-    def items(root: Path, task: str, split: str, n: int) -> list[Item]:
-        part = root / name / ("train" if split == "train" else _held_out(root / name))
-        found = []
-        for label, class_name in enumerate(class_folders(root / name)):
-            files = pictures(part / class_name)
-            if not files:
-                place = f"{name}/{part.name}/{class_name}"
-                raise BadInput(f"The class folder {place} holds no images; fill it, or remove it everywhere.")
-            found += [Item(str(p.relative_to(root)), p, label) for p in files]
-        return found
-
-    return items
+def image_folder(name: str, root: Path, task: str, split: str, n: int) -> list[Item]:
+    """Images of each class folder; BadInput for one without images."""
+    part = root / name / ("train" if split == "train" else _held_out(root / name))
+    found = []
+    for label, class_name in enumerate(class_folders(root / name)):
+        files = pictures(part / class_name)
+        if not files:
+            place = f"{name}/{part.name}/{class_name}"
+            raise BadInput(f"The class folder {place} holds no images; fill it, or remove it everywhere.")
+        found += [Item(str(p.relative_to(root)), p, label) for p in files]
+    return found
 
 
-def _own_pairs(home: Path, targets: str, split: str) -> list[tuple[str, Path, Path]]:
-    """Identifier, image and target of each pair in home/images/PART and home/TARGETS/PART."""
+def _map_folder(name: str, root: Path, task: str, split: str, n: int) -> list[Item]:
+    """Images with masks, or with depth maps that meta.json says the unit of."""
+    home = root / name
     part = "train" if split == "train" else _held_out(home / "images")
     place = home / "images" / part
-    found = pairs(place, home / targets / part)
-    return [(f"{home.name}/{part}/{within(place, image)}", image, target) for image, target in found]
-
-
-def _mask_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
-    def items(root: Path, task: str, split: str, n: int) -> list[Item]:
-        return [Item(where, image, mask) for where, image, mask in _own_pairs(root / name, "masks", split)]
-
-    return items
+    found = pairs(place, home / {"segmentation": "masks", "depth": "depth"}[task] / part)
+    scale = _depth_scale(home) if task == "depth" else None
+    ids = [f"{name}/{part}/{within(place, image)}" for image, _ in found]
+    maps = [Part(_depth_png, path, scale) if scale else path for _, path in found]
+    return [Item(i, image, target) for i, (image, _), target in zip(ids, found, maps, strict=True)]
 
 
 def _depth_png(path: Path, scale: float) -> np.ndarray:
@@ -73,53 +68,37 @@ def _depth_scale(home: Path) -> float:
     """Stored units per metre, from meta.json."""
     meta = home / "meta.json"
     try:
-        content = json.loads(text_of(meta.read_bytes(), meta)) if meta.is_file() else None
-    except (ValueError, RecursionError):
-        raise BadInput(f'{meta} is not valid JSON; correct it, for mm it is {{"depth_scale": 1000}}.') from None
-    scale = content.get("depth_scale") if isinstance(content, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        lack = "has no positive 'depth_scale'" if meta.is_file() else "is missing"
-        raise BadInput(f"{home.name}/meta.json {lack}; write one: depth_scale is stored units per metre.")
-    return float(scale)
+        scale = json.loads(text_of(meta.read_bytes(), meta))["depth_scale"]
+        if 0 < scale < math.inf and scale is not True:
+            return float(scale)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise BadInput(f'{meta} must give the stored units per metre; for mm write {{"depth_scale": 1000}}.')
 
 
-def _depth_folder(name: str) -> Callable[[Path, str, str, int], list[Item]]:
-    def items(root: Path, task: str, split: str, n: int) -> list[Item]:
-        found, scale = _own_pairs(root / name, "depth", split), _depth_scale(root / name)
-        return [Item(where, image, Part(_depth_png, depth, scale)) for where, image, depth in found]
-
-    return items
+def _any_images(name: str, root: Path, task: str, split: str, n: int) -> list[Item]:
+    home = root / name  # of a folder that serves a task too, only the training images
+    place = next((p for p in (home / "images" / "train", home / "train") if p.is_dir()), home)
+    return [Item(p.relative_to(home).as_posix(), p, None) for p in pictures(place)]
 
 
-def _any_images(name: str) -> Callable[[Path, str, str, int], list[Item]]:
-    def items(root: Path, task: str, split: str, n: int) -> list[Item]:
-        home = root / name  # of a folder that serves a task too, only the training images
-        place = next((p for p in (home / "images" / "train", home / "train") if p.is_dir()), home)
-        return [Item(p.relative_to(home).as_posix(), p, None) for p in pictures(place)]
-
-    return items
-
-
-def _own_classes(name: str) -> Callable[[Path, str], tuple[str, ...]]:
-    def classes(root: Path, task: str) -> tuple[str, ...]:
-        if task == "classification":
-            # names of folders need not be UTF-8
-            return tuple(os.fsencode(folder).decode(errors="replace") for folder in class_folders(root / name))
-        if task != "segmentation":
-            return ()
-        listed = root / name / "classes.txt"
-        if not listed.is_file():
-            raise BadInput(f"{name}/classes.txt is missing; write one class a line, the first is mask value 0.")
-        found = tuple(line.strip() for line in text_of(listed.read_bytes(), listed).splitlines() if line.strip())
-        if not 0 < len(found) <= IGNORE:
-            raise BadInput(f"{name}/classes.txt lists {len(found)} classes; list 1 to {IGNORE}, one a line.")
-        return found
-
-    return classes
+def _own_classes(name: str, root: Path, task: str) -> tuple[str, ...]:
+    if task == "classification":
+        # names of folders need not be UTF-8
+        return tuple(os.fsencode(folder).decode(errors="replace") for folder in class_folders(root / name))
+    if task != "segmentation":
+        return ()
+    listed = root / name / "classes.txt"
+    lines = text_of(listed.read_bytes(), listed).splitlines() if listed.is_file() else []
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not 0 < len(found) <= IGNORE:
+        rule = f"1 to {IGNORE}, one a line, the first is mask value 0"
+        raise BadInput(f"{name}/classes.txt lists {len(found)} classes; list {rule}.")
+    return found
 
 
 def own(name: str, task: str) -> Dataset:
     """The entry of a folder of the user's own, in the generic layout OWN of `task`."""
-    makers = {"classification": image_folder, "segmentation": _mask_folder, "depth": _depth_folder}
-    items = makers.get(task, _any_images)(name)
-    return Dataset((task,), OWN[task].replace("NAME", name), items, _own_classes(name))
+    makers = {"classification": image_folder, "segmentation": _map_folder, "depth": _map_folder, "deacl": _any_images}
+    layout = OWN[task].replace("NAME", name)
+    return Dataset((task,), layout, partial(makers[task], name), partial(_own_classes, name))
