@@ -197,7 +197,7 @@ def test_ade20k_labels_shift_by_one(tmp_path):
     (home / "images" / "training" / "ADE_training_1.jpg").unlink()
     _refused(tmp_path, "ade20k", "segmentation", "images/training has no image for .*ADE_training_1.png", "train")
     (home / "objectInfo150.txt").unlink()
-    with pytest.raises(BadInput, match="lacks objectInfo150.txt .* it names the 150 classes"):
+    with pytest.raises(BadInput, match="'ade20k' .class names. was not found"):
         datasets.class_names("ade20k", "segmentation", str(tmp_path))
 
 
@@ -286,7 +286,7 @@ def test_own_image_folder(tmp_path, held):
         file.unlink()
     _refused(tmp_path, "pets", "classification", f"class folder pets/{held}/cat holds no images; fill it")
     shutil.rmtree(tmp_path / "pets" / held / "cat")
-    _refused(tmp_path, "pets", "classification", f"pets/train and pets/{held} differ in class folders: cat", "train")
+    _refused(tmp_path, "pets", "classification", "The parts of .*pets differ in class folders: cat", "train")
     shutil.rmtree(tmp_path / "pets" / held)
     _refused(tmp_path, "pets", "classification", "no data set 'pets' .test. .* pets/{train,test}/CLASS")
 
@@ -362,7 +362,7 @@ def test_ade20k_images_of_one_name_in_several_folders_are_several(tmp_path):
 def test_two_images_of_one_mask_are_refused(tmp_path, suffix):
     trees.mask_folder(tmp_path)
     trees.picture(tmp_path / "street" / "images" / "val" / f"1.{suffix}")
-    _refused(tmp_path, "street", "segmentation", "images/val/1.* and 1.* share .*/masks/val/1.png; give each image one")
+    _refused(tmp_path, "street", "segmentation", "has 2 images 'street/val/1'; list or name each of them once")
 
 
 def test_classes_may_hold_images_of_one_name_and_several_kinds(tmp_path):
@@ -393,7 +393,7 @@ def test_ade20k_masks_that_were_converted_are_refused(tmp_path):
     official = np.tile(np.arange(26, dtype=np.uint8), (20, 1))
     for value in (255, 151, 200):  # 255: 'other' of masks whose classes begin at 0
         trees.stored(file, np.where(official == 0, value, official - 1).astype(np.uint8))
-        with pytest.raises(BadInput, match=f"{file} has the value {value} but official masks end at 150, so it was"):
+        with pytest.raises(BadInput, match=f"{file} has the value {value} but official masks end at 150; restore"):
             subset[0]
     trees.stored(file, official.astype(np.uint16) * 6)
     assert subset[0][1][0].tolist() == [IGNORE, *range(5, 150, 6)]  # of more bits, and official
@@ -406,7 +406,7 @@ def test_cityscapes_masks_of_train_ids_are_refused(tmp_path):
     train_ids = np.tile(np.array([*range(19), *[255] * 15], np.uint8), (8, 1))
     for ids, value in ((train_ids, 255), (np.full((8, 34), 34, np.uint8), 34)):
         trees.stored(file, ids)
-        with pytest.raises(BadInput, match=f"{file} has the value {value} but official masks end at 33, so it was"):
+        with pytest.raises(BadInput, match=f"{file} has the value {value} but official masks end at 33; restore"):
             subset[0]
 
 
@@ -479,12 +479,8 @@ def test_archives_that_cannot_be_read_are_said(tmp_path, hurt):
         tiny_imagenet._text(tiny_imagenet._files(home), "wnids.txt")
 
 
-ENCODED = {"BOM": "utf-8-sig", "UTF-16": "utf-16", "UTF-8": "utf-8"}
-
-
-@pytest.mark.parametrize("lines", ["\n", "\r\n"])
-@pytest.mark.parametrize("encoding", ENCODED.values(), ids=ENCODED)
-def test_text_files_of_other_encodings_are_read(tmp_path, encoding, lines):
+@pytest.mark.parametrize(("encoding", "lines"), [("utf-8-sig", "\n"), ("utf-8", "\r\n")])
+def test_text_files_as_other_systems_write_them_are_read(tmp_path, encoding, lines):
     def write(file, text):
         file.write_bytes(text.replace("\n", lines).encode(encoding))
 
@@ -509,7 +505,9 @@ def test_text_files_of_other_encodings_are_read(tmp_path, encoding, lines):
         assert [i.target for i in after.items] == [i.target for i in before.items]
 
 
-@pytest.mark.parametrize("content", ["h\u00e4user\n".encode("latin-1"), "road\n".encode("utf-16-le"), b"\xff\xfe\0"])
+@pytest.mark.parametrize(
+    "content", ["h\u00e4user\n".encode("latin-1"), "road\n".encode("utf-16-le"), "\u00e4".encode("utf-16")]
+)
 def test_text_of_an_encoding_that_is_not_said_is_refused(tmp_path, content):
     trees.mask_folder(tmp_path)
     (tmp_path / "street" / "classes.txt").write_bytes(content)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from ..items import IGNORE, Archive, Dataset, Item, Part
-from .pictures import damaged, demand, pairs, recoded, text_of, within
+from .pictures import damaged, pairs, recoded, text_of, within
 
 ADE_TABLE = (IGNORE, *range(150))  # label 0 is 'other', so the 150 classes shift by one
 
@@ -20,9 +20,8 @@ def _ade20k_classes(root: Path, task: str) -> tuple[str, ...]:
     listed = root / "ADEChallengeData2016" / "objectInfo150.txt"
     if task != "segmentation":
         return ()
-    demand([listed], "restore it, it names the 150 classes")
     # a row: numbers, then the names of one class
-    rows = re.findall(r"^\s*\d+\s+(?:[\d.]+\s+)+([^,\n]+)", text_of(listed.read_bytes(), listed), re.MULTILINE)
+    rows = re.findall(r"^\s*\d+\s+(?:[\d.]+\s+)+([^,\n]+)", text_of(listed), re.MULTILINE)
     if len(rows) != 150:
         raise damaged(listed)
     return tuple(name.strip() for name in rows)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ..items import Archive, Dataset, Item, Part
-from ..parts import table
 from ..settings import BadInput
 from .pictures import damaged, once
 
@@ -35,18 +34,15 @@ NYU = {
 
 
 def _nyuv2(root: Path, task: str, split: str, n: int) -> list[Item]:
-    """The split from the archives if they hold the whole of it; else from what holds more."""
-    found = _nyu_archives(root / "nyuv2", split)
-    if len(found) in table("catalogue", "DATASETS")["nyuv2"].counts[split]:
-        return found
-    return max(_nyu_labelled(root / "nyuv2", split), found, key=len)
+    """The split from the archives or, if that holds more of it, from the labelled file."""
+    return max(_nyu_archives(root / "nyuv2", split), _nyu_labelled(root / "nyuv2", split), key=len)
 
 
 def _nyu_archives(home: Path, split: str) -> list[Item]:
     """The pairs in train-000000.tar .. or val-000000.tar .., not unpacked; of archives of one name, one."""
     files = {f.name: f for f in home.rglob("train-*.tar" if split == "train" else "val-*.tar")}
     found = []
-    for file in (files[name] for name in sorted(files)):
+    for _, file in sorted(files.items()):
         for member, place in _tar_index(file).items():
             pair = [Part(_nyu_pair, file, (array, *place)) for array in ("rgb", "depth")]
             found.append(Item(f"nyuv2/{file.stem}/{member}", *pair))
@@ -88,7 +84,7 @@ def _hdf5(path: Path) -> Any:
 
 
 def _nyu_image(path: Path, i: int) -> np.ndarray:
-    return _hdf5(path)["images"][i].transpose(2, 1, 0)  # (3, W, H) -> (H, W, 3)
+    return _hdf5(path)["images"][i].T  # (3, W, H) -> (H, W, 3)
 
 
 def _nyu_depth(path: Path, i: int) -> np.ndarray:
@@ -96,7 +92,7 @@ def _nyu_depth(path: Path, i: int) -> np.ndarray:
 
 
 def _nyu_metres(depth: np.ndarray, path: Path) -> np.ndarray:
-    """`depth` itself; raises BadInput if it cannot be in metres, as it goes beyond NYU_DEPTH."""
+    """`depth` itself; BadInput if it is not in metres."""
     far = depth[np.isfinite(depth)].max(initial=0)
     if far > 1.001 * NYU_DEPTH:  # float16 and float32 round
         raise BadInput(f"{path} holds depths of {far:.4g} but official ones end at {NYU_DEPTH:g} m; store metres.")

@@ -26,13 +26,11 @@ def _held_out(folder: Path) -> str:
 
 def class_folders(home: Path) -> list[str]:
     """Class names of an image folder; its parts must agree, as labels are numbers of sorted folders."""
-    parts = [p for p in (home / "train", home / _held_out(home)) if p.is_dir()]
-    names = [set(folders(p)) for p in parts]
-    wrong = sorted(names[0] ^ names[-1]) if names else []
+    names = [folders(p) for p in (home / "train", home / _held_out(home)) if p.is_dir()]
+    wrong = sorted(set(names[0]) ^ set(names[-1])) if names else []
     if wrong:
-        both = " and ".join(f"{home.name}/{p.name}" for p in parts)
-        raise BadInput(f"{both} differ in class folders: {', '.join(wrong[:5])}; give both the same ones.")
-    return sorted(names[0]) if names else []
+        raise BadInput(f"The parts of {home} differ in class folders: {', '.join(wrong[:5])}; give them the same ones.")
+    return names[0] if names else []
 
 
 def image_folder(name: str, root: Path, task: str, split: str, n: int) -> list[Item]:
@@ -53,11 +51,12 @@ def _map_folder(name: str, root: Path, task: str, split: str, n: int) -> list[It
     home = root / name
     part = "train" if split == "train" else _held_out(home / "images")
     place = home / "images" / part
-    found = pairs(place, home / {"segmentation": "masks", "depth": "depth"}[task] / part)
+    found = pairs(place, home / ("masks" if task == "segmentation" else "depth") / part)
     scale = _depth_scale(home) if task == "depth" else None
-    ids = [f"{name}/{part}/{within(place, image)}" for image, _ in found]
-    maps = [Part(_depth_png, path, scale) if scale else path for _, path in found]
-    return [Item(i, image, target) for i, (image, _), target in zip(ids, found, maps, strict=True)]
+    return [
+        Item(f"{name}/{part}/{within(place, image)}", image, Part(_depth_png, target, scale) if scale else target)
+        for image, target in found
+    ]
 
 
 def _depth_png(path: Path, scale: float) -> np.ndarray:
@@ -68,7 +67,7 @@ def _depth_scale(home: Path) -> float:
     """Stored units per metre, from meta.json."""
     meta = home / "meta.json"
     try:
-        scale = json.loads(text_of(meta.read_bytes(), meta))["depth_scale"]
+        scale = json.loads(text_of(meta))["depth_scale"]
         if 0 < scale < math.inf and scale is not True:
             return float(scale)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -89,11 +88,10 @@ def _own_classes(name: str, root: Path, task: str) -> tuple[str, ...]:
     if task != "segmentation":
         return ()
     listed = root / name / "classes.txt"
-    lines = text_of(listed.read_bytes(), listed).splitlines() if listed.is_file() else []
+    lines = text_of(listed).splitlines() if listed.is_file() else []
     found = tuple(line.strip() for line in lines if line.strip())
     if not 0 < len(found) <= IGNORE:
-        rule = f"1 to {IGNORE}, one a line, the first is mask value 0"
-        raise BadInput(f"{name}/classes.txt lists {len(found)} classes; list {rule}.")
+        raise BadInput(f"{listed} lists {len(found)} classes; list 1 to {IGNORE}, one a line, the first for value 0.")
     return found
 
 

@@ -1,6 +1,5 @@
 """Reading picture files and folders of them: what all data sets share. Nothing that a data file holds is executed."""
 
-import codecs
 import os
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -34,15 +33,14 @@ def damaged(path: Path) -> BadInput:
     return BadInput(f"The file {path} cannot be read (damaged or half a download); fetch it again.")
 
 
-def text_of(content: bytes, place: object) -> str:
-    """The text of a file at `place`: UTF-8 or, where it begins with their mark, UTF-16; else BadInput."""
-    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+def text_of(file: Path, content: bytes | None = None) -> str:
+    """The text of a file in UTF-8, or of a part of it that has been read; else BadInput."""
     try:
-        text = content.decode("utf-16" if marked else "utf-8-sig")
+        text = (file.read_bytes() if content is None else content).decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise BadInput(f"{place} is not text in UTF-8; save it in that encoding.")
+        raise BadInput(f"{file} is not text in UTF-8; save it in that encoding.")
     return text
 
 
@@ -95,13 +93,9 @@ def demand(files: Iterable[Path], remedy: str) -> None:
 
 
 def pairs(images: Path, targets: Path) -> list[tuple[Path, Path]]:
-    """Images and the PNG files of the same name; raises BadInput unless each has one partner."""
+    """Images and the PNG files of the same name; raises BadInput for one without the other."""
     found = [(i, targets / i.relative_to(images).with_suffix(".png")) for i in pictures(images)]
     demand((t for _, t in found), "restore it or remove its image")
-    images_of: dict[Path, Path] = {}
-    for image, target in found:
-        if image is not images_of.setdefault(target, image):
-            raise BadInput(f"{images_of[target]} and {image.name} share {target}; give each image one of its own.")
     alone = sorted(set(pictures(targets)) - {t for _, t in found})
     if alone:
         raise BadInput(f"{images} has no image for {alone[0]} ({len(alone)} missing); restore it or remove the target.")
@@ -130,10 +124,8 @@ def recoded(path: Path, table: tuple[int, ...]) -> np.ndarray:
     mask = one_channel(path)
     wrong = mask[~np.isin(mask, range(len(table)))]
     if len(wrong):
-        raise BadInput(
-            f"{path} has the value {wrong[0]} but official masks end at {len(table) - 1}, so it was converted; restore "
-            f"the official file, or give the masks in a folder of your own with classes.txt."
-        )
+        end = len(table) - 1
+        raise BadInput(f"{path} has the value {wrong[0]} but official masks end at {end}; restore the official file.")
     return np.array(table, np.uint8)[mask.astype(int)]
 
 

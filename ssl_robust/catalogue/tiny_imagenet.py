@@ -36,15 +36,14 @@ def _files(home: Path) -> dict[str, Path | Part]:
 
 
 def _text(files: dict[str, Path | Part], name: str) -> str:
-    """A text file of Tiny-ImageNet."""
     file = files.get(name)
     if file is None:
         raise BadInput(f"tiny-imagenet-200 lacks {name}; restore it.")
     if isinstance(file, Path):
-        return text_of(file.read_bytes(), file)
+        return text_of(file)
     try:
-        return text_of(_zip(file.file).read(file.key), f"{name} of {file.file}")
-    except (RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):  # locked, packed in a rare way, damaged
+        return text_of(file.file, _zip(file.file).read(file.key))
+    except (RuntimeError, zipfile.BadZipFile, zlib.error):  # locked, damaged
         raise damaged(file.file) from None
 
 

@@ -14,7 +14,7 @@ VOC_CLASSES = (
 def _voc(root: Path, task: str, split: str, n: int) -> list[Item]:
     home = root / "VOCdevkit" / "VOC2012"
     listed = home / "ImageSets" / "Segmentation" / {"train": "train.txt", "test": "val.txt"}[split]
-    names = text_of(listed.read_bytes(), listed).split()
+    names = text_of(listed).split()
     items = [Item(i, home / "JPEGImages" / f"{i}.jpg", home / "SegmentationClass" / f"{i}.png") for i in names]
     demand((p for item in items for p in item[1:]), f"restore what {listed.name} names")
     return items
