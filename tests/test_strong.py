@@ -493,8 +493,8 @@ def test_far_and_near_move_the_depth_to_their_sides():
     prediction = torch.tensor([[[1.0, 2.0], [3.0, 9.0]]])
     depth = torch.tensor([[[2.0, 2.0], [5.0, 0.0]]])  # the last pixel was not seen
     assert float(score(prediction, depth)) == pytest.approx(5 / 3)
-    assert float(dense.farther(prediction, depth)) == pytest.approx(-(9 + 8 + 7) / 3)
-    assert float(dense.nearer(prediction, depth)) == pytest.approx(-2, abs=0.01)
+    assert float(dense.towards(prediction, depth, dense.MAX_DEPTH)) == pytest.approx(-(9 + 8 + 7) / 3)
+    assert float(dense.towards(prediction, depth, dense.MIN_DEPTH)) == pytest.approx(-2, abs=0.01)
 
 
 @pytest.mark.parametrize("order", [1, -1])

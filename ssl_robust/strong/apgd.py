@@ -28,21 +28,23 @@ def apgd(
     x: Tensor, loss_fn: Objective, eps: float, steps: int, start: Tensor | None = None,
     trace: attacks.Trace | None = None,
 ) -> Tensor:  # fmt: skip
-    """Auto-PGD (Croce & Hein 2020) in the L-infinity ball: gradient signs with momentum, its step size its own affair.
+    """Auto-PGD in the L-infinity ball: gradient signs with momentum, its step size its own affair.
 
     x, start: (B, 3, H, W) in [0,1]. loss_fn(x_adv, t) -> (B,) for t = 1..steps is made large; it may return a pair
     (loss, score), and then progress and the best iterate are judged by the score. The step size starts at 2 eps and is
     halved, per image, at those of `checkpoints` where fewer than RHO of the steps since the last one improved the
     score, or where neither the best score nor the step size has changed since; the image then goes on from its best
-    iterate. Returns each image's iterate of the largest score, the start among them; |x_adv - x| <= eps, in [0,1].
-    `trace`: as attacks.pgd fills it, with the scores.
+    iterate. Returns each image's iterate of the largest score, |x_adv - x| <= eps, in [0,1]. `trace`: as attacks.pgd's.
     """
     everyone = torch.arange(len(x))
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     adv = previous = (x if start is None else start).clamp(low, high)
     size, marks, mark = x.new_full((len(x), 1, 1, 1), 2 * eps), checkpoints(steps), 0
     for k in range(steps):
-        gradient, score = _ascent(adv, loss_fn, k + 1)
+        adv = adv.detach().requires_grad_(True)
+        loss, score = _pair(loss_fn(adv, k + 1))
+        (gradient,) = torch.autograd.grad(loss.sum(), adv)
+        adv = adv.detach()
         attacks.note(trace, k + 1, everyone, score, gradient)
         gradient = gradient.nan_to_num()  # where it is not a number nothing moves
         if k == 0:
@@ -66,14 +68,6 @@ def apgd(
 
 def _pair(found: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return found if isinstance(found, tuple) else (found, found.detach())
-
-
-def _ascent(adv: Tensor, loss_fn: Objective, t: int) -> tuple[Tensor, Tensor]:
-    """Gradient (B, 3, H, W) and score (B,) at an iterate."""
-    adv = adv.detach().requires_grad_(True)
-    loss, score = _pair(loss_fn(adv, t))
-    (gradient,) = torch.autograd.grad(loss.sum(), adv)
-    return gradient, score
 
 
 def _chosen(which: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -2,11 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import attacks
 from ..datasets import image_seed
@@ -16,6 +15,8 @@ from . import STEPS
 
 QUERIES = 50  # of Square for each of these steps: 5000 for 100, as in AutoAttack
 TARGETS = 9  # classes at most that AutoAttack aims at
+
+logging.getLogger("auto-attack").setLevel(logging.ERROR)  # it warns of what `health` counts
 
 
 def run(
@@ -48,7 +49,7 @@ def autoattack(
     Each part attacks the images that are still right. APGD and FAB take `steps` steps for each target class, Square
     QUERIES * steps queries: with 100 steps this is the standard version. Images that stay right, or are wrong already,
     come back as they are. The same seed gives the same images; the global random state is left alone. A `trace` gets
-    one entry with the gradients that the package asked for, see _Watched.
+    one entry: how many gradients the package asked for, and how many were 0 everywhere, or not finite.
     """
     from pyautoattack import AutoAttack
 
@@ -56,55 +57,32 @@ def autoattack(
         classes = model(x[:1]).shape[1]
     if not parts(classes):
         return x
-    watched = _Watched(model)
+    counts = Counter(gradients=0, zero=0, nan=0)
+
+    def watched(images: Tensor) -> Tensor:
+        if images.requires_grad:
+            images.register_hook(lambda gradient: counts.update(_counted(gradient)))
+        return model(images)
+
     auto = AutoAttack(watched, attacks=parts(classes), device=x.device, eps=eps, seed=seed, version="custom")
     for part in (auto.apgd, auto.apgd_targeted):  # all that the package derives from the number of steps
         part.n_restarts, part.n_iter = 1, steps
         part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
     auto.fab.n_restarts, auto.fab.n_iter, auto.square.n_queries = 1, steps, QUERIES * steps
     auto.fab.n_target_classes = auto.apgd_targeted.n_target_classes = min(TARGETS, classes - 1)
-    with _contained(x):
+    tracing = sys.gettrace()
+    with torch.random.fork_rng(devices=[x.get_device()] if x.is_cuda else []):
         adv, _ = auto.run_standard_evaluation(x, label.long(), batch_size=len(x))
+    sys.settrace(tracing)  # which the package ends
     if trace is not None:
-        trace.append({"step": None, "counted": watched.counted()})
+        trace.append({"step": None, "counted": {name: int(count) for name, count in counts.items()}})
     return adv.clamp((x - eps).clamp(min=0), (x + eps).clamp(max=1))  # FAB's images may be off by a rounding
 
 
-class _Watched(nn.Module):
-    """A model that counts the gradients which are asked of it, one for each image and step."""
-
-    def __init__(self, model: TaskModel) -> None:
-        super().__init__()
-        self.model, self.seen, self.zero, self.nan = model, 0, 0, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad:
-            x.register_hook(self._look)
-        return self.model(x)
-
-    def _look(self, gradient: Tensor) -> None:
-        flat = gradient.flatten(1)
-        self.seen += len(flat)
-        self.zero += (flat == 0).all(1).sum()
-        self.nan += (~flat.isfinite()).any(1).sum()
-
-    def counted(self) -> dict[str, int]:
-        """How many gradients there were, and how many of them were 0 everywhere, or not finite."""
-        return {"gradients": self.seen, "zero": int(self.zero), "nan": int(self.nan)}
-
-
-@contextmanager
-def _contained(x: Tensor) -> Iterator[None]:
-    """Keeps the package's side effects inside: global random state, warnings in the log, an end to any tracing."""
-    log, trace = logging.getLogger("auto-attack"), sys.gettrace()
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with torch.random.fork_rng(devices=[x.get_device()] if x.is_cuda else []):
-            yield
-    finally:
-        log.setLevel(level)
-        sys.settrace(trace)
+def _counted(gradient: Tensor) -> dict[str, int | Tensor]:
+    flat = gradient.flatten(1)
+    nan = (~flat.isfinite()).any(1).sum()  # a tensor, for which nothing waits
+    return {"gradients": len(flat), "zero": (flat == 0).all(1).sum(), "nan": nan}
 
 
 ATTACKS = {"autoattack": attacks.Kind("AutoAttack", run, tasks=("classification",), fp32=True)}

@@ -1,7 +1,4 @@
-"""Attacks on the dense tasks: APGD on several losses, CosPGD (Agnihotri et al. 2024), SEA (Croce et al. 2024).
-
-Each takes STEPS times the steps of the profile's attack, of each of its losses.
-"""
+"""Attacks on the dense tasks: APGD on several losses, CosPGD (Agnihotri et al. 2024), SEA (Croce et al. 2024)."""
 
 import math
 from collections.abc import Callable
@@ -25,14 +22,11 @@ def run(
     name: str, model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int,
     precision: str = "fp32", trace: attacks.Trace | None = None,
 ) -> Tensor:  # fmt: skip
-    """x (B, 3, H, W) in [0,1] under the attack `name`, with |x_adv - x| <= attack.eps, in [0,1].
+    """x (B, 3, H, W) in [0,1] under the attack `name`, of STEPS times attack.steps for each of its losses.
 
-    Random starts are drawn per image from (seed, id). A `trace` gets what attacks.pgd says of its own steps, the loss
-    being the score that iterates are judged by: of several losses the steps of the one that the returned image comes
-    from, of SEA those in the last of its balls.
+    A `trace` gets what attacks.pgd says of its own steps, the loss being the score that iterates are judged by: of
+    several losses the steps of the one that the returned image comes from, of SEA those in the last of its balls.
     """
-    if attack.eps == 0:
-        return x
     steps, start = STEPS * attack.steps, attacks.random_start(x, attack.eps, ids, seed)
     target = target.long() if model.task == "segmentation" else target
     if name == "cospgd":
@@ -51,7 +45,7 @@ def run(
 def _objective(
     model: TaskModel, target: Tensor, loss: Loss, score: Loss | None = None, precision: str = "fp32"
 ) -> Objective:
-    """The loss of the model's prediction as attacks take it, with the score of the same prediction if one is given."""
+    """The loss of the model's prediction, with the score of the same prediction if one is given."""
 
     def objective(adv: Tensor, t: int) -> Tensor | tuple[Tensor, Tensor]:
         with compute.steps_in(precision, adv.device):
@@ -65,8 +59,6 @@ def _objective(
 @torch.no_grad()
 def _worst(model: TaskModel, target: Tensor, found: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Of several attacked versions of each image the one of the largest score, and which it is, (B,)."""
-    if len(found) == 1:
-        return found[0], torch.zeros(len(target), dtype=torch.long)
     scores = torch.stack([SCORES[model.task](model(adv), target) for adv in found])  # (attacks, B)
     chosen = scores.nan_to_num(torch.inf).argmax(0)  # a prediction that is not a number is as wrong as can be
     return torch.stack(found)[chosen, torch.arange(len(target), device=target.device)], chosen
@@ -74,24 +66,22 @@ def _worst(model: TaskModel, target: Tensor, found: list[Tensor]) -> tuple[Tenso
 
 def _of_chosen(traces: list[attacks.Trace], chosen: Tensor) -> attacks.Trace:
     """One trace of several attacks: of each image the steps of the attack that it was taken from."""
-    joined = []
+    joined, everyone = [], torch.arange(len(chosen))
     for k, trace in enumerate(traces):
         for entry in trace[:-1]:
             mine = chosen[entry["index"]] == k
             joined.append({n: part[mine] if isinstance(part, Tensor) else part for n, part in entry.items()})
     last = torch.stack([trace[-1]["loss"] for trace in traces])  # (attacks, B)
-    everyone = torch.arange(len(chosen))
     attacks.note(joined, None, everyone, last[chosen, everyone])
     return joined
 
 
-# --- segmentation: logits (B, C, H, W) and mask (B, H, W) -> (B,); pixels with IGNORE never count ---
-
-
-def _mean(pixels: Tensor, mask: Tensor) -> Tensor:
-    """Mean of pixel values (B, H, W) over the pixels that count."""
-    counted = mask != IGNORE
+def _mean(pixels: Tensor, counted: Tensor) -> Tensor:
+    """Mean of pixel values (B, H, W) over those that count, (B,)."""
     return torch.where(counted, pixels, 0).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+
+
+# --- segmentation: logits (B, C, H, W) and mask (B, H, W) -> (B,); pixels with IGNORE never count ---
 
 
 def _own(scores: Tensor, mask: Tensor) -> Tensor:
@@ -101,20 +91,20 @@ def _own(scores: Tensor, mask: Tensor) -> Tensor:
 
 def mean_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy."""
-    return _mean(attacks.pixel_cross_entropy(logits, mask)[0], mask)
+    return _mean(attacks.pixel_cross_entropy(logits, mask)[0], mask != IGNORE)
 
 
 def masked_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """SEA's masked cross-entropy: wrong pixels, which have nothing left to lose, weigh nothing."""
     pixel, right = attacks.pixel_cross_entropy(logits, mask)
-    return _mean(pixel * right, mask)
+    return _mean(pixel * right, mask != IGNORE)
 
 
 def balanced_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """SEA's balanced masked cross-entropy: every class of the image weighs the same, however few pixels it has."""
     pixel, right = attacks.pixel_cross_entropy(logits, mask)
-    counts = _own(_counts(mask, logits.shape[1])[..., None, None].expand_as(logits), mask)
-    return _mean(pixel * right / counts.clamp(min=1), mask)
+    sizes = _own(_counts(mask, logits.shape[1])[..., None, None].expand_as(logits), mask)
+    return _mean(pixel * right / sizes.clamp(min=1), mask != IGNORE)
 
 
 def _counts(mask: Tensor, classes: int) -> Tensor:
@@ -130,7 +120,7 @@ def jensen_shannon(logits: Tensor, mask: Tensor) -> Tensor:
     """
     log_p = -attacks.pixel_cross_entropy(logits, mask)[0]
     p = log_p.exp()
-    return _mean(math.log(2) + (p * log_p - (1 + p) * p.log1p()) / 2, mask)
+    return _mean(math.log(2) + (p * log_p - (1 + p) * p.log1p()) / 2, mask != IGNORE)
 
 
 def masked_margin(logits: Tensor, mask: Tensor) -> Tensor:
@@ -140,14 +130,14 @@ def masked_margin(logits: Tensor, mask: Tensor) -> Tensor:
     """
     label = mask.masked_fill(mask == IGNORE, 0)[:, None]
     other = logits.scatter(1, label, -torch.inf).amax(1)
-    return _mean(torch.where(logits.max(1).indices == mask, other - _own(logits, mask), 0), mask)
+    return _mean(torch.where(logits.max(1).indices == mask, other - _own(logits, mask), 0), mask != IGNORE)
 
 
 def cosine_weighted(logits: Tensor, mask: Tensor) -> Tensor:
     """CosPGD: cross-entropy times the cosine of softmax and one-hot truth, which gets no gradient."""
     probability = logits.detach().softmax(1)
     cosine = _own(probability, mask) / torch.linalg.vector_norm(probability, dim=1)
-    return _mean(attacks.pixel_cross_entropy(logits, mask)[0] * cosine, mask)
+    return _mean(attacks.pixel_cross_entropy(logits, mask)[0] * cosine, mask != IGNORE)
 
 
 @torch.no_grad()
@@ -179,24 +169,14 @@ def wrongness(logits: Tensor, mask: Tensor) -> Tensor:
 # --- depth: depths (B, H, W) in metres -> (B,); only pixels with a true depth count ---
 
 
-def _valid_mean(pixels: Tensor, depth: Tensor) -> Tensor:
-    valid = valid_depth(depth)
-    return torch.where(valid, pixels, 0).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)
-
-
 def squared_error(prediction: Tensor, depth: Tensor) -> Tensor:
     """Mean squared error of each image: the metric itself, before its root."""
-    return _valid_mean((prediction - depth) ** 2, depth)
+    return _mean((prediction - depth) ** 2, valid_depth(depth))
 
 
-def farther(prediction: Tensor, depth: Tensor) -> Tensor:
-    """Minus the mean distance of the prediction from the far end of the range."""
-    return -_valid_mean((prediction - MAX_DEPTH).abs(), depth)
-
-
-def nearer(prediction: Tensor, depth: Tensor) -> Tensor:
-    """Minus the mean distance of the prediction from the near end of the range."""
-    return -_valid_mean((prediction - MIN_DEPTH).abs(), depth)
+def towards(prediction: Tensor, depth: Tensor, end: float) -> Tensor:
+    """Minus the mean distance of the prediction from an end of the range."""
+    return -_mean((prediction - end).abs(), valid_depth(depth))
 
 
 LOSSES: dict[str, tuple[Loss, ...]] = {
@@ -204,8 +184,8 @@ LOSSES: dict[str, tuple[Loss, ...]] = {
     "sea": (jensen_shannon, masked_cross_entropy, balanced_cross_entropy, masked_margin),
     "apgd_depth": (depth_loss,),
     "apgd_rmse": (squared_error,),
-    "apgd_far": (farther,),
-    "apgd_near": (nearer,),
+    "apgd_far": (partial(towards, end=MAX_DEPTH),),
+    "apgd_near": (partial(towards, end=MIN_DEPTH),),
 }
 SCORES: dict[str, Loss] = {"segmentation": wrongness, "depth": squared_error}
 TITLES = {

@@ -19,10 +19,8 @@ def run(
     trace: attacks.Trace | None = None,
 ) -> Tensor:  # fmt: skip
     """As attacks.attacked of the kind 'task', but for the direction of its steps; no image leaves early."""
-    loss, start = (
-        attacks.loss_for("task", model, x, target, attack.steps),
-        attacks.random_start(x, attack.eps, ids, seed),
-    )
+    loss = attacks.loss_for("task", model, x, target, attack.steps)
+    start = attacks.random_start(x, attack.eps, ids, seed)
     return attacks.pgd(x, loss, attack, start, precision, trace=trace, direction=accumulated)
 
 
