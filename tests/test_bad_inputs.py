@@ -146,7 +146,7 @@ CASES = {
     "tiny native side": (one(native=4), CHECK, "'encoders.0.native' is 4"),
     "unknown defense": (one(defenses=["trades"]), CHECK, "'encoders.0.defenses.0' is 'trades'"),
     "DeACL file without DeACL": (one(deacl_checkpoint="r.pth"), CHECK, "not the defense deacl"),
-    "no such weights": (one(checkpoint="/not/there.pth"), CHECK, "/not/there.pth does not exist"),
+    "no such weights": (one(checkpoint="/not/there.pth"), CHECK, "/not/there.pth cannot be read (No such file"),
     "empty weights": (weights(b""), CHECK, "w.pth "),
     "weights that are a page": (weights(b"<html>404</html>"), CHECK, "w.pth "),
     "weights with objects": (pickled, CHECK, "could run code"),

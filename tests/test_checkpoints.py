@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import itertools
 import json
 import math
 import re
@@ -194,7 +193,7 @@ def mae(state):
     return {"model": state | decoder, "optimizer": {}, "epoch": 5, "scaler": {}, "args": argparse.Namespace(lr=1.0)}
 
 
-WRAPPED = ["".join(p) for n in (1, 2, 3) for p in itertools.permutations(["module.", "_orig_mod.", "backbone."], n)]
+WRAPPED = ("backbone.", "module.backbone.", "backbone.module._orig_mod.", "_orig_mod.module.backbone.")
 LAYOUTS = [  # where the tensors stand ("": nowhere but in the file itself) is what the origin says
     ("dino", lambda s: s, ""),
     ("dino", lambda s: prefixed(s, "module."), ""),
@@ -205,8 +204,6 @@ LAYOUTS = [  # where the tensors stand ("": nowhere but in the file itself) is w
     ("dinov2", dinov2_official, ""),
     ("dinov2", lambda s: dinov2_official(s, chunks=True), ""),
     ("dinov2", dinov2_training, "model"),
-    *(("dinov2", lambda s, p=p: {"teacher": prefixed(dinov2_official(s), p) | head("dino_head.")}, "teacher")
-      for p in WRAPPED[-3:]),
     ("registers", dinov2_official, ""),
     ("registers", lambda s: s, ""),  # timm's own names
     ("mae", mae, "model"),
@@ -388,11 +385,15 @@ def test_a_classifier_is_ignored_and_half_precision_is_widened():
 
 def test_two_copies_of_the_encoder_are_refused():
     state = made("dino").state_dict() | {"module.cls_token": torch.ones(1, 1, DIM)}
-    with pytest.raises(BadInput, match=r"w.pth holds cls_token twice; save the encoder's state_dict"):
+    with pytest.raises(BadInput, match=r"w.pth is no plain state dict but holds cls_token twice; save the model's"):
         checkpoints.recognise(state, Path("w.pth"))
 
 
 # --- files that cannot be read ---
+
+
+def _read(path):
+    return checkpoints.recognise(checkpoints.read(path), path)[0]
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
@@ -402,26 +403,30 @@ def test_truncated_weight_files_are_refused(tmp_path, suffix, share):
     torch.save(_planted_state(), path)
     data = save(_planted_state()) if suffix == "safetensors" else path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(BadInput, match=rf"w\.{suffix} cannot be read .*; fetch (it again|or make)"):
-        checkpoints.read_weights(path)
+    with pytest.raises(BadInput, match=rf"w\.{suffix} cannot be read .*fetch (it again|or make)"):
+        checkpoints.read(path)
 
 
-@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>", b"{'a'}: {}"])
-def test_what_is_no_weight_file_is_to_be_fetched_again(tmp_path, content):
-    (tmp_path / "w.pth").write_bytes(content)
-    with pytest.raises(
-        BadInput, match=r"w\.pth cannot be read \(\w+: no weight file, or half of one\); fetch it again"
-    ):
-        checkpoints.read_weights(tmp_path / "w.pth")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "no weight file, or half of one"),
+        (b"<!DOCTYPE html>", "no weight file, or half of one"),
+        (b"{'a'}: {}", "no weight file, or half of one"), (None, "No such file"),
+    ],
+)  # fmt: skip
+def test_what_is_no_weight_file_is_to_be_fetched_again(tmp_path, content, words):
+    if content:
+        (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(BadInput, match=rf"w\.pth cannot be read \({words}.*\); correct the path or fetch it again"):
+        checkpoints.read(tmp_path / "w.pth")
 
 
 def test_formats_are_known_by_content_not_by_name(tmp_path):
     save_file(_planted_state(), tmp_path / "w.pth")
     torch.save(_planted_state(), tmp_path / "w.safetensors")
     for path in tmp_path.iterdir():
-        state, origin = checkpoints.recognise(checkpoints.read(path), path)
-        assert origin == "state dict" and state.keys() == _planted_state().keys()
-        assert torch.equal(state["proj.bias"], _planted_state()["proj.bias"])
+        assert torch.equal(_read(path)["proj.bias"], _planted_state()["proj.bias"])
 
 
 class _Code:
@@ -438,8 +443,8 @@ def test_pickled_code_is_refused_and_not_executed(tmp_path, legacy, place):
     code = _Code(tmp_path)
     content = {"proj.bias": code} if place == "weights" else {"state_dict": _planted_state(), "hyper_parameters": code}
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(BadInput, match="w.pth is no plain state dict: it holds tempfile.mkdtemp, which could run"):
-        checkpoints.read_weights(tmp_path / "w.pth")
+    with pytest.raises(BadInput, match="w.pth is no plain state dict but holds tempfile.mkdtemp, which could run"):
+        checkpoints.read(tmp_path / "w.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
 
 
@@ -454,34 +459,27 @@ def test_options_are_left_unread_not_imported(tmp_path, option):
     torch.save(lightning(_planted_state()) | {"args": OPTIONS[option]}, tmp_path / "w.ckpt")
     read = checkpoints.read(tmp_path / "w.ckpt")
     assert isinstance(read["hyper_parameters"]["attack"], checkpoints.Unread)
-    assert torch.equal(checkpoints.read_weights(tmp_path / "w.ckpt")["proj.bias"], _planted_state()["proj.bias"])
+    assert torch.equal(_read(tmp_path / "w.ckpt")["proj.bias"], _planted_state()["proj.bias"])
 
 
 def test_files_from_before_pytorch_1_6_are_read(tmp_path):
     torch.save({"state_dict": _planted_state(), "epoch": 3}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
-    assert torch.equal(checkpoints.read_weights(tmp_path / "w.pth")["proj.bias"], _planted_state()["proj.bias"])
+    assert torch.equal(_read(tmp_path / "w.pth")["proj.bias"], _planted_state()["proj.bias"])
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([torch.zeros(1)], "no plain state dict but a list"),
-        ({}, "it holds nothing; save the model's state_dict"),
-        ({"epoch": 3, "loss": 0.5}, "it holds epoch, loss; save"),
-        ({"model": {"module": {"a": torch.zeros(1)}}}, "it holds model; save"),
+        ([torch.zeros(1)], "a list"),
+        ({}, "nothing"),
+        ({"epoch": 3, "loss": 0.5}, "epoch, loss"),
+        ({"model": {"module": {"a": torch.zeros(1)}}}, "model"),
     ],
 )
 def test_files_of_something_else_are_refused(tmp_path, content, words):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(BadInput, match=f"w.pth is .*{words}"):
-        checkpoints.read_weights(tmp_path / "w.pth")
-
-
-def test_files_that_cannot_be_opened_say_why(tmp_path):
-    (tmp_path / "folder").mkdir()
-    for place, words in (("gone.pth", "does not exist; correct the path"), ("folder", r"cannot be read \(Is a dir")):
-        with pytest.raises(BadInput, match=f"{place} {words}"):
-            checkpoints.read_weights(tmp_path / place)
+    with pytest.raises(BadInput, match=f"w.pth is no plain state dict but holds {words}; save the model's"):
+        _read(tmp_path / "w.pth")
 
 
 def test_one_rule_says_where_a_file_lies(root, monkeypatch):
@@ -490,8 +488,6 @@ def test_one_rule_says_where_a_file_lies(root, monkeypatch):
     assert checkpoints.locate("/a/w.pth", "/data") == Path("/a/w.pth")
     assert checkpoints.locate("weights/w.pth", "/data") == Path("/data/weights/w.pth")
     assert checkpoints.locate("weights/w.pth", "~/data") == root / "home" / "data" / "weights" / "w.pth"
-    with pytest.raises(BadInput, match="~nobody_here/w.pth lies in the home folder of nobody here; write the whole"):
-        checkpoints.locate("~nobody_here/w.pth")
 
 
 def test_paths_mean_the_same_for_both_checkpoints_from_every_folder(root, small, monkeypatch):
@@ -511,8 +507,10 @@ def test_paths_mean_the_same_for_both_checkpoints_from_every_folder(root, small,
             assert [v[2] for v in finetuning.variants(row, "x")] == [None, where]
             assert encoders.load(row).hash == encoders.load(row, weights=where).hash
         bad = check(profile="x", encoders=[both | {"checkpoint": "~nobody_here/w", "deacl_checkpoint": "w.pth"}])
-        problems = encoders.check(bad)
-        assert "nobody here" in problems[0] and f"{root / 'w.pth'} does not exist" in problems[1] and len(problems) == 2
+        assert [
+            f"{root / file} cannot be read" in said
+            for file, said in zip(("~nobody_here/w", "w.pth"), encoders.check(bad), strict=True)
+        ] == [True] * 2
 
 
 # --- what no model can compute with ---
@@ -520,18 +518,12 @@ def test_paths_mean_the_same_for_both_checkpoints_from_every_folder(root, small,
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "change",
-    [
-        lambda v: v.to_sparse(), lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), lambda v: v.to("meta"),
-        lambda v: v.char(), lambda v: v + 0j, lambda v: v * math.nan, lambda v: v.double() * 1e300,
-    ],
-)  # fmt: skip
+    "change", [lambda v: v.char(), lambda v: v + 0j, lambda v: v * math.nan, lambda v: v.double() * 1e300]
+)
 def test_tensors_without_usable_numbers_are_named(change, small, tmp_path):
     state = made("dino").state_dict()
     torch.save(state | {"norm.weight": change(state["norm.weight"])}, tmp_path / "w.pth")
-    with pytest.raises(
-        BadInput, match=r"dino \(w.pth\) holds no finite plain numbers in norm.weight; fetch or make it"
-    ):
+    with pytest.raises(BadInput, match=r"dino \(w.pth\) holds no finite plain numbers in norm.weight; fetch or make"):
         encoders.load(EncoderRow(name="dino", checkpoint="w.pth"), str(tmp_path))
 
 

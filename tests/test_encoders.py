@@ -255,7 +255,7 @@ def test_known_names_stand_for_models_that_timm_has(name, known):
     ("row", "words"),
     [
         ({"name": "e"}, "'e': timm has no model 'e'; take one of .*KNOWN: embedded_vit, dinov2_vits14"),
-        ({"timm": "embedded_vit", "checkpoint": "gone.safetensors"}, "data/gone.safetensors does not exist"),
+        ({"timm": "embedded_vit", "checkpoint": "gone.safetensors"}, "data/gone.safetensors cannot be read"),
         ({"timm": "vit_tiny_patch61"}, "'e': timm has no model 'vit_tiny_patch61'"),
         ({"timm": "resnet50.nothing"}, "'e': timm has no model 'resnet50.nothing'"),
         (

@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_robust.embedded import pretrain
 from ssl_robust.embedded.backbone import WEIGHTS as EMBEDDED_WEIGHTS
 from ssl_robust.embedded.backbone import embedded_backbone
-from ssl_robust.formats.checkpoints import load_weights, read_weights
+from ssl_robust.formats.checkpoints import load_weights, read, recognise
 from ssl_robust.settings import BadInput
 
 
@@ -185,14 +185,14 @@ def test_saved_weights_load_into_the_backbone(tmp_path: Path) -> None:
     source, target = pretrain.random_backbone(1), embedded_backbone()
     path = tmp_path / "weights.safetensors"
     assert pretrain.save_weights(source, path, objective="none") == path.stat().st_size
-    load_weights(target, read_weights(path), "test")
+    load_weights(target, recognise(read(path), path)[0], "test")
     assert torch.allclose(target.cls_token, source.cls_token, atol=1e-3)
     assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
 
 
 def test_shipped_weights_are_small_half_precision_and_say_what_they_are() -> None:
     assert EMBEDDED_WEIGHTS.stat().st_size <= 12 * 2**20
-    state = read_weights(EMBEDDED_WEIGHTS)
+    state, _ = recognise(read(EMBEDDED_WEIGHTS), EMBEDDED_WEIGHTS)
     load_weights(embedded_backbone(), state, "the embedded encoder")
     assert {t.dtype for t in state.values()} == {torch.float16}
     with safe_open(EMBEDDED_WEIGHTS, "pt") as file:

@@ -1,6 +1,7 @@
 """Weight files: read without executing code, brought to timm's names; every tensor of the encoder's must fit."""
 
 import json
+import os
 import pickle
 import re
 from collections import OrderedDict
@@ -62,14 +63,9 @@ class UnreadDict:
 
 
 def locate(file: str, data_root: str = "") -> Path:
-    """Where a row's weight file lies: ~ is the home folder, relative paths start in the data folder, else the project.
-
-    BadInput for the home of an unknown user.
-    """
-    try:
-        return (Path(data_root).expanduser() if data_root else records.ROOT) / Path(file).expanduser()
-    except RuntimeError:
-        raise BadInput(f"The checkpoint {file} lies in the home folder of nobody here; write the whole path.") from None
+    """Where a row's weight file lies: relative paths start in the data folder, else the project; ~ is the home."""
+    home = os.path.expanduser(data_root) or records.ROOT
+    return home / Path(os.path.expanduser(file))  # that of nobody stays as it is
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -83,15 +79,16 @@ def read(path: Path) -> dict[str, Any]:
         content = _safetensors(path) if safetensors else _torch_load(path)
     except BadInput:
         raise
-    except FileNotFoundError:
-        place = "relative ones start in the data folder, else in the project's"
-        raise BadInput(f"The checkpoint {path} does not exist; correct the path ({place}).") from None
     except Exception as error:  # a damaged file raises whatever it leads to
-        why = getattr(error, "strerror", None) or f"{type(error).__name__}: no weight file, or half of one"
-        raise BadInput(f"The checkpoint {path} cannot be read ({why}); fetch it again.") from None
+        why = getattr(error, "strerror", None) or "no weight file, or half of one"
+        raise BadInput(f"The checkpoint {path} cannot be read ({why}); correct the path or fetch it again.") from None
     if not isinstance(content, dict):
-        raise BadInput(f"The checkpoint {path} is no plain state dict but a {type(content).__name__}; save one.")
+        raise _other(path, f"a {type(content).__name__}")
     return content
+
+
+def _other(path: Path, what: str) -> BadInput:
+    return BadInput(f"The checkpoint {path} is no plain state dict but holds {what}; save the model's state_dict().")
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -115,13 +112,7 @@ def _torch_load(path: Path) -> Any:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if not foreign:
             raise
-    what = f"it holds {foreign[1]}, which could run code"
-    raise BadInput(f"The checkpoint {path} is no plain state dict: {what}; save the model's state_dict() alone.")
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The encoder's tensors in a weight file under timm's names; BadInput if it is damaged or holds none."""
-    return recognise(read(path), path)[0]
+    raise _other(path, f"{foreign[1]}, which could run code")
 
 
 def recognise(content: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], str]:
@@ -133,8 +124,7 @@ def recognise(content: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], s
         tensors = content.get(entry) if entry else content
         if isinstance(tensors, dict) and any(isinstance(value, Tensor) for value in tensors.values()):
             return timm_names(_unwrapped(tensors, path)), f"state dict in '{entry}'" if entry else "state dict"
-    entries = ", ".join(sorted(map(str, content))[:5]) or "nothing"
-    raise BadInput(f"The checkpoint {path} is no plain state dict: it holds {entries}; save the model's state_dict().")
+    raise _other(path, ", ".join(sorted(map(str, content))[:5]) or "nothing")
 
 
 def _unwrapped(tensors: dict[str, Any], path: Path) -> dict[str, Tensor]:
@@ -146,7 +136,7 @@ def _unwrapped(tensors: dict[str, Any], path: Path) -> dict[str, Tensor]:
             continue
         name = BEFORE.sub("", INSIDE.sub("", key), count=1)
         if name in state:
-            raise BadInput(f"The checkpoint {path} holds {name} twice; save the encoder's state_dict() alone.")
+            raise _other(path, f"{name} twice")
         state[name] = value
     return state
 
@@ -202,7 +192,8 @@ def load_weights(backbone: nn.Module, state: dict[str, Tensor], what: str) -> No
     """
     own = backbone.state_dict()
     counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
-    state = counters | {k: v for k, v in state.items() if k in own or not _without_effect(k, v)}
+    beside = [k for k, v in state.items() if BESIDE.match(k) or (k.endswith("bias") and not v.any())]
+    state = counters | {k: v for k, v in state.items() if k in own or k not in beside}
     wrong = [f"missing {k}" for k in own.keys() - state.keys()] + [f"left over {k}" for k in state.keys() - own.keys()]
     shapes = {k: (tuple(state[k].shape), tuple(own[k].shape)) for k in own.keys() & state.keys()}
     wrong += [f"{k} has shape {given}, not {wanted}" for k, (given, wanted) in shapes.items() if given != wanted]
@@ -211,17 +202,7 @@ def load_weights(backbone: nn.Module, state: dict[str, Tensor], what: str) -> No
         listed = "; ".join(sorted(wrong)[:LISTED]) + more
         raise BadInput(f"The checkpoint does not fit {what}: {listed}; name as timm the model it was made for.")
     for key, value in state.items():
-        if not _finite(value):
+        kind = value.is_floating_point() or value.dtype == torch.int64  # counters
+        if not kind or not value.float().isfinite().all():
             raise BadInput(f"The checkpoint of {what} holds no finite plain numbers in {key}; fetch or make it again.")
     backbone.load_state_dict(state)
-
-
-def _without_effect(key: str, value: Tensor) -> bool:
-    return bool(BESIDE.match(key)) or (key.endswith("bias") and not value.any())
-
-
-def _finite(value: Tensor) -> bool:
-    """Whether a weight can be computed with: floating-point numbers (counters: whole ones), in fp32 finite."""
-    kind = value.is_floating_point() or value.dtype == torch.int64
-    plain = kind and value.layout is torch.strided and not value.is_meta
-    return plain and bool(value.float().isfinite().all())
