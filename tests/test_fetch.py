@@ -191,9 +191,9 @@ def test_an_archive_appears_only_when_it_is_whole(tmp_path, suffix, monkeypatch)
 
 
 def _unreadable_zips():
-    """Zip archives whose only file is locked, packed in an unknown way, or damaged inside."""
+    """Zip archives whose only file is locked, or damaged inside."""
     whole = trees.zipped("base/inner/a.png", b"ssl" * 1000)
-    return trees.locked(whole), trees.packed_otherwise(whole), trees.damaged_inside(whole)
+    return trees.locked(whole), trees.damaged_inside(whole)
 
 
 def test_archives_cannot_write_elsewhere(tmp_path):
