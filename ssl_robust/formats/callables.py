@@ -3,7 +3,7 @@
 import glob
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -32,17 +32,15 @@ class Own(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         """What the callable gives; BadInput unless it is cls (B, D) and patches (B, D, h, w), on `grid` if given."""
         given = self.function(x)
-        both = tuple(given) if isinstance(given, tuple | list) else (given,)
+        both = given if isinstance(given, tuple | list) else (given,)
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in both]
         patches = shapes[-1]
         right = [len(s) for s in shapes] == [2, 4] and shapes[0] == patches[:2] and patches[0] == len(x)
         if not right or (grid and patches[2:] != grid):
-            wanted = f"(B, D) and (B, D, {grid[0]}, {grid[1]})" if grid else "(B, D) and (B, D, h, w)"
-            raise BadInput(
-                f"{self.call} must give cls and patches of shapes {wanted} but gives {' and '.join(map(str, shapes))} "
-                f"for images {tuple(x.shape)}; correct it."
-            )
-        return given
+            wanted = "(B, D) and (B, D, {}, {})".format(*(grid or "hw"))
+            said = f"{' and '.join(map(str, shapes))} for images {tuple(x.shape)}"
+            raise BadInput(f"{self.call} must give cls and patches of shapes {wanted} but gives {said}; correct it.")
+        return tuple(given)
 
 
 def find(row: EncoderRow) -> Own:
@@ -96,36 +94,29 @@ def measure(row: EncoderRow, own: Own, mean: Tensor, std: Tensor, native: int) -
     Raises BadInput if it fails, its tokens fit no grid or are no numbers, the image gets no gradient, or its answer
     about an image varies or depends on the other images.
     """
-
-    def refusal(problem: str) -> BadInput:
-        return BadInput(f"Encoder '{row.name}': {row.call} {problem}.")
-
+    who = f"Encoder '{row.name}': "
     x = torch.rand(2, 3, native, native, generator=torch.Generator().manual_seed(0)).requires_grad_()
     try:
         given = own((x - mean) / std)
         steady = _steady(own, (x - mean) / std, given)
     except BadInput as problem:
-        raise BadInput(f"Encoder '{row.name}': {problem}") from None
+        raise BadInput(f"{who}{problem}") from None
     except Exception as error:
-        raise refusal(f"fails on images {tuple(x.shape)} ({_line(error)}); correct it") from None
-    if not all(t.isfinite().all() for t in given):
-        raise refusal("gives tokens that are NaN or infinite; correct it or its weights")
-    if not all(_has_gradient(t, x) for t in given):
-        raise refusal(
-            "gives cls or patches without a gradient of the image, so no attack could find anything; use "
-            "differentiable torch operations without no_grad or detach"
-        )
-    if not steady:
-        raise refusal(
-            "gives other tokens when asked again, or among other images; put its modules into eval mode and compute "
-            "nothing at random or across the batch"
-        )
+        said = f"fails on images {tuple(x.shape)} ({_line(error)})"
+        raise BadInput(f"{who}{row.call} {said}; correct it.") from None
     down, across = given[1].shape[2:]
-    if down != across or not down or native % down:
-        raise refusal(
-            f"gives {down} x {across} patch tokens for {native} x {native} px; give a square grid whose side divides "
-            f"the native size, or set native"
-        )
+    needed = {
+        "gives tokens that are NaN or infinite; correct it or its weights": all(t.isfinite().all() for t in given),
+        "gives cls or patches without a gradient of the image; use differentiable torch operations without no_grad "
+        "or detach": all(_has_gradient(t, x) for t in given),
+        "gives other tokens when asked again, or among other images; put its modules into eval mode and compute "
+        "nothing at random or across the batch": steady,
+        f"gives {down} x {across} patch tokens for {native} x {native} px; give a square grid whose side divides the "
+        "native size, or set native": down == across and down > 0 and native % down == 0,
+    }
+    for problem, fine in needed.items():
+        if not fine:
+            raise BadInput(f"{who}{row.call} {problem}.")
     patch = native // down
     own.computes = identity(row.name, (*given, *_elsewhere(own, native + patch, native + 2 * patch)))
     return patch, given[1].shape[1]
@@ -135,7 +126,7 @@ def measure(row: EncoderRow, own: Own, mean: Tensor, std: Tensor, native: int) -
 def _steady(own: Own, x: Tensor, given: tuple[Tensor, Tensor]) -> bool:
     """Whether a callable answers the same when asked again, twice, and about an image alone."""
     again = [(slice(0, 2), REPEATED), (slice(0, 2), REPEATED), (slice(0, 1), BATCHED), (slice(1, 2), BATCHED)]
-    return all(_alike(own(x[part]), tuple(t[part] for t in given), share) for part, share in again)
+    return all(_alike(own(x[part]), [t[part] for t in given], share) for part, share in again)
 
 
 @torch.no_grad()
@@ -157,14 +148,16 @@ def identity(name: str, given: tuple[Tensor, ...]) -> str:
     for path in sorted(folder.glob(f"{glob.escape(name)}__*.safetensors")):
         with suppress(BadInput):
             before = records.read_tensors(path)[0]
-            same = {k: t.shape for k, t in before.items()} == {k: t.shape for k, t in tokens.items()}
-            if same and _alike(tuple(before[k] for k in tokens), tuple(tokens.values()), REPEATED):
+            if _alike([before[k] for k in sorted(before)], list(tokens.values()), REPEATED):
                 return path.stem.rpartition("__")[2]
     records.write_tensors(tokens, {}, folder / f"{name}__{new}.safetensors")
     return new
 
 
-def _alike(some: tuple[Tensor, ...], others: tuple[Tensor, ...], share: float) -> bool:
+def _alike(some: Sequence[Tensor], others: Sequence[Tensor], share: float) -> bool:
+    """Whether tensors have the same shapes, and values that differ by no more than a share of the largest."""
+    if [a.shape for a in some] != [b.shape for b in others]:
+        return False
     return all(bool((a - b).abs().max() <= share * b.abs().max()) for a, b in zip(some, others, strict=True))
 
 
