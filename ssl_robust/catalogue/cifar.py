@@ -48,12 +48,7 @@ CIFAR = {  # what is fetched, key of the labels, MD5 of each file
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles plain Python values and numpy arrays; whatever else a pickle may name is refused, never executed."""
 
-    KNOWN = {
-        "_reconstruct": np.empty(0).__reduce__()[0],
-        "ndarray": np.ndarray,
-        "dtype": np.dtype,
-        "encode": codecs.encode,
-    }
+    KNOWN = {f.__name__: f for f in (np.empty(0).__reduce__()[0], np.ndarray, np.dtype, codecs.encode)}
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] in ("numpy", "_codecs") and name in self.KNOWN:

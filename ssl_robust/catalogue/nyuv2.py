@@ -1,6 +1,5 @@
 """NYU-Depth-v2: tar archives of its 47,584 training images, or the labelled .mat with its splits."""
 
-import re
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -54,7 +53,7 @@ def _tar_index(path: Path) -> dict[str, tuple[int, int]]:
     """Offset and size of each HDF5 file in an archive that is not compressed."""
     try:
         with tarfile.open(path, "r:") as archive:
-            members = [m for m in archive if m.isfile() and re.search(r"(^|/)[^./][^/]*\.h5$", m.name)]
+            members = [m for m in archive if m.isfile() and m.name.endswith(".h5")]
     except (tarfile.TarError, OSError):
         raise damaged(path) from None
     return {m.name.removeprefix("./"): (m.offset_data, m.size) for m in members}

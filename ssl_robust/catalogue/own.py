@@ -34,16 +34,10 @@ def class_folders(home: Path) -> list[str]:
 
 
 def image_folder(name: str, root: Path, task: str, split: str, n: int) -> list[Item]:
-    """Images of each class folder; BadInput for one without images."""
+    """Images of each class folder."""
     part = root / name / ("train" if split == "train" else _held_out(root / name))
-    found = []
-    for label, class_name in enumerate(class_folders(root / name)):
-        files = pictures(part / class_name)
-        if not files:
-            place = f"{name}/{part.name}/{class_name}"
-            raise BadInput(f"The class folder {place} holds no images; fill it, or remove it everywhere.")
-        found += [Item(str(p.relative_to(root)), p, label) for p in files]
-    return found
+    labelled = enumerate(part / folder for folder in class_folders(root / name))
+    return [Item(str(p.relative_to(root)), p, label) for label, folder in labelled for p in pictures(folder)]
 
 
 def _map_folder(name: str, root: Path, task: str, split: str, n: int) -> list[Item]:
