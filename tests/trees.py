@@ -71,6 +71,10 @@ def cifar(root, name="cifar10", count=4):
         (root / folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class{i}" for i in range(100)]}))
 
 
+def cifar100(root):
+    cifar(root, "cifar100")
+
+
 def stl10(root, count=5):
     """Image i is i everywhere in red, row numbers in green, column numbers in blue; columns first, labels from 1."""
     home = root / "stl10_binary"
@@ -202,6 +206,10 @@ def tiny_imagenet(root, zipped=False):
         _into_zip(home)
 
 
+def tiny_zipped(root):
+    tiny_imagenet(root, zipped=True)
+
+
 def _into_zip(home):
     files = [p for p in home.rglob("*") if p.is_file()]
     with zipfile.ZipFile(home / "tiny-imagenet-200.zip", "w") as archive:
@@ -220,15 +228,11 @@ def zipped(name, content):
     return buffer.getvalue()
 
 
-def _changed(whole, offset, values):
-    """A zip archive of one file with other bytes at these offsets in the header of the file and in the directory."""
-    content, directory = bytearray(whole), whole.index(b"PK\1\2")
-    content[offset], content[directory + offset + 2] = values
-    return bytes(content)
-
-
 def locked(whole):
-    return _changed(whole, 6, (1, 1))
+    """A zip archive of one file that says it is encrypted, in the header of the file and in the directory."""
+    content, directory = bytearray(whole), whole.index(b"PK\1\2")
+    content[6] = content[directory + 8] = 1
+    return bytes(content)
 
 
 def damaged_inside(whole):
@@ -255,6 +259,10 @@ def depth_folder(root, name="sevenscenes", scale=1000):
             depth[0], depth[1] = 0, 65535
             stored(root / name / "depth" / split / f"{i}.png", depth)
     (root / name / "meta.json").write_text(json.dumps({"depth_scale": scale}))
+
+
+def rooms(root):
+    depth_folder(root, "rooms")
 
 
 def flat_folder(root, name="imagenet_samples"):

@@ -38,10 +38,9 @@ def _nyuv2(root: Path, task: str, split: str, n: int) -> list[Item]:
 
 
 def _nyu_archives(home: Path, split: str) -> list[Item]:
-    """The pairs in train-000000.tar .. or val-000000.tar .., not unpacked; of archives of one name, one."""
-    files = {f.name: f for f in home.rglob("train-*.tar" if split == "train" else "val-*.tar")}
+    """The pairs in train-000000.tar .. or val-000000.tar .., not unpacked."""
     found = []
-    for _, file in sorted(files.items()):
+    for file in sorted(home.rglob("train-*.tar" if split == "train" else "val-*.tar")):
         for member, place in _tar_index(file).items():
             pair = [Part(_nyu_pair, file, (array, *place)) for array in ("rgb", "depth")]
             found.append(Item(f"nyuv2/{file.stem}/{member}", *pair))
@@ -114,8 +113,6 @@ def _nyu_labelled(home: Path, split: str) -> list[Item]:
     if not mat.is_file():
         return []
     rows = _nyu_split(home / "splits.mat", split)
-    if max(rows) >= len(_hdf5(mat)["images"]):
-        raise damaged(mat)
     return [Item(f"nyuv2/{i}", Part(_nyu_image, mat, i), Part(_nyu_depth, mat, i)) for i in rows]
 
 

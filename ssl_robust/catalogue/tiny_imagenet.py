@@ -43,7 +43,7 @@ def _text(files: dict[str, Path | Part], name: str) -> str:
         return text_of(file)
     try:
         return text_of(file.file, _zip(file.file).read(file.key))
-    except (RuntimeError, zipfile.BadZipFile, zlib.error):  # locked, damaged
+    except (zipfile.BadZipFile, zlib.error):
         raise damaged(file.file) from None
 
 
