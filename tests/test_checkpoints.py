@@ -85,21 +85,15 @@ def prefixed(state, prefix):
     return {prefix + key: value for key, value in state.items()}
 
 
-def head(prefix):
-    keys = ("mlp.0.weight", "mlp.0.bias", "last_layer.weight_g", "last_layer.weight_v")
-    return {f"{prefix}{key}": torch.ones(2) for key in keys}
+def held(prefix, entry="", other="", beside=(), **more):
+    """A file of tensors under `entry`, after `prefix`; another copy of them after `other`, and what is beside."""
 
+    def layout(state):
+        copy = {other + key: torch.ones_like(value) for key, value in state.items() if other}
+        tensors = prefixed(state, prefix) | copy | {key: torch.ones(2) for key in beside}
+        return {entry: tensors, **more} if entry else tensors
 
-def dino_training(state):
-    """As written by DINO's training script: the teacher is what is published."""
-    other = made("dino", 1).state_dict()
-    options = argparse.Namespace(arch="vit_base", lr=0.0005, momentum_teacher=np.float64(0.996))
-    return {
-        "student": prefixed(other, "module.backbone.") | head("module.head."),
-        "teacher": prefixed(state, "backbone.") | head("head."),
-        "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": np.float64(0.1)}]},
-        "epoch": 100, "args": options, "dino_loss": {"center": torch.zeros(1, 5)},
-    }  # fmt: skip
+    return layout
 
 
 def dinov2_official(state, chunks=False):
@@ -131,10 +125,9 @@ def dinov3_official(state):
 
 
 def dinov2_training(state):
-    teacher = prefixed(dinov2_official(state, chunks=True), "teacher.backbone.")
-    student = prefixed(dinov2_official(made("dinov2", 1).state_dict()), "student.backbone.")
-    heads = head("teacher.dino_head.") | head("teacher.ibot_head.") | head("student.dino_head.")
-    return {"model": {**student, **teacher, **heads, "dino_loss.center": torch.zeros(2)}, "iteration": 12499}
+    heads = ("teacher.dino_head.mlp.0.weight", "student.ibot_head.last_layer.weight_g", "dino_loss.center")
+    layout = held("teacher.backbone.", "model", "student.backbone.", heads, iteration=12499)
+    return layout(dinov2_official(state, chunks=True))
 
 
 def lightning(state):
@@ -146,37 +139,9 @@ def lightning(state):
     }  # fmt: skip
 
 
-def deacl(prefix):
-    def layout(state):
-        teacher = prefixed(made("dino", 1).state_dict(), f"momentum_{prefix}")
-        return lightning(prefixed(state, prefix) | teacher | head("projector."))
-
-    return layout
-
-
-def solo(prefix, predictor):
-    def layout(state):
-        momentum = prefixed(made("resnet", 1).state_dict(), f"momentum_{prefix}")
-        others = {"projector.0.weight": torch.ones(2), "classifier.bias": torch.ones(2), "queue_ptr": torch.ones(1)}
-        others |= {f"{prefix}layer1.total_ops": torch.ones(1)}
-        others |= {"predictor.0.weight": torch.ones(2)} if predictor else {}
-        return lightning(prefixed(state, prefix) | others | momentum)
-
-    return layout
-
-
-def simsiam(state):
-    fc = {"module.encoder.fc.0.weight": torch.ones(2), "module.predictor.0.weight": torch.ones(2)}
-    return {"epoch": 100, "arch": "resnet50", "state_dict": prefixed(state, "module.encoder.") | fc, "optimizer": {}}
-
-
-def moco(encoder, other):
-    def layout(state):
-        rest = prefixed(made("resnet", 1).state_dict(), f"module.{other}.") | {"module.queue_ptr": torch.ones(1)}
-        fc = {f"module.{encoder}.fc.0.weight": torch.ones(2), "module.predictor.0.weight": torch.ones(2)}
-        return {"epoch": 200, "state_dict": prefixed(state, f"module.{encoder}.") | rest | fc}
-
-    return layout
+def of_lightning(*names):
+    """The same as held, as Lightning writes it."""
+    return lambda state: lightning(held(*names)(state))
 
 
 def compiled_parts(state):
@@ -184,42 +149,40 @@ def compiled_parts(state):
     return {re.sub(r"^blocks\.(\d)", r"blocks.\1._orig_mod._checkpoint_wrapped_module", k): v for k, v in state.items()}
 
 
-def mae(state):
-    decoder = {
-        "mask_token": torch.ones(1, 1, 8),
-        "decoder_pos_embed": torch.ones(1, 8),
-        "decoder_blocks.0.a": torch.ones(1),
-    }
-    return {"model": state | decoder, "optimizer": {}, "epoch": 5, "scaler": {}, "args": argparse.Namespace(lr=1.0)}
-
-
+DINO = {
+    "args": argparse.Namespace(arch="vit_base", momentum_teacher=np.float64(0.996)), "epoch": 100,
+    "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": np.float64(0.1)}]},
+    "dino_loss": {"center": torch.zeros(1, 5)}, "student": {"module.backbone.cls_token": torch.ones(1, 1, DIM)},
+}  # fmt: skip
+HEAD = ("head.mlp.0.weight", "head.last_layer.weight_v")
+SOLO = ("projector.0.weight", "classifier.bias", "queue_ptr", "backbone.layer1.total_ops", "predictor.0.weight")
+MAE = ("mask_token", "decoder_pos_embed", "decoder_blocks.0.a")
 WRAPPED = ("backbone.", "module.backbone.", "backbone.module._orig_mod.", "_orig_mod.module.backbone.")
 LAYOUTS = [  # where the tensors stand ("": nowhere but in the file itself) is what the origin says
-    ("dino", lambda s: s, ""),
-    ("dino", lambda s: prefixed(s, "module."), ""),
+    ("dino", held(""), ""),
+    ("dino", held("module."), ""),
     ("dino", compiled_parts, ""),
-    ("dino", dino_training, "teacher"),
-    ("dino", lambda s: {"student": prefixed(s, "module.backbone.") | head("module.head.")}, "student"),
-    *(("dino", lambda s, p=p: {"teacher": prefixed(s, p) | head("head.")}, "teacher") for p in WRAPPED),
+    ("dino", held("backbone.", "teacher", "", HEAD, **DINO), "teacher"),  # which is what DINO publishes
+    ("dino", held("module.backbone.", "student", "", HEAD), "student"),
+    *(("dino", held(prefix, "teacher", "", HEAD), "teacher") for prefix in WRAPPED),
     ("dinov2", dinov2_official, ""),
     ("dinov2", lambda s: dinov2_official(s, chunks=True), ""),
     ("dinov2", dinov2_training, "model"),
     ("registers", dinov2_official, ""),
-    ("registers", lambda s: s, ""),  # timm's own names
-    ("mae", mae, "model"),
-    ("mae", lambda s: {"model": s}, "model"),
-    ("dino", deacl("backbone.encoder."), "state_dict"),
-    ("dino", deacl("backbone.encoder.model."), "state_dict"),
-    ("resnet", solo("backbone.", False), "state_dict"),
-    ("resnet", solo("encoder.", True), "state_dict"),
-    ("resnet", simsiam, "state_dict"),
-    ("resnet", moco("encoder_q", "encoder_k"), "state_dict"),
-    ("resnet", moco("base_encoder", "momentum_encoder"), "state_dict"),
-    ("resnet", lambda s: {"state_dict": prefixed(s, "model.") | {"fc.weight": torch.ones(2)}}, "state_dict"),
+    ("registers", held(""), ""),  # timm's own names
+    ("mae", held("", "model", "", MAE, optimizer={}, scaler={}), "model"),
+    ("dino", of_lightning("backbone.encoder.", "", "momentum_backbone.encoder.", ("projector.a",)), "state_dict"),
+    ("dino", of_lightning("backbone.encoder.model."), "state_dict"),
+    ("resnet", of_lightning("backbone.", "", "momentum_backbone.", SOLO), "state_dict"),
+    ("resnet", of_lightning("encoder.", "", "momentum_encoder.", SOLO), "state_dict"),
+    ("resnet", held("module.encoder.", "state_dict", "", ("module.encoder.fc.0.weight",)), "state_dict"),
+    ("resnet", held("module.encoder_q.", "state_dict", "module.encoder_k.", ("module.queue_ptr",)), "state_dict"),
+    ("resnet", held("module.base_encoder.", "state_dict", "module.momentum_encoder."), "state_dict"),
+    ("resnet", held("model.", "state_dict", "", ("fc.weight",)), "state_dict"),
     ("resnet", lambda s: without(s, "num_batches_tracked"), ""),  # written before there were such counters
-    ("dinov3", lambda s: s, ""),
+    ("dinov3", held(""), ""),
     *((kind, dinov3_official, "") for kind in ("dinov3", "dinov3_bias", "dinov3_swiglu")),
-    ("dinov3", lambda s: {"teacher": prefixed(dinov3_official(s), "backbone.") | head("ibot_head.")}, "teacher"),
+    ("dinov3", lambda s: held("backbone.", "teacher", "", ("ibot_head.a",))(dinov3_official(s)), "teacher"),
 ]  # fmt: skip
 
 
@@ -467,18 +430,16 @@ def test_files_from_before_pytorch_1_6_are_read(tmp_path):
     assert torch.equal(_read(tmp_path / "w.pth")["proj.bias"], _planted_state()["proj.bias"])
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ([torch.zeros(1)], "a list"),
-        ({}, "nothing"),
-        ({"epoch": 3, "loss": 0.5}, "epoch, loss"),
-        ({"model": {"module": {"a": torch.zeros(1)}}}, "model"),
-    ],
-)
-def test_files_of_something_else_are_refused(tmp_path, content, words):
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(BadInput, match=f"w.pth is no plain state dict but holds {words}; save the model's"):
+OTHERS = {
+    "a list": [torch.zeros(1)], "nothing": {}, "epoch, loss": {"epoch": 3, "loss": 0.5},
+    "model": {"model": {"module": {"a": torch.zeros(1)}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_files_of_something_else_are_refused(tmp_path, said):
+    torch.save(OTHERS[said], tmp_path / "w.pth")
+    with pytest.raises(BadInput, match=f"w.pth is no plain state dict but holds {said}; save the model's state_dict"):
         _read(tmp_path / "w.pth")
 
 
@@ -507,10 +468,8 @@ def test_paths_mean_the_same_for_both_checkpoints_from_every_folder(root, small,
             assert [v[2] for v in finetuning.variants(row, "x")] == [None, where]
             assert encoders.load(row).hash == encoders.load(row, weights=where).hash
         bad = check(profile="x", encoders=[both | {"checkpoint": "~nobody_here/w", "deacl_checkpoint": "w.pth"}])
-        assert [
-            f"{root / file} cannot be read" in said
-            for file, said in zip(("~nobody_here/w", "w.pth"), encoders.check(bad), strict=True)
-        ] == [True] * 2
+        first, second = encoders.check(bad)
+        assert f"{root}/~nobody_here/w cannot be read" in first and f"{root}/w.pth cannot be read" in second
 
 
 # --- what no model can compute with ---
