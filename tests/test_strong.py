@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 import sys
 
 import pytest
@@ -58,27 +57,16 @@ def _around_half(margins):
 # --- all of them ---
 
 
-def test_names_serve_as_file_names_and_have_titles():
-    names = [name for task in TASKS for name in NAMES[task]]
-    assert {*names} <= {*attacks.known()} and all(attacks.known()[name].title for name in names)
-    assert all(re.fullmatch(r"[a-z]+(_[a-z]+)?", name) for name in names)
-
-
 @EACH
-def test_budget_and_box_are_exact(task, name):
+def test_budget_and_box_are_exact(task, name, capfd):
     planted, x = model(task), images(3).mul(3).sub(1).clamp(0, 1)  # a third of the pixels at each border
     truth = planted(x).argmax(1) if task == "classification" else target(task, x)
     adv = _run(name, planted, x, truth)
-    assert adv.shape == x.shape and not adv.requires_grad
+    assert adv.shape == x.shape and not adv.requires_grad and capfd.readouterr() == ("", "")
     assert (adv >= (x - 8 / 255).clamp(min=0)).all() and (adv <= (x + 8 / 255).clamp(max=1)).all()
     assert (adv - x).abs().max() == pytest.approx(8 / 255, abs=1e-4) or name == "autoattack"  # the nearest will do
     assert not torch.equal(adv, x)
-
-
-@EACH
-def test_radius_zero_is_clean_bit_for_bit(task, name):
-    x = images(2, 24)
-    assert torch.equal(_run(name, model(task), x, target(task, x), Attack(eps=0.0, steps=2)), x)
+    assert torch.equal(_run(name, planted, x, truth, Attack(eps=0.0, steps=2)), x)  # bit for bit
 
 
 @EACH
@@ -142,12 +130,6 @@ def test_an_attack_of_another_task_is_refused():
     for name in ("sea", "pgd"):
         with pytest.raises(BadInput, match=f"no attack '{name}' on depth; choose one of: clean, embed, task, apgd"):
             _run(name, model("depth"), images(1), None)
-
-
-def test_quiet(capfd):
-    planted, x = model("classification"), images(3)
-    _run("autoattack", planted, x, planted(x).argmax(1))
-    assert capfd.readouterr() == ("", "")
 
 
 # --- what they say of themselves ---
@@ -215,18 +197,6 @@ def test_a_classifier_whose_softmax_is_saturated_falls_as_far_as_it_can():
     assert torch.equal(adv[4:], x[4:])
     for attacked in (adv, attacks.attacked("task", planted, x, truth, _ids(6), Attack(), 0)):
         assert (planted(attacked).argmax(1) != truth).tolist() == [True] * 4 + [False] * 2
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_autoattack_with_three_classes_and_a_saturated_softmax(seed):
-    planted, x = model("classification", seed), images(6)
-    planted.head.linear.weight *= 1e5
-    planted.head.linear.bias *= 1e5
-    truth = planted(x).argmax(1)
-    pgd = attacks.attacked("task", planted, x, truth, _ids(6), Attack(), 0)
-    adv = _run("autoattack", planted, x, truth, SHORT)
-    left = [(planted(images).argmax(1) == truth).sum() for images in (x, pgd, adv)]
-    assert left[0] == 6 > left[1] >= left[2]
 
 
 @pytest.mark.parametrize("name", ["task", *NAMES["segmentation"]])
@@ -354,11 +324,6 @@ def test_the_step_is_halved_where_the_best_has_not_changed():
     assert seen[57:59] == pytest.approx([0.6, 0.5 + 0.75 * 0.05 - 0.25 * 0.1])
 
 
-def test_it_finds_the_peak_that_fixed_steps_jump_over():
-    _, adv = _followed([0.503, 0.52, 0.41], [0.5, 0.5, 0.5], 100)
-    assert adv == pytest.approx([0.503, 0.52, 0.41], abs=1e-3)
-
-
 def _waves(adv, t=0):
     return (60 * adv).sin().flatten(1).sum(1)  # hilly: steps jump over the tops
 
@@ -374,15 +339,6 @@ def test_best_iterate_is_never_worse_than_the_start_or_the_other_iterates():
     assert (_waves(adv) >= _waves(start)).all()
     top = start.clamp(x - 0.2, x + 0.2)
     assert torch.equal(apgd.apgd(x, lambda a, t: -((a - top) ** 2).flatten(1).sum(1), 0.2, 5, start), top)
-
-
-def test_iterates_are_judged_by_the_score_where_there_is_one():
-    x = images(2, low=0.2, high=0.8)
-
-    def loss_fn(adv, t):  # ascends to brighter images, darker ones are judged better
-        return adv.flatten(1).sum(1), -adv.detach().flatten(1).sum(1)
-
-    assert torch.equal(apgd.apgd(x, loss_fn, 0.1, 10), x)
 
 
 def test_a_gradient_that_is_no_number_moves_nothing():
@@ -477,12 +433,6 @@ def test_the_aimed_class_is_the_likeliest_that_the_mask_lacks(scored):
     loss = dense.towards_class(lambda x: x, logits, mask)
     aim = torch.where(mask == IGNORE, mask, torch.tensor([2, 3])[:, None, None])
     assert torch.allclose(loss(logits, mask), -dense.mean_cross_entropy(logits, aim))
-
-
-def test_towards_one_class_makes_every_pixel_wrong():
-    x, _ = _around_half([0.02])
-    planted, mask = brightness_model("segmentation"), torch.ones(1, 16, 16, dtype=torch.uint8)
-    assert (planted(_run("apgd_class", planted, x, mask)).argmax(1) == 0).all()
 
 
 def test_far_and_near_move_the_depth_to_their_sides():
