@@ -272,19 +272,6 @@ def draw_figure1(profile: str) -> "Figure":
     return figure
 
 
-def _flags_of_figure2(records: list[Record]) -> list[str]:
-    """Reasons for the flagged points of Figure 2 that no table shows; the other ones are said to be in the tables."""
-    flagged = [r for r in _drawn(records) if evidence.reasons(r)]
-    if not flagged:
-        return []
-    said = ["Hollow markers are flagged (†): the notes of the tables give the reasons."]
-    for r in (r for r in flagged if r["defense"] not in ("standard", "deacl")):
-        attack = {"clean": "clean", "embed": "EmbedAttack"}.get(r["attack"], TASKS[r["task"]].attack)
-        reasons = "; ".join(unique(reason.rstrip(".") for reason in evidence.reasons(r)))
-        said.append(f"†: {r['dataset']}/{r['encoder']}, {attack} at epoch {r['epoch']}: {reasons}.")
-    return said
-
-
 def captions(profile: str) -> str:
     """What is to be said of flagged (†) panels of Figure 1 and points of Figure 2, as Markdown; '' if nothing is."""
     records = read(profile)[0]
