@@ -373,9 +373,9 @@ def test_truncated_weight_files_are_refused(tmp_path, suffix, share):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\n", "no weight file, or half of one"),
-        (b"<!DOCTYPE html>", "no weight file, or half of one"),
-        (b"{'a'}: {}", "no weight file, or half of one"), (None, "No such file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "half a file, or objects that could run code"),
+        (b"<!DOCTYPE html>", "half a file, or objects that could run code"),
+        (b"{'a'}: {}", "half a file, or objects that could run code"), (None, "No such file"),
     ],
 )  # fmt: skip
 def test_what_is_no_weight_file_is_to_be_fetched_again(tmp_path, content, words):
@@ -401,13 +401,17 @@ class _Code:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("place", ["weights", "options"])
-def test_pickled_code_is_refused_and_not_executed(tmp_path, legacy, place):
+@pytest.mark.parametrize("place", ["weights", "options", "all"])
+def test_pickled_code_is_not_executed(tmp_path, legacy, place):
     code = _Code(tmp_path)
-    content = {"proj.bias": code} if place == "weights" else {"state_dict": _planted_state(), "hyper_parameters": code}
+    content = {"weights": {"proj.bias": code}, "options": {"model": _planted_state(), "args": code}, "all": code}[place]
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(BadInput, match="w.pth is no plain state dict but holds tempfile.mkdtemp, which could run"):
-        checkpoints.read(tmp_path / "w.pth")
+    if place == "options" and not legacy:
+        assert torch.equal(_read(tmp_path / "w.pth")["proj.bias"], _planted_state()["proj.bias"])
+    else:
+        words = "could run code" if legacy else "holds (proj.bias|a single UnreadObject); save the model's state_dict"
+        with pytest.raises(BadInput, match=words):
+            _read(tmp_path / "w.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
 
 
@@ -421,7 +425,7 @@ OPTIONS = {
 def test_options_are_left_unread_not_imported(tmp_path, option):
     torch.save(lightning(_planted_state()) | {"args": OPTIONS[option]}, tmp_path / "w.ckpt")
     read = checkpoints.read(tmp_path / "w.ckpt")
-    assert isinstance(read["hyper_parameters"]["attack"], checkpoints.Unread)
+    assert isinstance(read["hyper_parameters"]["attack"], checkpoints.UnreadObject)
     assert torch.equal(_read(tmp_path / "w.ckpt")["proj.bias"], _planted_state()["proj.bias"])
 
 
@@ -431,7 +435,7 @@ def test_files_from_before_pytorch_1_6_are_read(tmp_path):
 
 
 OTHERS = {
-    "a list": [torch.zeros(1)], "nothing": {}, "epoch, loss": {"epoch": 3, "loss": 0.5},
+    "a single list": [torch.zeros(1)], "nothing": {}, "epoch, loss": {"epoch": 3, "loss": 0.5},
     "model": {"model": {"module": {"a": torch.zeros(1)}}},
 }  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 from collections import OrderedDict
 from contextlib import suppress
@@ -38,15 +37,10 @@ RENAMED = (
     (r"mlp\.w12\.", "mlp.fc1."), (r"mlp\.w1\.", "mlp.fc1_g."), (r"mlp\.w2\.", "mlp.fc1_x."), (r"mlp\.w3\.", "mlp.fc2."),
     (r"^(register|storage)_tokens$", "reg_token"),
 )  # fmt: skip
-# objects of these are options and counters beside the weights; they are not imported but left unread
-UNREAD = re.compile(
-    r"(argparse|omegaconf|hydra|pytorch_lightning|lightning|lightning_fabric|torchmetrics|numpy|typing|enum|datetime|"
-    r"builtins|pathlib)\.|_codecs\.encode$|collections\.(defaultdict|deque)$"
-)
 
 
-class Unread:
-    """Stands for an option or a counter beside the weights: nothing of the object's own class is imported or run."""
+class UnreadObject:
+    """Stands for whatever object lies beside the weights: nothing of its own class is imported or run."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -80,10 +74,10 @@ def read(path: Path) -> dict[str, Any]:
     except BadInput:
         raise
     except Exception as error:  # a damaged file raises whatever it leads to
-        why = getattr(error, "strerror", None) or "no weight file, or half of one"
+        why = getattr(error, "strerror", None) or "half a file, or objects that could run code"
         raise BadInput(f"The checkpoint {path} cannot be read ({why}); correct the path or fetch it again.") from None
     if not isinstance(content, dict):
-        raise _other(path, f"a {type(content).__name__}")
+        raise _other(path, f"a single {type(content).__name__}")
     return content
 
 
@@ -103,16 +97,10 @@ def _torch_load(path: Path) -> Any:
     """torch.load for tensors only; options of training tools beside the weights are left unread."""
     names = []
     with suppress(ValueError):  # a file from before PyTorch 1.6
-        names = [name for name in get_unsafe_globals_in_checkpoint(path) if UNREAD.match(name)]
-    unread = [(UnreadDict if re.search("dict$|Dict", name) else Unread, name) for name in names]
-    try:
-        with safe_globals(unread), path.open("rb") as file:  # given a path, torch goes by its ending
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if not foreign:
-            raise
-    raise _other(path, f"{foreign[1]}, which could run code")
+        names = get_unsafe_globals_in_checkpoint(path)
+    unread = [(UnreadDict if re.search("dict$|Dict", name) else UnreadObject, name) for name in names]
+    with safe_globals(unread), path.open("rb") as file:  # given a path, torch goes by its ending
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def recognise(content: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], str]:
