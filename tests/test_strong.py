@@ -127,9 +127,8 @@ def test_steps_in_bf16_stay_in_the_ball(task, name):
 
 
 def test_an_attack_of_another_task_is_refused():
-    for name in ("sea", "pgd"):
-        with pytest.raises(BadInput, match=f"no attack '{name}' on depth; choose one of: clean, embed, task, apgd"):
-            _run(name, model("depth"), images(1), None)
+    with pytest.raises(BadInput, match="no attack 'sea' on depth; choose one of: clean, embed, task, apgd"):
+        _run("sea", model("depth"), images(1), None)
 
 
 # --- what they say of themselves ---
