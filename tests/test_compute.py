@@ -89,7 +89,10 @@ def test_a_batch_fills_the_device_unless_a_number_is_given():
     assert compute.batch_for(257, "cuda") > compute.batch_for(257, "cpu")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("[..] DefaultCPUAllocator: can't allocate memory: you tried")])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("x"), RuntimeError("[..] DefaultCPUAllocator: can't allocate memory: you tried")],
+)
 def test_parts_are_halved_when_memory_runs_out(error):
     data, tried = torch.arange(11), []
 

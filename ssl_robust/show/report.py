@@ -5,12 +5,10 @@
 
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from safetensors import SafetensorError, safe_open
 
 from .. import records as disk
 from ..progress import any_terminal
@@ -19,17 +17,7 @@ from ..tasks import TASKS
 from ..trust import claims, evidence, paired
 from ..trust.evidence import read_skipped as read_skipped
 from . import committed, layout
-from .tables import (
-    ATTACKS,
-    comparison,
-    csv,
-    daggers,
-    effect_rows,
-    in_order,
-    table,
-    table_files,
-    unique,
-)
+from .tables import ATTACKS, DEFENSE, comparison, csv, effect_rows, in_order, table, table_files, unique
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -38,7 +26,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 FIG2_COLUMNS = ["task", "dataset", "epoch", "attack", "metric", "value", "n"]
-PICTURES = ("fig1", "fig2", "sanity")
+FILES = ("index.html", "claims.md", "reported.csv", "paired.csv", "fig1.png", "fig2.png", "sanity.png")
 SMALL = ("demo", "samples", "test")
 
 
@@ -61,13 +49,24 @@ def folder_of(profile: str) -> Path:
     return next((p for p in places if disk.read_records(p) or read_skipped(p)), places[0])
 
 
+def _save(profile: str, name: str, content: str | pd.DataFrame) -> None:
+    """Write figures/<profile>/<name>, a data frame as CSV; of what is empty there is no file, and an old one goes."""
+    path = disk.figures_dir(profile) / name
+    text = content if isinstance(content, str) else csv(content) * (not content.empty)
+    if text:
+        disk.write_bytes(text.encode(), path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_table(number: int, profile: str, folder: Path | None = None) -> pd.DataFrame:
     """Write figures/<profile>/table<number>.{csv,md,tex} from the records of `profile`, or below `folder`; the table.
 
-    Also writes reported.csv, paired.csv and claims.csv and .md. Raises BadInput as table_files does.
+    And write_comparisons. Raises BadInput as table_files does.
     """
     records, skipped = read(profile, folder)
-    _write_files(number, profile, records, skipped)
+    for suffix, content in table_files(number, records, skipped).items():
+        _save(profile, f"table{number}.{suffix}", content)
     write_comparisons(profile, folder)
     return table([*TASKS][number - 1], records, skipped)
 
@@ -101,60 +100,19 @@ def times(profile: str) -> dict[str, dict[str, float]]:
     return {name: {key: about[key] for key in ("started", "seconds")} for name, about in found.items()}
 
 
-def _write_files(number: int, profile: str, records: list[Record], skipped: list[Record]) -> None:
-    for suffix, content in table_files(number, records, skipped).items():
-        disk.write_bytes(content.encode(), disk.figures_dir(profile) / f"table{number}.{suffix}")
-
-
-def _write_or_remove(numbers: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Write a data frame as CSV; without a row no file, and an old one is removed."""
-    if numbers.empty:
-        path.unlink(missing_ok=True)
-    else:
-        disk.write_bytes(csv(numbers).encode(), path)
-    return numbers
-
-
-def write_comparisons(profile: str, folder: Path | None = None) -> None:
-    """Write what compares the values of the tables: with the paper's, DeACL with Standard, and with the claims."""
-    write_reported(profile, folder)
-    write_paired(profile, folder)
-    write_claims(profile, folder)
-
-
-def write_reported(profile: str, folder: Path | None = None) -> pd.DataFrame:
-    """Write figures/<profile>/reported.csv, each value of the three tables beside the paper's: see `comparison`.
-
-    Without a row that the paper has there is no such file, and an old one is removed.
+def write_comparisons(profile: str, folder: Path | None = None) -> str:
+    """Write what compares the tables' values: reported.csv with the paper's, paired.csv DeACL with Standard, and
+    claims.csv and claims.md with the paper's claims; returns the last. Of what has no row there is no file.
     """
     records, skipped = read(profile, folder)
-    tidy = pd.concat([comparison(task, records, skipped) for task in TASKS], ignore_index=True)
-    return _write_or_remove(tidy, disk.figures_dir(profile) / "reported.csv")
-
-
-def write_paired(profile: str, folder: Path | None = None) -> pd.DataFrame:
-    """Write figures/<profile>/paired.csv, DeACL against Standard on the same images: see paired.differences.
-
-    Without such a pair there is no such file, and an old one is removed.
-    """
-    tidy = paired.differences(read(profile, folder)[0])
-    order = {task: i for i, task in enumerate(TASKS)}
-    tidy = tidy.sort_values("task", key=lambda column: column.map(order), kind="stable", ignore_index=True)
-    return _write_or_remove(tidy, disk.figures_dir(profile) / "paired.csv")
-
-
-def write_claims(profile: str, folder: Path | None = None) -> str:
-    """Write figures/<profile>/claims.md, the verdicts on the paper's claims, and claims.csv with each row's number.
-
-    Returns the Markdown. Without a row that a claim concerns it is empty, there are no such files, and old ones are
-    removed.
-    """
-    judged, path = claims.judge(in_order(read(profile, folder)[0])), disk.figures_dir(profile) / "claims.md"
-    if _write_or_remove(claims.numbers(judged), path.with_suffix(".csv")).empty:
-        path.unlink(missing_ok=True)
-        return ""
-    text = layout.markdown("The paper's claims", claims.matrix(judged), {"How to read it": claims.RULES})
-    disk.write_bytes(text.encode(), path)
+    apart = [paired.differences([r for r in records if r["task"] == task]) for task in TASKS]
+    judged = claims.judge(in_order(records))
+    rules = {"How to read it": claims.RULES}
+    text = layout.markdown("The paper's claims", claims.matrix(judged), rules) if judged else ""
+    compared = pd.concat([comparison(task, records, skipped) for task in TASKS], ignore_index=True)
+    files = {"reported.csv": compared, "paired.csv": pd.concat(apart, ignore_index=True)}
+    for name, content in {**files, "claims.csv": claims.numbers(judged), "claims.md": text}.items():
+        _save(profile, name, content)
     return text
 
 
@@ -166,9 +124,9 @@ def write_effects(effects: pd.DataFrame, profile: str) -> str:
         title = f"Protocols, {task}: {first['encoder']} (Standard) on {first['dataset']}, n = {first['n']}"
         note = "Value ± standard error, in brackets the change against the paper's protocol; each difference alone."
         parts.append(layout.markdown(title, effect_rows(effects, task), {"": [note]}))
-    text, folder = "\n".join(parts), disk.figures_dir(profile)
-    disk.write_bytes(csv(effects).encode(), folder / "protocols.csv")
-    disk.write_bytes(text.encode(), folder / "protocols.md")
+    text = "\n".join(parts)
+    _save(profile, "protocols.csv", effects)
+    _save(profile, "protocols.md", text)
     return text
 
 
@@ -235,27 +193,6 @@ def copy_records(profile: str) -> int:
     return len(records)
 
 
-def _example_places(profile: str) -> list[tuple[str, str, str]]:
-    """(task, dataset, encoder) of the images in Figure 1; those that are not there, or damaged, are left out."""
-    found = []
-    for task, path in evidence.current_examples(profile).items():
-        with suppress(OSError, SafetensorError), safe_open(path, framework="numpy") as file:
-            about = file.metadata() or {}
-            found.append((task, about.get("dataset", ""), about.get("encoder", "")))
-    return found
-
-
-def _flags_of_figure1(profile: str, records: list[Record]) -> list[tuple[Record, str]]:
-    """Flagged records of the attacks that Figure 1 shows images of, with the reasons."""
-    places = _example_places(profile)
-    flagged = [pair for task in TASKS for pair in daggers(task, records)]
-    return [
-        (r, f"†: {said.partition(' ')[2]}")
-        for r, said in flagged
-        if r["defense"] == "standard" and r["attack"] in ("embed", "task") and _curve(r) in places
-    ]
-
-
 def draw_figure1(profile: str) -> "Figure":
     """Figure 1 from the examples that the attack notebooks left, also written to figures/<profile>/fig1.png and .pdf.
 
@@ -266,28 +203,20 @@ def draw_figure1(profile: str) -> "Figure":
     examples = {task: plots.load_example(path) for task, path in evidence.current_examples(profile).items()}
     if not examples:
         raise BadInput(f"There are no images for Figure 1 in runs/{profile}/examples; 'make paper' makes them.")
-    flagged = [(r["task"], r["attack"]) for r, _ in _flags_of_figure1(profile, read(profile)[0])]
-    figure = plots.figure1(examples, flagged)
+    places = [(task, shown["dataset"], shown["encoder"]) for task, shown in examples.items()]
+    rows = [r for r in read(profile)[0] if r["defense"] == "standard" and _curve(r) in places and r["reasons"]]
+    figure = plots.figure1(examples, [(r["task"], r["attack"]) for r in rows if r["attack"] in ("embed", "task")])
     plots.save(figure, disk.figures_dir(profile) / "fig1")
     return figure
 
 
 def captions(profile: str) -> str:
-    """What is to be said of flagged (†) panels of Figure 1 and points of Figure 2, as Markdown; '' if nothing is."""
-    records = read(profile)[0]
-    said = [f"Figure 1 {words}" for _, words in _flags_of_figure1(profile, records)] + _flags_of_figure2(records)
-    return "\n".join(f"- {words}" for words in said)
-
-
-def _flags_of_figure2(records: list[Record]) -> list[str]:
-    """Reasons for the flagged points of Figure 2 that no table shows; the other ones are said to be in the tables."""
-    flagged = [r for r in _drawn(records) if evidence.reasons(r)]
-    said = ["Hollow markers of Figure 2 are flagged (†): the notes of the tables give the reasons."] * bool(flagged)
-    for r in (r for r in flagged if r["defense"] not in ("standard", "deacl")):
-        attack = {"clean": "clean", "embed": "EmbedAttack"}.get(r["attack"], TASKS[r["task"]].attack)
-        reasons = "; ".join(unique(reason.rstrip(".") for reason in evidence.reasons(r)))
-        said.append(f"†: {r['dataset']}/{r['encoder']}, {attack} at epoch {r['epoch']}: {reasons}.")
-    return said
+    """Why points of Figure 2 are flagged (†) that stand in no table, as Markdown; '' if none is."""
+    doubted = [r for r in _drawn(read(profile)[0]) if r["defense"] not in DEFENSE and r["reasons"]]
+    return "\n".join(
+        f"- †: {r['dataset']}/{r['encoder']}, {r['attack_name']} at epoch {r['epoch']}: {'; '.join(r['reasons'])}."
+        for r in doubted
+    )
 
 
 def write_page(profile: str) -> Path | None:
@@ -319,13 +248,11 @@ def rewrite(profile: str) -> None:
     folder = folder_of(profile)
     if folder == disk.results_dir(profile):
         copy_records(profile)
-    records, skipped = read(profile, folder)
-    for number, task in enumerate(TASKS, 1):
-        if any(r["task"] == task for r in [*records, *skipped]):
-            _write_files(number, profile, records, skipped)
-    write_comparisons(profile, folder)
+    there = {r["task"] for rows in read(profile, folder) for r in rows}
+    for number in (about.number for task, about in TASKS.items() if task in there):
+        write_table(number, profile, folder)
     draw_figure2(profile, folder)
-    if _example_places(profile):
+    if evidence.current_examples(profile):
         draw_figure1(profile)
 
 
@@ -335,8 +262,7 @@ def summary(profile: str) -> str:
     Raises BadInput if nothing has been made.
     """
     folder = disk.figures_dir(profile)
-    pictures, lists = (f"{name}.png" for name in PICTURES), ("claims.md", "reported.csv", "paired.csv")
-    names = ("index.html", *lists, *pictures, *(f"table{number}.md" for number in (1, 2, 3)))
+    names = (*FILES, *(f"table{about.number}.md" for about in TASKS.values()))
     there = [(folder / name).relative_to(disk.ROOT).as_posix() for name in names if (folder / name).is_file()]
     if not there:
         raise BadInput(f"Profile '{profile}' has no tables or figures yet; run 'make paper PROFILE={profile}'.")
