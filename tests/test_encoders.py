@@ -553,7 +553,7 @@ BAD = [
     ("import torch\nimport torch.nn.functional as F\n"
      "def encode(images): images = F.dropout(images, 0.1); return images.mean((2, 3)), images",
      "gives other tokens when asked again, or among other images; put its modules into eval mode"),
-    ("import torch\ndef encode(images): x = images.roll(int(torch.randint(99, ())), 3); return x.mean((2, 3)), x",
+    ("import torch\ndef encode(images): x = images + torch.rand(()); return x.mean((2, 3)), x",
      "gives other tokens"),
     ("asked = []\ndef encode(images): asked.append(1); x = images * len(asked); return x.mean((2, 3)), x",
      "gives other tokens"),

@@ -11,21 +11,21 @@ STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monk
 
 
 @once
-def _bytes_of(path: Path) -> np.ndarray:
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+def _pixels(path: Path) -> np.ndarray:
+    return np.memmap(path, np.uint8, "r").reshape(-1, 3, 96, 96)
 
 
 def _stl_image(path: Path, i: int) -> np.ndarray:
-    return np.array(_bytes_of(path).reshape(-1, 3, 96, 96)[i].transpose(2, 1, 0))  # columns first in the file
+    return np.array(_pixels(path)[i].transpose(2, 1, 0))  # columns first in the file
 
 
 def _stl10(root: Path, task: str, split: str, n: int) -> list[Item]:
     file = root / "stl10_binary" / f"{split}_X.bin"
-    pixels, labels = _bytes_of(file), _bytes_of(file.with_name(f"{split}_y.bin"))
-    if len(pixels) != len(labels) * 3 * 96 * 96:
+    listed = file.with_name(f"{split}_y.bin")
+    labels = [y - 1 for y in listed.read_bytes()]  # in the file from 1
+    if file.stat().st_size != len(labels) * 3 * 96 * 96:
         raise damaged(file)
-    labels = (labels.astype(int) - 1).tolist()  # in the file from 1
-    demand_labels(labels, len(STL10_CLASSES), file.with_name(f"{split}_y.bin"))
+    demand_labels(labels, len(STL10_CLASSES), listed)
     return [Item(f"stl10/{split}/{i}", Part(_stl_image, file, i), y) for i, y in enumerate(labels)]
 
 

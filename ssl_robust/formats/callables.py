@@ -124,9 +124,9 @@ def measure(row: EncoderRow, own: Own, mean: Tensor, std: Tensor, native: int) -
 
 @torch.no_grad()
 def _steady(own: Own, x: Tensor, given: tuple[Tensor, Tensor]) -> bool:
-    """Whether a callable answers the same when asked again, twice, and about an image alone."""
-    again = [(slice(0, 2), REPEATED), (slice(0, 2), REPEATED), (slice(0, 1), BATCHED), (slice(1, 2), BATCHED)]
-    return all(_alike(own(x[part]), [t[part] for t in given], share) for part, share in again)
+    """Whether a callable answers the same when asked again, and about an image alone."""
+    again, alone = own(x), own(x[1:])
+    return _alike(again, given, REPEATED) and _alike(alone, [t[1:] for t in given], BATCHED)
 
 
 @torch.no_grad()
