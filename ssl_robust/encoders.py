@@ -4,58 +4,22 @@ import math
 from functools import cached_property
 from pathlib import Path
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
-from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from . import records, vit
 from .parts import part
-from .settings import BadInput, EncoderRow, Normalise, Settings
+from .settings import BadInput, EncoderRow, Settings, skipping
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
-NORMALISE = {
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "inception": ((0.5,) * 3, (0.5,) * 3),
-    "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), "none": ((0.0,) * 3, (1.0,) * 3), "cifar": (CIFAR_MEAN, CIFAR_STD),
-}  # fmt: skip
-
-
-class Known(NamedTuple):
-    """What an encoder's name stands for."""
-
-    timm: str  # timm's model; "": the embedded one
-    native: int  # px
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    # how its authors interpolate the position embedding, (offset, antialias) of vit.resample; None: as timm does
-    positions: tuple[float, bool] | None = None
-    public: bool = True  # whether timm can fetch the weights
-    cifar_stem: bool = False  # 3x3 convolution of stride 1 and no max pool, for 32 px
-
-
-DINO, REGISTERS = (0.1, False), (0.0, True)  # DINOv2 without registers does as DINO did
-KNOWN = {
-    "embedded_vit": Known("", 64),
-    "dinov2_vits14": Known("vit_small_patch14_dinov2.lvd142m", 518, positions=DINO),
-    "dinov2_vitb14": Known("vit_base_patch14_dinov2.lvd142m", 518, positions=DINO),
-    "dinov2_vits14_reg": Known("vit_small_patch14_reg4_dinov2.lvd142m", 518, positions=REGISTERS),
-    "dinov2_vitb14_reg": Known("vit_base_patch14_reg4_dinov2.lvd142m", 518, positions=REGISTERS),
-    "dino_vits16": Known("vit_small_patch16_224.dino", 224, positions=DINO),
-    "dino_vitb16": Known("vit_base_patch16_224.dino", 224, positions=DINO),
-    "dinov3_vits16": Known("vit_small_patch16_dinov3.lvd1689m", 256),  # rotary positions need no interpolation
-    "dinov3_vitb16": Known("vit_base_patch16_dinov3.lvd1689m", 256),
-    "mae_vitb16": Known("vit_base_patch16_224.mae", 224),
-    "simclr_resnet50": Known("resnet50", 224, public=False),
-    "simsiam_resnet50": Known("resnet50", 224, public=False),
-    "simclr_resnet18_cifar": Known("resnet18", 32, CIFAR_MEAN, CIFAR_STD, public=False, cifar_stem=True),
-    "simsiam_resnet18_cifar": Known("resnet18", 32, CIFAR_MEAN, CIFAR_STD, public=False, cifar_stem=True),
-}
+_known = part("formats.known")
+Known, KNOWN, describe = _known.Known, _known.KNOWN, _known.describe
+DINO, REGISTERS, (CIFAR_MEAN, CIFAR_STD) = _known.DINO, _known.REGISTERS, _known.CIFAR
+IMAGENET_MEAN, IMAGENET_STD = _known.IMAGENET
 
 
 # --- the interface ---
@@ -71,16 +35,9 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        name: str,
-        native: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        patch: int = 0,
-        dim: int = 0,
-        origin: str = "",
-    ) -> None:
+        self, backbone: nn.Module, name: str, native: int, mean: tuple[float, ...], std: tuple[float, ...],
+        patch: int = 0, dim: int = 0, origin: str = "",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
         self.name, self.native, self.origin = name, native, origin
@@ -118,10 +75,7 @@ class Encoder(nn.Module):
 
     @cached_property
     def hash(self) -> str:
-        """Short hash of what decides the tokens: weights, model, normalisation, native px, positions; see callables.
-
-        Results of this encoder are filed under it.
-        """
+        """Short hash of what decides the tokens, what a callable computes included; results are filed under it."""
         more = [getattr(self.backbone, name, None) for name in ("model", "positions", "computes")]
         return records.digest([records.state_hash(self.state_dict()), self.native, *filter(None, more)])
 
@@ -178,13 +132,6 @@ def _map_tokens(backbone: nn.Module, features: Tensor, grid: tuple[int, int]) ->
     return cls, features
 
 
-def _positions_of(model: str) -> tuple[float, bool] | None:
-    """How the authors of a timm model that is not in KNOWN interpolate positions; None: as timm does."""
-    if "dinov2" in model:
-        return REGISTERS if "_reg" in model else DINO
-    return DINO if model.endswith(".dino") else None
-
-
 # --- from a row to an encoder ---
 
 
@@ -196,49 +143,28 @@ def load(row: EncoderRow, data_root: str = "", weights: Path | None = None) -> E
     """
     if row.call:
         return _load_own(row)
-    known = describe(row)
+    known, name = describe(row), row.timm or row.name
     path = weights or _file(row, known, data_root)
     if path is None:
         return _encoder(row, known, _build(row, known, pretrained=True), row.name, f"timm: {known.timm}")
-    content = part("formats.checkpoints").read(path)
-    state, kind = part("formats.checkpoints").recognise(content, path)
-    known, said = _own_normalisation(row, known, content, path)
-    backbone = _build(row, known, pretrained=False)
+    formats = part("formats.checkpoints")
+    content = formats.read(path)
+    state, kind = formats.recognise(content, path)
+    known, said = _known.own_normalisation(row, known, formats.normalisations(content), path)
+    backbone = _build(row, known)
     _take_grid(backbone, state)
-    part("formats.checkpoints").load_weights(backbone, state, f"{model_name(row)} ({path.name})")
+    formats.load_weights(backbone, state, f"{name} ({path.name})")
     return _encoder(row, known, backbone, row.name, f"{kind} {path.name}{said}")
 
 
 def _file(row: EncoderRow, known: Known, data_root: str) -> Path | None:
-    """The weight file of a row's Standard encoder; None: timm fetches the weights."""
+    """The weight file of a row's Standard encoder; None: timm fetches the weights; BadInput if there are none."""
     if row.checkpoint:
         return part("formats.checkpoints").locate(row.checkpoint, data_root)
+    if not known.public:
+        name = row.timm or row.name
+        raise BadInput(f"Encoder '{row.name}': there are no public weights of {name}; give a file as checkpoint.")
     return None if known.timm else part("embedded.backbone").WEIGHTS
-
-
-def _own_normalisation(row: EncoderRow, known: Known, content: dict[str, Any], path: Path) -> tuple[Known, str]:
-    """The row's model with the mean and std that its file keeps, if it keeps some, and what the origin says of that.
-
-    The row's own `normalise` counts more. BadInput if the file keeps several, or some that are not of pixels in [0,1].
-    """
-    found = part("formats.checkpoints").normalisations(content)
-    if row.normalise != "model":
-        own = normalisation(row, known)
-        differ = any(not torch.allclose(torch.tensor(own), torch.tensor(one), atol=1e-3) for one in found)
-        return known, ", normalised as the row says, not as the file does" if differ else ""
-    if not found:
-        return known, ""
-    say = "give the encoder's normalise, {mean: [..], std: [..]}"
-    if len(found) > 1:
-        raise BadInput(f"The checkpoint {path} keeps {len(found)} different means and stds of pixels; {say}.")
-    mean, std = found[0]
-    try:
-        Normalise(mean=list(mean), std=list(std))
-    except ValidationError:
-        raise BadInput(
-            f"The checkpoint {path} keeps mean {mean} and std {std}, which are not those of pixels in [0,1]; {say}."
-        ) from None
-    return known._replace(mean=mean, std=std), ", normalised by its own mean and std"
 
 
 def first(settings: Settings) -> Encoder:
@@ -246,15 +172,11 @@ def first(settings: Settings) -> Encoder:
 
     With missing: skip, the first that can.
     """
-    rows, why = [r for r in settings.encoders if "standard" in r.defenses] or settings.encoders, None
+    rows, lost = [r for r in settings.encoders if "standard" in r.defenses] or settings.encoders, []
     for row in rows:
-        try:
+        with skipping(settings, lost, [{}]):
             return load(row, settings.data_root)
-        except BadInput as problem:
-            why = why or problem
-            if settings.missing == "stop":
-                break
-    raise why
+    raise BadInput(lost[0]["why"])
 
 
 def _take_grid(backbone: nn.Module, state: dict[str, Tensor]) -> None:
@@ -274,7 +196,7 @@ def random_init(row: EncoderRow, seed: int = 0) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         known = describe(row)
-        backbone = _build(row, known, pretrained=False)
+        backbone = _build(row, known)
     return _encoder(row, known, backbone, f"{row.name}_random", f"random, seed {seed}")
 
 
@@ -283,76 +205,32 @@ def check(settings: Settings) -> list[str]:
 
     Files are read and compared with their models; weights that timm fetches are only looked up by name.
     """
-    problems = []
+    problems: list[dict[str, str]] = []
     for row in settings.encoders:
-        for deacl in [False] * row.needs_standard + [True] * bool(row.deacl_checkpoint):
-            try:
-                weights = (
-                    part("formats.checkpoints").locate(row.deacl_checkpoint, settings.data_root) if deacl else None
-                )
-                _check_row(row, settings.data_root, weights)
-            except BadInput as problem:
-                problems.append(str(problem))
-    return list(dict.fromkeys(problems))
+        for file in [""] * row.needs_standard + [row.deacl_checkpoint] * bool(row.deacl_checkpoint):
+            with skipping(settings.model_copy(update={"missing": "skip"}), problems, [{}]):
+                _check_row(row, settings.data_root, file)
+    return list(dict.fromkeys(problem["why"] for problem in problems))
 
 
-def _check_row(row: EncoderRow, data_root: str, weights: Path | None) -> None:
-    if row.call or row.checkpoint or weights or not describe(row).timm:
-        encoder = load(row, data_root, weights)
-        if row.call and load(row).hash != encoder.hash:
+def _check_row(row: EncoderRow, data_root: str, file: str) -> None:
+    weights = part("formats.checkpoints").locate(file, data_root) if file else None
+    if row.call:
+        if load(row).hash != load(row).hash:
             raise BadInput(
                 f"Encoder '{row.name}': {row.call} has other weights each time that its module is imported; load them "
                 f"from a file there, or draw them after torch.manual_seed."
             )
-        return
-    known = describe(row)
-    _need_public(row, known)
-    if known not in KNOWN.values():
-        _encoder(row, known, _build(row, known, pretrained=False), row.name, "")
+    elif weights or _file(row, describe(row), data_root):
+        load(row, data_root, weights)
+    elif describe(row) not in KNOWN.values():
+        random_init(row)
 
 
-def model_name(row: EncoderRow) -> str:
-    """The name that a row's model is looked up under."""
-    return row.timm or row.name
-
-
-def describe(row: EncoderRow) -> Known:
-    """What the row's model is: an entry of KNOWN, or what timm knows of a model of its own; BadInput if unknown."""
-    name = model_name(row)
-    if name in KNOWN:
-        return KNOWN[name]
-    try:
-        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    except RuntimeError:  # the architecture exists, but not with the weights that the name asks for
-        cfg = None
-    if cfg is None:
-        raise BadInput(
-            f"Encoder '{row.name}': timm has no model '{name}'; take one of timm.list_models() or of encoders.KNOWN: "
-            f"{', '.join(KNOWN)}."
-        )
-    return Known(name, cfg.input_size[-1], cfg.mean, cfg.std, _positions_of(name), bool(cfg.has_weights))
-
-
-def normalisation(row: EncoderRow, known: Known) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the row, by default its model's own."""
-    if row.normalise == "model":
-        return known.mean, known.std
-    return NORMALISE[row.normalise] if isinstance(row.normalise, str) else (row.normalise.mean, row.normalise.std)
-
-
-def _need_public(row: EncoderRow, known: Known) -> None:
-    if not known.public:
-        raise BadInput(
-            f"Encoder '{row.name}': there are no public weights of {model_name(row)}; give a file as checkpoint."
-        )
-
-
-def _build(row: EncoderRow, known: Known, pretrained: bool) -> nn.Module:
+def _build(row: EncoderRow, known: Known, pretrained: bool = False) -> nn.Module:
     """Backbone of a row; timm's pretrained weights come from its hub."""
     if not known.timm:
         return part("embedded.backbone").embedded_backbone()
-    if pretrained:
-        _need_public(row, known)
     backbone = _create(row, known.timm, pretrained)
     if known.cifar_stem:
         # solo-learn pads by 2 where 1 would keep the size: the map of a 32 px image is 5x5 instead of 4x4
@@ -382,7 +260,7 @@ def _create(row: EncoderRow, model: str, pretrained: bool) -> nn.Module:
 def _encoder(row: EncoderRow, known: Known, backbone: nn.Module, name: str, origin: str) -> Encoder:
     patch, dim = _measure(row, backbone.eval())
     backbone.model = f"{known.timm}{' for 32 px' * known.cifar_stem}"  # weights may fit several
-    return Encoder(backbone, name, row.native or known.native, *normalisation(row, known), patch, dim, origin)
+    return Encoder(backbone, name, row.native or known.native, *_known.normalisation(row, known), patch, dim, origin)
 
 
 @torch.no_grad()
@@ -400,29 +278,22 @@ def _measure(row: EncoderRow, backbone: nn.Module) -> tuple[int, int]:
         else:
             patch = math.isqrt(6 * unit**2 // (features.shape[1] - (backbone.num_prefix_tokens or 0)))
         # sides that nothing but the patch divides: the tokens must lie on the grid of any image
-        image = torch.rand(1, 3, 3 * patch, 5 * patch, generator=torch.Generator().manual_seed(0))
-        cls, patches = tokens(backbone, image, patch)
-    except Exception as error:
-        reason = type(error).__name__
-    else:
-        if not cls.is_meta and not (cls.isfinite().all() and patches.isfinite().all()):
-            raise BadInput(
-                f"Encoder '{row.name}': tokens of {model_name(row)} are NaN or infinite with these weights; fetch or "
-                f"train them again."
-            )
-        if cls.shape == patches.shape[:2] and patches.shape[2:] == (3, 5):
-            return patch, patches.shape[1]
-        reason = f"{tuple(cls.shape)} and {tuple(patches.shape)} for a grid of 3 x 5"
-    raise BadInput(
-        f"Encoder '{row.name}': {model_name(row)} gives no grid of tokens for images of every size ({reason}); "
-        f"choose a vision transformer or a ResNet."
-    )
+        cls, patches = tokens(backbone, torch.zeros(1, 3, 3 * patch, 5 * patch), patch)
+        fits = cls.shape == patches.shape[:2] and patches.shape[2:] == (3, 5)
+    except Exception:  # whatever a model says that is made for one size, or for something else than tokens
+        fits = False
+    if not fits:
+        raise BadInput(
+            f"Encoder '{row.name}': {row.timm or row.name} gives no grid of tokens for images of every size; choose a "
+            f"vision transformer or a ResNet."
+        )
+    return patch, patches.shape[1]
 
 
 def _load_own(row: EncoderRow) -> Encoder:
     """The encoder that the row's `call` names; its patch and D are found by one forward pass at the native size."""
-    own, none = part("formats.callables").find(row), Known("", 224, *NORMALISE["none"])
-    native = row.native or none.native
-    encoder = Encoder(own, row.name, native, *normalisation(row, none), 1, 1, f"callable {row.call}")
-    encoder.patch, encoder.dim = part("formats.callables").measure(row, own, encoder.mean, encoder.std, native)
+    callables, native = part("formats.callables"), row.native or 224
+    own, (mean, std) = callables.find(row), _known.normalisation(row, Known("", native, *_known.NORMALISE["none"]))
+    encoder = Encoder(own, row.name, native, mean, std, 1, 1, f"callable {row.call}")
+    encoder.patch, encoder.dim = callables.measure(row, own, encoder.mean, encoder.std, native)
     return encoder

@@ -543,16 +543,16 @@ def test_options_of_training_say_nothing_about_the_model(small, tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (colours("mean", "std", (124, 116, 104), (58, 57, 57)), r"keeps mean \(124.0, .* not those of pixels in"),
-        (colours("mean", "std", MEAN, (0.0, 0.5, 0.5)), r"std \(0.0, 0.5, 0.5\), which are not those of pixels"),
-        (colours("mean", "std", MEAN, (math.nan, 0.5, 0.5)), "std .nan, 0.5, 0.5., which are not those of pixels"),
-        (colours("mean", "std") | colours("a.mean", "a.std", STD), "keeps 2 different means and stds of pixels"),
+        (colours("mean", "std", (124, 116, 104), (58, 57, 57)), r"keeps as mean and std of pixels in .* \(\(124.0"),
+        (colours("mean", "std", MEAN, (0.0, 0.5, 0.5)), r"\(0.0, 0.5, 0.5\)\)"),
+        (colours("mean", "std", MEAN, (math.nan, 0.5, 0.5)), r"\(nan, 0.5, 0.5\)\)"),
+        (colours("mean", "std") | colours("a.mean", "a.std", STD), r"\)\) and \(\("),
     ],
 )
 def test_a_normalisation_that_cannot_be_meant_asks_for_the_rows(more, words, small, tmp_path):
     torch.save(made("dino").state_dict() | more, tmp_path / "w.pth")
     row = EncoderRow(name="dino", checkpoint="w.pth")
-    with pytest.raises(BadInput, match=f"w.pth {'.*' if words.startswith('std') else ''}{words}.*; give the encoder's"):
+    with pytest.raises(BadInput, match=f"w.pth .*{words}.*; give the encoder's"):
         encoders.load(row, str(tmp_path))
     assert encoders.load(row.model_copy(update={"normalise": "clip"}), str(tmp_path)).hash
 
