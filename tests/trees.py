@@ -177,12 +177,6 @@ def hdf5(**arrays):
     return buffer.getvalue()
 
 
-def png(pixels, form="png"):
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, form)
-    return buffer.getvalue()
-
-
 def wnids(root, home="imagenette2-320", count=4):
     for split in ("train", "val"):
         for wnid in WNIDS:
