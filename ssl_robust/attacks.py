@@ -23,8 +23,6 @@ from .tasks import TASKS
 LossFn = Callable[[Tensor, int], Tensor]
 PairLoss = Callable[[Tensor, Tensor], Tensor]  # (embedding or logits, clean embedding or label) -> (B,)
 Trace = list[dict[str, Any]]  # what pgd saw, see there
-Direction = Callable[[Tensor, Tensor], Tensor]
-Finished = Callable[[Tensor, Tensor, Tensor], Tensor]  # (iterates (b, ..), positions (b,), losses (b,)) -> (b,) bool
 # added to what an image has lost for sure before it leaves, so that the rounding of another batch turns none back
 MARGIN = 0.1
 TINY = 1e-6  # below this mean cross-entropy images are compared by its logarithm
@@ -39,17 +37,17 @@ def random_start(x: Tensor, eps: float, ids: list[str], seed: int) -> Tensor:
 
 def pgd(
     x: Tensor, loss_fn: LossFn, attack: Attack, start: Tensor | None = None, precision: str = "fp32",
-    finished: Finished | None = None, loss_of: Callable[[Tensor], LossFn] | None = None, trace: Trace | None = None,
-    direction: Direction | None = None,
+    finished: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    loss_of: Callable[[Tensor], LossFn] | None = None, trace: Trace | None = None,
+    direction: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Projected gradient ascent on `loss_fn` inside the ball of `attack.eps` around x.
 
     x, start: (B, 3, H, W) in [0,1]. loss_fn(x_adv, t) -> (B,) for t = 1..steps, computed in `precision`; or (B, 2), of
     which the first column is climbed and the second compares iterates. Returns x_adv of the shape of x with
     |x_adv - x| <= eps and values in [0,1]: the last iterate, or with `attack.best` each image's of largest loss. Images
-    that are `finished`, a function of (iterates, positions in x, losses), leave the batch as they are; `loss_of` then
-    gives the loss of those that go on, from their positions (b,) in x. A step is the sign of the gradient, or of what
-    `direction` makes of it and of its own last answer (at first 0), (b, 3, H, W) each.
+    that are `finished`(iterates, positions in x, losses) leave the batch as they are; `loss_of`(positions) then gives
+    the loss of those that go on. A step is the sign of the gradient, or of `direction`(gradient, its last answer).
 
     A `trace` gets {"step": t, "index": positions of the images in the batch, "loss": their loss before the step,
     "zero", "nan": whether their gradient is 0 everywhere, or not finite}, (b,) each, and at the end the loss of all
@@ -94,13 +92,12 @@ def _columns(loss: Tensor) -> tuple[Tensor, Tensor]:
 
 def note(trace: Trace | None, t: int | None, going: Tensor, loss: Tensor, gradient: Tensor | None = None) -> None:
     """Add what one step saw to the trace, if there is one, as `pgd` describes it."""
-    if trace is None:
-        return
-    entry = {"step": t, "index": going, "loss": loss.detach().float(), "zero": None, "nan": None}
-    if gradient is not None:
-        flat = gradient.flatten(1)
-        entry |= {"zero": (flat == 0).all(1), "nan": ~flat.isfinite().all(1)}
-    trace.append({name: value.cpu() if isinstance(value, Tensor) else value for name, value in entry.items()})
+    if trace is not None:
+        entry = {"step": t, "index": going.cpu(), "loss": loss.detach().float().cpu(), "zero": None, "nan": None}
+        if gradient is not None:
+            flat = gradient.flatten(1)
+            entry |= {"zero": (flat == 0).all(1).cpu(), "nan": (~flat.isfinite().all(1)).cpu()}
+        trace.append(entry)
 
 
 @torch.no_grad()
@@ -122,10 +119,10 @@ def l2(embedding: Tensor, clean: Tensor) -> Tensor:
 def margin(logits: Tensor, label: Tensor) -> Tensor:
     """logsumexp of the other logits minus the true one, (B, ..) from logits (B, C, ..) and labels (B, ..).
 
-    It is log((1 - p) / p) of the true class's probability p, so cross-entropy, -log p, is a rising function of it and
-    its gradient is this one's times 1 - p: a positive factor per image, which the sign of PGD does not see. But of a
-    certain classifier (heads trained with the paper's learning rate of 0.5 have margins of hundreds) 1 - p is 0 in
-    floating point, and with it the whole gradient of cross-entropy; this one never vanishes.
+    It is log((1 - p) / p) of the true class's probability p, so the gradient of cross-entropy, -log p, is this one's
+    times 1 - p: a positive factor per image, which the sign of PGD does not see. But of a certain classifier (heads
+    trained with the paper's learning rate of 0.5 have margins of hundreds) 1 - p is 0 in floating point, and with it
+    the whole gradient of cross-entropy; this one never vanishes.
     """
     label = label.unsqueeze(1)
     return (logits.scatter(1, label, -math.inf).logsumexp(1, keepdim=True) - logits.gather(1, label)).squeeze(1)
@@ -242,16 +239,11 @@ def segpgd_loss(
     return loss
 
 
-def depth_pgd_loss(
-    model: TaskModel, depth: Tensor,
-    loss: Callable[[Tensor, Tensor, int], Tensor] = lambda said, depth, t: depth_loss(said, depth),
-) -> LossFn:  # fmt: skip
-    """DepthPGD: the training loss of the depth head, eq. 3 and 4."""
-    return lambda adv, t: loss(model(adv), depth, t)
-
-
 def loss_for(kind: str, model: TaskModel, x: Tensor, target: Tensor, steps: int) -> LossFn:
-    """Loss of the attack `kind` ('embed' or 'task') on the model's task, in the model's protocol."""
+    """Loss of the attack `kind` ('embed' or 'task') on the model's task, in the model's protocol.
+
+    DepthPGD climbs the training loss of the depth head, eq. 3 and 4.
+    """
     other = protocol.ask(model.protocol, "attack_loss", [], kind, model.task)
     if kind == "embed":
         return embed_loss(model, x, *other)
@@ -259,7 +251,8 @@ def loss_for(kind: str, model: TaskModel, x: Tensor, target: Tensor, steps: int)
         return pgd_loss(model, target, *other)
     if model.task == "segmentation":
         return segpgd_loss(model, target, steps, *other)
-    return depth_pgd_loss(model, target, *other)
+    (of_depth,) = other or [lambda said, depth, t: depth_loss(said, depth)]
+    return lambda adv, t: of_depth(model(adv), target, t)
 
 
 def _paper(
@@ -267,10 +260,9 @@ def _paper(
     precision: str = "fp32", trace: Trace | None = None,
 ) -> Tensor:  # fmt: skip
     """x (B, 3, H, W) in [0,1] under the paper's attacks: 'embed' EmbedAttack, 'task' PGD, SegPGD or DepthPGD."""
-    start = random_start(x, attack.eps, ids, seed)
+    start, early = random_start(x, attack.eps, ids, seed), {}
     with compute.steps_in(precision, x.device):  # the clean embedding, too: its distance to itself is then 0
         loss_fn = loss_for(kind, model, x, target, attack.steps)
-    early = {}
     if leaves(kind, model, attack):
         early["finished"] = lambda adv, rows, loss: _misclassified(model, adv, target[rows], loss > enough(model))
         early["loss_of"] = lambda rows: loss_for(kind, model, x[rows], target[rows], attack.steps)
@@ -332,10 +324,7 @@ def attacked(
     |x_adv - x| <= attack.eps and x_adv in [0,1]. Random starts are drawn per image from (seed, id), so batches do not
     matter (but to AutoAttack). Steps are computed in `precision`; a `trace` gets what `pgd` says of its own.
     """
-    there = {name: found for name, found in known().items() if model.task in found.tasks}
-    if kind not in there:
-        raise BadInput(f"There is no attack '{kind}' on {model.task}; choose one of: {', '.join(there)}.")
-    return there[kind].run(model, x, target, ids, attack, seed, precision, trace)
+    return known()[kind].run(model, x, target, ids, attack, seed, precision, trace)
 
 
 def kinds(task: str, settings: Settings) -> dict[str, Kind]:
@@ -360,17 +349,17 @@ def _of_callable(name: str, call: str, tasks: list[str]) -> Kind:
     """An attack of one's own, called with the names of Kind.run's arguments; what it returns is checked."""
     function = parts.part("formats.callables").named(call, f"Attack '{name}'")
 
-    def run(
-        model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int, *_: Any
-    ) -> Tensor:  # fmt: skip
+    def run(model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int, *_: Any) -> Tensor:
         about = {"ids": ids, "attack": attack, "seed": seed, "start": random_start(x, attack.eps, ids, seed)}
         adv = function(model=model, x=x, target=target, **about)
-        if not isinstance(adv, Tensor) or adv.shape != x.shape or not adv.isfinite().all():
-            raise BadInput(f"Attack '{name}': {call} must return finite images of the shape of x, {tuple(x.shape)}.")
-        adv = adv.detach().to(x)
-        if (adv - x).abs().max() > attack.eps + 1e-5 or adv.min() < -1e-5 or adv.max() > 1 + 1e-5:
-            raise BadInput(f"Attack '{name}': {call} leaves the ball of eps around x, or [0,1]; clamp what it returns.")
-        return adv.clamp((x - attack.eps).clamp(min=0), (x + attack.eps).clamp(max=1))
+        low, high = (x - attack.eps).clamp(min=0), (x + attack.eps).clamp(max=1)
+        fits = isinstance(adv, Tensor) and adv.shape == x.shape and adv.isfinite().all()
+        if not fits or (adv < low - 1e-5).any() or (adv > high + 1e-5).any():
+            raise BadInput(
+                f"Attack '{name}': {call} must return finite images of the shape of x, {tuple(x.shape)}, in [0,1] and "
+                f"within eps of x; clamp what it returns."
+            )
+        return adv.detach().to(x).clamp(low, high)
 
     source = records.digest(inspect.getsource(inspect.getmodule(function)))
     return Kind(name, run, (), tuple(tasks), True, source)

@@ -62,10 +62,7 @@ def test_another_file_is_another_attack_and_the_same_one_is_kept(written, monkey
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (
-            "def mine(x, attack, **_):\n    return x + 2 * attack.eps\n",
-            "leaves the ball of eps around x, or .0,1.; clamp",
-        ),
+        ("def mine(x, attack, **_):\n    return x + 2 * attack.eps\n", "within eps of x; clamp what it returns"),
         ("def mine(x, **_):\n    return x[:, :1]\n", "must return finite images of the shape of x"),
         ("def mine(x, **_):\n    return x * float('nan')\n", "must return finite images of the shape of x"),
         ("def other(x, **_):\n    return x\n", "mine cannot be imported .AttributeError"),
