@@ -74,11 +74,11 @@ paper: $(STAMP) ## Tables 1-3, Figures 1-2 and index.html in figures/PROFILE
 	$(call made,$(call stages,06_figures 07_sanity))
 	@$(PY) -m ssl_robust.show.report $(PROFILE)
 else
-# Results come from jobs, and the notebooks find them; jobs.json is there while jobs of the cluster wait or run.
+# Results come from jobs, and the notebooks find them; 3: jobs of the cluster wait or run.
 paper: $(STAMP)
 	$(call made,$(call stages,00_data))
-	@$(PY) -m ssl_robust.ops.grid --profile $(PROFILE) --data "$$DATA" --executor $(EXECUTOR) --cluster "$$CLUSTER" || [ $$? = 3 ]
-	@[ -e runs/$(PROFILE)/grid/jobs.json ] || $(MAKE) --no-print-directory paper EXECUTOR=
+	@$(PY) -m ssl_robust.ops.grid --profile $(PROFILE) --data "$$DATA" --executor $(EXECUTOR) --cluster "$$CLUSTER" \
+	  && $(MAKE) --no-print-directory paper EXECUTOR= || { code=$$?; [ $$code = 3 ] || exit $$code; }
 endif
 
 table1: STAGE := 03_attack_classification
