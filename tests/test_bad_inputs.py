@@ -140,7 +140,7 @@ CASES = {
     "name twice": ({"encoders": GOOD["encoders"] * 2}, CHECK, "are not unique"),
     "unknown model": (one(name="a", timm="vit_gigantic"), CHECK, "timm has no model 'vit_gigantic'"),
     "model without public weights": (one(name="simclr_resnet50"), CHECK, "no public weights"),
-    "callable without function": (one(name="a", call="my_encoder"), CHECK, "write it as 'module:function'"),
+    "callable without function": (one(name="a", call="my_encoder"), CHECK, "my_encoder cannot be imported"),
     "callable of no module": (one(name="a", call="no_such_module:f"), CHECK, "no_such_module"),
     "unknown normalisation": (one(normalise="imagnet"), CHECK, "'encoders.0.normalise' is 'imagnet'"),
     "tiny native side": (one(native=4), CHECK, "'encoders.0.native' is 4"),
@@ -167,7 +167,7 @@ CASES = {
     ),
     "two images of one mask": (
         data("segmentation", trees.mask_folder, lambda home: trees.picture(home / "images" / "val" / "0.jpg")), CHECK,
-        "share",
+        "has 2 images 'street/val/0'",
     ),
     "class names in latin-1": (
         data("segmentation", trees.mask_folder, lambda home: (home / "classes.txt").write_bytes(b"h\xe4user\na\nb")),
