@@ -1,5 +1,6 @@
 """One cell of a table: a model, its test images and an attack; clean and attacked evaluation through one path."""
 
+import itertools
 import math
 import shutil
 import time
@@ -21,7 +22,7 @@ from .progress import track
 from .settings import Attack, BadInput, EncoderRow, Settings, skipping
 from .tasks import TASKS
 
-WORST, CHECKS = "worst", "checks"  # what the first may be made of besides the attacks of the table
+WORST = "worst"  # the worst case of a row, see trust/worst.py
 PLACE = ("task", "dataset", "encoder", "defense")  # of a row
 Variant = tuple[str, int, Path | None]  # defense, epochs of DeACL, weight file
 Loader = Callable[[EncoderRow, str], Encoder]  # (row, data folder) -> its Standard encoder
@@ -125,27 +126,34 @@ class Cell:
     @cached_property
     def about(self) -> dict[str, Any]:
         """What the record says before anything is computed; BadInput for an attack without the section 'attack'."""
-        model, test, settings, task = self.model, self.test, self.settings, self.model.task
-        section = protocol.adjusted(settings, model.encoder.native).task(task)
+        model, settings, task, kind = self.model, self.settings, self.model.task, self.kind
+        attack, precision = None, "fp32"
+        if self.attack != "clean":
+            attack = _demand_attack(settings).model_dump()
+            precision = "fp32" if kind.fp32 else compute.precision(settings.precision, self.device)
+        section, label = protocol.adjusted(settings, model.encoder.native).task(task), protocol.label(model.protocol)
         hashes = {
-            "weights": model.encoder.hash, "head": records.state_hash(model.head.state_dict()), "data": test.hash,
+            "weights": model.encoder.hash, "head": records.state_hash(model.head.state_dict()), "data": self.test.hash,
         }  # fmt: skip
-        more = {"call": self.kind.source} if self.kind.source else {}
         made = records.made_from(
-            self._loops(), task=task, attack=self.attack, seed=settings.seed, precision=self._precision(),
-            settings={"attack": self._attack(),
+            ["data", "encoders", "heads", "metrics", *kind.loops, *["released"] * bool(model.protocol)],
+            task=task, attack=self.attack, seed=settings.seed, precision=precision,
+            settings={"attack": attack,
                       "task": section.model_dump(include={"size", "crop"}) | {"stride": model.stride}},
-            protocol=protocol.label(model.protocol), hashes=hashes, **more,
+            protocol=label, hashes=hashes, **({"call": kind.source} if kind.source else {}),
         )  # fmt: skip
         return {
             "schema": records.SCHEMA, "key": records.digest(made), "made_from": made,
             **dict(zip(PLACE, self.names, strict=False)), "epoch": self.epoch,
-            "attack": self.attack, "attack_name": attacks.title(task, self.attack, self.kind),
-            "metric": TASKS[task].metric, "protocol": protocol.label(model.protocol), "counts": settings.counts,
-            "precision": self._precision(), "settings": {"attack": self._attack(), "task": section.model_dump()},
-            "seed": settings.seed, "hashes": hashes, "n_train": model.trained[0], "n_train_asked": model.trained[1],
-            "notebook": records.notebook(),
+            "attack": self.attack, "attack_name": attacks.title(task, self.attack, kind),
+            "metric": TASKS[task].metric, "protocol": label, "counts": settings.counts, "precision": precision,
+            "settings": {"attack": attack, "task": section.model_dump()}, "seed": settings.seed, "hashes": hashes,
+            "n_train": model.trained[0], "n_train_asked": model.trained[1], "notebook": records.notebook(),
         }  # fmt: skip
+
+    @property
+    def device(self) -> str:
+        return records.pick_device(self.settings.device)
 
     @property
     def made(self) -> records.Made:
@@ -187,43 +195,22 @@ class Cell:
 
     def measured(self) -> tuple[dict[str, Any], Tensor]:
         """The numbers of the cell, in the model's protocol, and its images' statistics; nothing on disk changes."""
-        model, attack, start = self.model, self.settings.attack, time.perf_counter()
-        device, batch = records.pick_device(self.settings.device), self.settings.task(model.task).attack_batch
-        precision = compute.precision(self.settings.precision, device)
+        model, attack, s, start = self.model, self.settings.attack, self.settings, time.perf_counter()
+        precision, on_class = compute.precision(s.precision, self.device), model.task == "classification"
+        batch = s.task(model.task).attack_batch
         out = evaluate(
-            model, self.test, self.attack, attack, batch, self.settings.seed, device, precision, self.kind
+            model, self.test, self.attack, attack, batch, s.seed, self.device, precision, self.kind
         )  # fmt: skip
-        wrong = out.wrong if model.task == "classification" else None
+        # the loss above which an image was lost on the way, where it would not have left the attack for it
+        stays = on_class and self.attack != "clean" and not attacks.leaves(self.attack, model, attack)
         health = part("trust.health").summarise(
-            out.traces, self.attack, model.task, wrong, self._enough(), attack.steps if attack else None, out.nonfinite
+            out.traces, self.attack, model.task, out.wrong if on_class else None,
+            attacks.enough(model) if stays else math.inf, attack.steps if attack else None, out.nonfinite,
         )  # fmt: skip
         return self._numbers(out.stats) | {
             "max_perturbation": out.largest, "nonfinite": out.nonfinite, "health": health,
             "batch": out.batch, "seconds": round(time.perf_counter() - start, 2),
         }, out.stats  # fmt: skip
-
-    def _loops(self) -> list[str]:
-        released = ["released"] if self.model.protocol else []
-        return ["data", "encoders", "heads", "metrics", *self.kind.loops, *released]
-
-    def _precision(self) -> str:
-        if self.attack == "clean" or self.kind.fp32:
-            return "fp32"
-        return compute.precision(self.settings.precision, records.pick_device(self.settings.device))
-
-    def _attack(self) -> dict[str, Any] | None:
-        if self.attack == "clean":
-            return None
-        if self.settings.attack is None:
-            raise BadInput("The settings have no section 'attack'; add one (params/demo.yaml shows how).")
-        return self.settings.attack.model_dump()
-
-    def _enough(self) -> float:
-        """The loss above which an image was lost on the way: infinite where it would have left the attack for it."""
-        model = self.model
-        on_class = model.task == "classification" and self.attack != "clean"
-        left = not on_class or attacks.leaves(self.attack, model, self.settings.attack)
-        return math.inf if left else attacks.enough(model)
 
     def _numbers(self, stats: Tensor) -> dict[str, Any]:
         """What follows from the images' statistics."""
@@ -239,82 +226,16 @@ class Cell:
 
     def _write(self, numbers: dict[str, Any], stats: Tensor) -> tuple[dict[str, Any], Tensor]:
         """Writes statistics first and the record last, so that a record never lacks them."""
-        record = self.about | numbers | records.provenance(records.pick_device(self.settings.device))
+        record = self.about | numbers | records.provenance(self.device)
         records.write_tensors(records.packed(stats), records.about(self.made), self.path(".safetensors"))
         records.write_record(record, self.path())
         return record, stats
 
 
-class Worst(Cell):
-    """The worst case of a row: each image under that of its attacks that hurts it most, made from what they left.
-
-    Where the row has had its sanity checks, the attacks inside the table's ball that these made on its first images
-    (noise, more steps and starts, transfer) count as one more.
-    """
-
-    @property
-    def kind(self) -> attacks.Kind:
-        return attacks.KINDS["task"]._replace(title="worst case")
-
-    @property
-    def cells(self) -> dict[str, Cell]:
-        """The row's cells by attack."""
-        row = {name: getattr(self, name) for name in ("model", "test", "settings", "defense", "epoch")}
-        return {name: Cell(attack=name, **row) for name in attacks.kinds(self.model.task, self.settings)}
-
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        cells, checked = {name: records.digest(cell.made) for name, cell in self.cells.items()}, self._checked()
-        made = records.made_from((), cells=cells | ({CHECKS: checked[0]} if checked else {}))
-        return super().about | {"made_from": made, "key": records.digest(made)}
-
-    def run(self, part: str = "") -> dict[str, Any] | None:
-        """As of every cell; None while one of the attacks is not there."""
-        return super().run(part) if all(cell.stored() for cell in self.cells.values()) else None
-
-    def measured(self) -> tuple[dict[str, Any], Tensor]:
-        """The numbers that follow from the row's cells, which must be there."""
-        start, cells = time.perf_counter(), {name: cell.stored() for name, cell in self.cells.items()}
-        checked, stats = self._checked(), {name: stats for name, (_, stats) in cells.items()}
-        if checked:
-            rest = next(reversed(stats.values()))  # of images that were not checked one of the others, which is no news
-            stats[CHECKS] = torch.cat([checked[1], rest[len(checked[1]) :]])
-        made, chosen = [record for record, _ in cells.values()], self._chosen([*stats.values()])
-        taken = torch.stack([*stats.values()])[chosen, torch.arange(len(chosen))]
-        return self._numbers(taken) | {
-            "max_perturbation": max(record["max_perturbation"] for record in made),
-            "nonfinite": sum(record["nonfinite"] for record in made), "health": {}, "batch": 0,
-            "chosen": {name: int((chosen == i).sum()) for i, name in enumerate(stats)},
-            "checked": len(checked[1]) if checked else 0, "seconds": round(time.perf_counter() - start, 2),
-        }, taken  # fmt: skip
-
-    def _checked(self) -> tuple[str, Tensor] | None:
-        """Key and statistics (n, ..) of the sanity checks of the task attack's cell, None without them."""
-        try:
-            result = records.read_record(records.checks_path(self.settings.profile, *self.names[:4]))
-        except BadInput:
-            return None
-        if result["cell"] != records.digest(self.cells["task"].made):
-            return None
-        place = checks_place(self.settings.profile, result, ".safetensors")
-        found = records.reusable_tensors(place, result["made_from"])
-        return found and (result["key"], records.unpacked(found[0]))
-
-    def _chosen(self, found: list[Tensor]) -> Tensor:
-        """Which of K attacks, given by their statistics (N, ..), each image (N,) is taken from.
-
-        The candidates are each attack alone, and image by image the one that hurts it most: by its metric, and in
-        segmentation by its wrong pixels, as some wrong pixels of an absent class halve an image's mIoU but not that of
-        all.
-        """
-        task, reduce, n = self.model.task, reduction(self.model, self.test), len(found[0])
-        sign = TASKS[task].sign
-        scores = [sign * torch.tensor([metrics.per_image(task, stats, reduce) for stats in found])]  # (K, N) each
-        if task == "segmentation":
-            scores.append(torch.stack([stats[..., 0].sum(1) for stats in found]))
-        chosen = [score.argmin(0) for score in scores] + [torch.full((n,), k) for k in range(len(found))]
-        values = [metrics.value(task, torch.stack(found)[c, torch.arange(n)], reduce) for c in chosen]
-        return chosen[min(range(len(chosen)), key=lambda i: sign * values[i])]
+def _demand_attack(settings: Settings) -> Attack:
+    if settings.attack is None:
+        raise BadInput("The settings have no section 'attack'; add one (params/demo.yaml shows how).")
+    return settings.attack
 
 
 def checks_place(profile: str, about: dict[str, Any], suffix: str = ".json") -> Path:
@@ -351,12 +272,11 @@ def first(
     Where none can be, those of the embedded encoder on the rendered scenes; None without this `fallback`. `load`: what
     loads an encoder.
     """
-    standard = [row for row in settings.encoders if "standard" in row.defenses] or settings.encoders
-    for dataset in settings.task(task).datasets:
-        for row in standard:
-            with skipping(settings, [], []):
-                encoder = (load or encoders.load)(row, settings.data_root)
-                return prepared(task, dataset, encoder, settings, "standard")
+    rows = [row for row in settings.encoders if "standard" in row.defenses] or settings.encoders
+    for dataset, row in itertools.product(settings.task(task).datasets, rows):
+        with skipping(settings, [], []):
+            encoder = (load or encoders.load)(row, settings.data_root)
+            return prepared(task, dataset, encoder, settings, "standard")
     return prepare(task, "scenes", EncoderRow(name="embedded_vit"), settings) if fallback else None
 
 
@@ -374,8 +294,7 @@ def cells(task: str, settings: Settings) -> Iterator[Cell]:
     and no others; what is taken out of it stays stored. Raises BadInput if something that an earlier notebook makes is
     missing, or a data set or weights; with missing: skip such rows are left out instead, see records.read_skipped.
     """
-    if settings.attack is None:
-        raise BadInput("The settings have no section 'attack'; add one (params/demo.yaml shows how).")
+    _demand_attack(settings)
     records.pick_device(settings.device)
     yield from _of_seed(task, settings, settings.profile)
     for seed in settings.more_seeds:
@@ -418,7 +337,7 @@ def _of_variant(
             about = {"settings": settings, "defense": defense, "epoch": epoch, "lost": lost}
             for attack in attacks.kinds(task, settings):
                 yield Cell(model, test, attack, **about)
-            yield Worst(model, test, WORST, **about)
+            yield part("trust.worst").Worst(model, test, WORST, **about)
 
 
 def run_task(task: str, settings: Settings) -> list[dict[str, Any]]:

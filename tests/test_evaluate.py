@@ -18,6 +18,7 @@ from ssl_robust.settings import Attack, BadInput
 from ssl_robust.show import examples, plots
 from ssl_robust.tasks import TASKS
 from ssl_robust.trust import evidence, paired
+from ssl_robust.trust.worst import Worst
 
 FIELDS = {
     "schema", "key", "task", "dataset", "encoder", "defense", "epoch", "attack", "attack_name", "metric", "value", "se",
@@ -281,7 +282,7 @@ def _stats(task, kind):
 def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
     settings = planted.settings()
     model, test = planted.model(task), _test_set(task, settings)
-    row = evaluate.Worst(model, test, evaluate.WORST, settings)
+    row = Worst(model, test, evaluate.WORST, settings)
     assert row.run() is None  # nothing was attacked yet
     found = {kind: evaluate.Cell(model, test, kind, settings).run() for kind in attacks.KINDS}
     worst = row.run()
@@ -298,7 +299,7 @@ def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
     if task == "classification":
         assert worst["value"] == pytest.approx(sum(expected) / 8)
     assert row.run() == worst  # read, with the time it was made
-    assert evaluate.Worst(model, test, evaluate.WORST, settings.model_copy(update={"seed": 1})).stored() is None
+    assert Worst(model, test, evaluate.WORST, settings.model_copy(update={"seed": 1})).stored() is None
 
 
 def test_examples_are_made_once_and_again_when_something_changed(toys, monkeypatch):

@@ -8,6 +8,7 @@ from ssl_robust import attacks, datasets, evaluate, records
 from ssl_robust.settings import BadInput
 from ssl_robust.show import tables
 from ssl_robust.tasks import TASKS
+from ssl_robust.trust.worst import Worst
 
 GOOD = "def mine(x, target, model, attack, start, **_):\n    return (x + attack.eps * (start - x).sign()).clamp(0, 1)\n"
 
@@ -38,7 +39,7 @@ def test_a_function_is_a_column_between_the_paper_s_and_worst(task, written):
     for name in ("clean", "embed", "task"):
         _cell(task, s, name).run()
     cell = _cell(task, s)
-    worst = evaluate.Worst(cell.model, cell.test, evaluate.WORST, s).run()
+    worst = Worst(cell.model, cell.test, evaluate.WORST, s).run()
     assert set(worst["chosen"]) == {"clean", "embed", "task", "mine"}
     table = tables.table(task, records.read_records(records.results_dir("toy")))
     assert list(table.columns[3:8]) == ["clean", "embed", "task", "mine", "worst"] and table["mine"].notna().all()

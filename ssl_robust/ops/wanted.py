@@ -13,6 +13,7 @@ from ..settings import BadInput, EncoderRow, Settings, skipping
 from ..show import examples
 from ..tasks import TASKS
 from ..trust import sanity
+from ..trust.worst import Worst
 
 # What makes a result: "name"; "step", one of STEPS; "needs", names of jobs that come before it; and what grid.work() is
 # told: "encoder", and for heads, cells and checks "task", "dataset", "defense", "epoch", "weights", "seed", for cells
@@ -136,7 +137,7 @@ def _head_and_cells(
 def _cell(job: Job, cell: evaluate.Cell) -> Wanted:
     there, shown = cell.stored() is not None, [(cell.shown(), records.digest(cell.made))]
     if there and cell.attack == [*attacks.kinds(cell.model.task, cell.settings)][-1]:
-        worst = evaluate.Worst(cell.model, cell.test, evaluate.WORST, cell.settings, cell.defense, cell.epoch)
+        worst = Worst(cell.model, cell.test, evaluate.WORST, cell.settings, cell.defense, cell.epoch)
         shown.append((worst.shown(), records.digest(worst.made)))
     return Wanted(job, there, [] if there else records.why(cell.path(), cell.made), shown)
 

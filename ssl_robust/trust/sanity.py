@@ -21,6 +21,7 @@ from ..heads import TaskModel
 from ..progress import track
 from ..settings import Attack, BadInput, EncoderRow, Sanity, Settings, skipping
 from ..tasks import TASKS
+from .worst import Worst
 
 KEYS = ["task", "dataset", "encoder", "defense"]
 SURE = 2  # standard errors by which one attack must be stronger than another to say so
@@ -313,7 +314,7 @@ def check_row(model: TaskModel, test: Subset, defense: str, source: Source | Non
     """The checks of one row: read if they were made from exactly these inputs, else made and written.
 
     {"task", "dataset", "encoder", "defense", "metric", "n", "attack" (settings), "cell": key of the task attack's cell,
-    "checks": numbers, "flags": sentences} and where it was computed; beside it the statistics for evaluate.worst. They
+    "checks": numbers, "flags": sentences} and where it was computed; beside it the statistics for trust/worst.py. They
     lie under their key in runs/<profile>/checks, with a copy of the row in results/<profile>.
     """
     row = about(model, test, defense, source, settings)
@@ -419,7 +420,7 @@ def check(task: str, dataset: str, row: EncoderRow, defense: str, settings: Sett
     *_, (_, epoch, weights) = deacl.variants(only, settings.profile, settings.data_root)
     model, test = evaluate.prepare(task, dataset, row, settings, defense, weights)
     found = check_row(model, test, defense, source_of(task, dataset, row, model, settings), settings)
-    evaluate.Worst(model, test, evaluate.WORST, settings, defense, epoch).run()
+    Worst(model, test, evaluate.WORST, settings, defense, epoch).run()
     return found
 
 
