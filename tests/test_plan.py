@@ -1,6 +1,7 @@
 """The plan of a profile: what it counts, what it takes that to last, and that everything missing is listed at once."""
 
 import dataclasses
+import re
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_rows_of_a_tiny_profile_by_hand():
 
 def test_prices_by_hand():
     s = settings(depth={**TASK, "n_test": 7})
-    one = plan.step_of("depth", "scenes", s.encoders[0], s)
+    one = plan.Place("depth", "scenes", s.encoders[0], s).attack()
     place = {"step": "cell", "task": "depth", "dataset": "scenes", "encoder": "embedded_vit", "defense": "standard"}
     assert plan.price({**place, "kind": "clean"}, s) == {("depth", "attack"): 7 * one.forward}
     assert plan.price({**place, "kind": "task"}, s)["depth", "attack"] == 7 * (3 * one.whole + 2 * one.forward)
@@ -172,8 +173,10 @@ def test_paper_asks_for_every_row_of_the_paper():
 def test_plan_in_words(root):
     records.write_json({"seconds": 4000.0}, root / "runs" / "tiny" / "02_deacl.time.json")
     said = plan.text(settings(), ["No cifar10; get it."])
-    assert "nothing is run" in said and "Table 2, segmentation: clean, EmbedAttack, SegPGD" in said
-    assert "DeACL of embedded_vit on scenes: 16 images, 2 epochs, 2 attack steps" in said
+    assert "nothing is run" in said and re.search(
+        r"segmentation +scenes +embedded_vit +standard +clean embed task +7 +64x64", said
+    )
+    assert re.search(r"DeACL +scenes +embedded_vit +16 ", said)
     (stage,) = [line for line in said.splitlines() if line.startswith("02_deacl")]
     assert stage.endswith("67 min") and "H100 (assumed)" in said
     assert said.endswith("Missing:\n- No cifar10; get it.")
@@ -214,16 +217,6 @@ def test_everything_missing_is_listed_at_once(absent):
     assert warn == ["No cifar10; get it.", "No file a.pth; get it.", weights] and stop == [device, disk]
 
 
-def test_a_network_that_hangs_does_not_hang_the_check(monkeypatch):
-    monkeypatch.setattr(plan, "PATIENCE", 0.1)
-    monkeypatch.setattr(plan, "_knock", lambda address: time.sleep(5))
-    monkeypatch.setattr(plan.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(plan, "cached", lambda model: False)
-    start = time.monotonic()
-    assert len(plan.missing_weights(settings(encoders=[{"name": "dino_vitb16"}, {"name": "dinov2_vits14"}]))) == 2
-    assert time.monotonic() - start < 2
-
-
 def test_the_hub_is_asked_only_for_what_is_not_here(monkeypatch):
     asked = []
     monkeypatch.setattr(plan, "hub_answers", lambda: asked.append(1) or True)
@@ -235,17 +228,19 @@ def test_the_hub_is_asked_only_for_what_is_not_here(monkeypatch):
     assert plan.missing_weights(settings(encoders=rows)) == [] and asked == [1]
 
 
-def test_hub_answers(monkeypatch):
-    monkeypatch.setattr(plan.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(plan, "_knock", lambda address: True)
+def test_a_hub_that_cannot_be_reached_does_not_answer(monkeypatch):
+    def offline(model, timeout):
+        raise OSError("offline")
+
+    monkeypatch.setattr(plan.huggingface_hub, "model_info", offline)
     assert not plan.hub_answers()
-    monkeypatch.setattr(plan.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(plan.huggingface_hub, "model_info", lambda model, timeout: model)
     assert plan.hub_answers()
 
 
 def test_weights_in_the_local_cache_are_found(monkeypatch, tmp_path):
     found = {"timm/vit_base_patch16_224.dino": str(tmp_path)}
-    monkeypatch.setattr(plan, "try_to_load_from_cache", lambda repo, file: found.get(repo))
+    monkeypatch.setattr(plan.huggingface_hub, "try_to_load_from_cache", lambda repo, file: found.get(repo))
     assert plan.cached("vit_base_patch16_224.dino") and not plan.cached("vit_small_patch14_dinov2.lvd142m")
 
 

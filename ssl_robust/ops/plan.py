@@ -6,24 +6,21 @@ is measured on this machine by such steps; those of GPUs that one does not have 
 
 import math
 import shutil
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import timm
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import attacks, compute, datasets, deacl, encoders, heads, protocol, records, training
-from ..settings import BadInput, EncoderRow, Settings, TaskSettings
+from ..settings import BadInput, EncoderRow, Settings
 from ..show import examples
 from ..strong import dense
 from ..tasks import TASKS
@@ -42,6 +39,7 @@ STRONG = 5  # times the steps of the profile's attack, and so many losses at mos
 ASSUMED = {"H100": (297.0, 33.5), "RTX 4090": (49.5, 41.3), "L4": (36.3, 15.2)}
 PATIENCE = 3.0  # seconds for the hub to answer
 OWN = 20  # classes of a folder whose own are not known yet
+PHOTOGRAPH = (375, 500)  # height and width of one whose data set is not known
 Rate = Callable[[str, str], float]  # (task or 'deacl', 'attack' or 'head') -> FLOPs a second
 
 
@@ -56,19 +54,17 @@ class Step(NamedTuple):
 
 
 @cache
-def encoder_of(row_name: str, model: str, native: int | None) -> encoders.Encoder:
-    """The architecture of a row on the meta device; an encoder of the user's own counts as a ViT-B/16."""
+def _architecture(name: str, model: str, native: int | None) -> encoders.Encoder:
     with torch.device("meta"):
-        row = EncoderRow(name=row_name, timm=model, native=native)
-        return encoders.random_init(row)
+        return encoders.random_init(EncoderRow(name=name, timm=model, native=native))
 
 
 def meta(row: EncoderRow) -> encoders.Encoder:
-    """The encoder of a row as shapes without numbers."""
-    return encoder_of(row.name, "vit_base_patch16_224" if row.call else row.timm, row.native)
+    """The encoder of a row as shapes without numbers; one of the user's own counts as a ViT-B/16."""
+    return _architecture(row.name, "vit_base_patch16_224" if row.call else row.timm, row.native)
 
 
-def counted(loss: Callable[[], Tensor]) -> Step:
+def _counted(loss: Callable[[], Tensor]) -> Step:
     """What a loss and its gradient cost."""
     with FlopCounterMode(display=False) as flops:
         value = loss()
@@ -83,7 +79,7 @@ def attack_step(encoder: encoders.Encoder, task: str, size: tuple[int, int], cla
     with torch.device("meta"):
         model = heads.TaskModel(task, encoder, heads.HEADS[task](encoder.dim, classes), stride)
         x = torch.zeros(1, 3, *size, requires_grad=True)
-    return counted(lambda: model(x).sum())
+    return _counted(lambda: model(x).sum())
 
 
 @cache
@@ -92,7 +88,7 @@ def head_step(encoder: encoders.Encoder, task: str, size: tuple[int, int], class
     with torch.device("meta"):
         head, grid = heads.HEADS[task](encoder.dim, classes), [-(-side // encoder.patch) for side in size]
         cls, patches = torch.zeros(1, encoder.dim), torch.zeros(1, encoder.dim, *grid)
-    return counted(lambda: heads.predict(head.eval(), encoder, cls, patches, size).sum())
+    return _counted(lambda: heads.predict(head.eval(), encoder, cls, patches, size).sum())
 
 
 @cache
@@ -101,9 +97,9 @@ def tuning_step(encoder: encoders.Encoder) -> tuple[Step, Step]:
     with torch.device("meta"):
         x = torch.zeros(1, 3, encoder.native, encoder.native)
         moved, goal = x.clone().requires_grad_(), torch.zeros(1, encoder.dim)
-    attack = counted(lambda: encoder.cls(moved).sum())
+    attack = _counted(lambda: encoder.cls(moved).sum())
     encoder.backbone.requires_grad_(True)
-    train = counted(lambda: sum(deacl.loss_terms(encoder, goal, x, x)))
+    train = _counted(lambda: sum(deacl.loss_terms(encoder, goal, x, x)))
     encoder.backbone.requires_grad_(False)
     return attack, train
 
@@ -131,46 +127,51 @@ def _has(name: str, task: str, split: str, settings: Settings) -> float:
     return min(enough, default=max(official, default=10**9))
 
 
-def classes_of(name: str, task: str, settings: Settings) -> int:
-    """Classes of a data set, OWN while they are not known."""
-    try:
-        return len(datasets.class_names(name, task, settings.data_root))
-    except BadInput:
-        return OWN
+def _shape(name: str) -> tuple[int, int]:
+    return datasets.DATASETS[name].shape if name in datasets.DATASETS else PHOTOGRAPH
 
 
-def image_size(task: str, split: str, name: str, row: EncoderRow, settings: Settings) -> tuple[int, int]:
-    """(H, W) of an image of 'train' or 'test' as the encoder gets it; see datasets.transform."""
-    native = meta(row).native
-    size = "native" if task == "deacl" else section_of(task, row, settings).size
-    known = datasets.DATASETS.get(name)
-    height, width = known.shape if known else (375, 500)  # of a common photograph
-    if task in ("classification", "deacl"):
-        side = size if isinstance(size, int) else native
-        return side, side
-    if task == "segmentation" and split == "train":
-        return native, native
-    small = min(height, width)
-    if isinstance(size, tuple):
-        size = "original" if height < size[0] or width < size[1] else size[0]
-    goal = {"native": native, "original": max(small, native)}.get(size, size)
-    return round(height * goal / small), round(width * goal / small)
+class Place:
+    """An encoder on a data set of a task: its sizes and steps."""
 
+    def __init__(self, task: str, name: str, row: EncoderRow, settings: Settings) -> None:
+        self.task, self.name, self.encoder = task, name, meta(row)
+        self.section = protocol.adjusted(settings, self.encoder.native).task(task)
+        self.counts, self.classes = counts(task, name, settings), OWN
+        with suppress(BadInput):
+            self.classes = len(datasets.class_names(name, task, settings.data_root))
 
-def section_of(task: str, row: EncoderRow, settings: Settings) -> TaskSettings:
-    """The settings of a task as the protocol has them for this encoder."""
-    return protocol.adjusted(settings, meta(row).native).task(task)
+    def size(self, split: str) -> tuple[int, int]:
+        """(H, W) of an image of 'train' or 'test' as the encoder gets it; see datasets.transform."""
+        native, size, (height, width) = self.encoder.native, self.section.size, _shape(self.name)
+        if self.task == "classification":
+            return (size, size) if isinstance(size, int) else (native, native)
+        if self.task == "segmentation" and split == "train":
+            return native, native
+        small = min(height, width)
+        if isinstance(size, tuple):
+            size = "original" if height < size[0] or width < size[1] else size[0]
+        goal = {"native": native, "original": max(small, native)}.get(size, size)
+        return round(height * goal / small), round(width * goal / small)
 
+    def attack(self) -> Step:
+        """One test image in one step of an attack."""
+        stride = getattr(self.section, "stride", 1.0)
+        return attack_step(self.encoder, self.task, self.size("test"), self.classes, stride)
 
-def step_of(task: str, name: str, row: EncoderRow, settings: Settings) -> Step:
-    """One image of a table row in one attack step."""
-    size = image_size(task, "test", name, row, settings)
-    return attack_step(meta(row), task, size, classes_of(name, task, settings), stride_of(task, row, settings))
-
-
-def stride_of(task: str, row: EncoderRow, settings: Settings) -> float:
-    """Stride of the sliding window as a fraction of it; 1 where there is none."""
-    return getattr(section_of(task, row, settings), "stride", 1.0)
+    def training(self) -> tuple[float, float]:
+        """FLOPs of encoding the images of a head, once a copy if tokens fit in memory, else in every epoch; and of its
+        training.
+        """
+        size, dense_task, (train, val, _) = self.size("train"), self.task != "classification", self.counts
+        tokens = 1 + dense_task * math.prod(-(-side // self.encoder.patch) for side in size)
+        each = 4 * self.encoder.dim * tokens + dense_task * math.prod(size) * (4 if self.task == "depth" else 1)
+        keep_train, keep_val = training.kept(train * each, val * each, self.section)
+        encoded = train * (training.copies(self.section) if keep_train else self.section.epochs)
+        encoded += val * (1 if keep_val else self.section.epochs)
+        head = head_step(self.encoder, self.task, size, self.classes)
+        once = attack_step(self.encoder, "classification", size, 1, 1.0).forward
+        return encoded * once, self.section.epochs * (train * head.whole + val * head.forward)
 
 
 # --- what a job costs ---
@@ -182,19 +183,19 @@ def jobs_of(settings: Settings) -> list[Job]:
     tasks = [task for task in TASKS if getattr(settings, task)]
     for row in settings.encoders:
         found += [{"step": "deacl", "encoder": row.name}] * (row.tuned and settings.deacl is not None)
-        for task in tasks:
-            for i, name in enumerate(settings.task(task).datasets):
-                for defense in variants(row, settings, i == 0):
-                    place = {"task": task, "dataset": name, "encoder": row.name, "defense": defense}
-                    kinds = attacks.kinds(task, settings) if settings.attack else ()
-                    row_jobs = [{"step": "head", **place}, *({"step": "cell", "kind": k, **place} for k in kinds)]
-                    found += row_jobs * (1 + len(settings.more_seeds))
-                    if settings.sanity and settings.attack and defense in row.defenses:
-                        found.append({"step": "checks", **place})
+        places = [(task, i, name) for task in tasks for i, name in enumerate(settings.task(task).datasets)]
+        for task, i, name in places:
+            for defense in _defenses(row, settings, first=i == 0):
+                place = {"task": task, "dataset": name, "encoder": row.name, "defense": defense}
+                kinds = attacks.kinds(task, settings) if settings.attack else ()
+                row_jobs = [{"step": "head", **place}, *({"step": "cell", "kind": k, **place} for k in kinds)]
+                found += row_jobs * (1 + len(settings.more_seeds))
+                if settings.sanity and settings.attack and defense in row.defenses:
+                    found.append({"step": "checks", **place})
     return found + [{"step": "examples", "task": task} for task in tasks if settings.attack]
 
 
-def variants(row: EncoderRow, settings: Settings, first: bool) -> list[str]:
+def _defenses(row: EncoderRow, settings: Settings, first: bool) -> list[str]:
     """Defenses of a row in the tables; on the `first` data set also the DeACL epochs of Figure 2."""
     if not (row.tuned and settings.deacl):
         return list(row.defenses)
@@ -203,64 +204,61 @@ def variants(row: EncoderRow, settings: Settings, first: bool) -> list[str]:
     return [*standard, *(f"deacl-epoch{n}" for n in sorted(between)), "deacl"]
 
 
+def _row(job: Job, settings: Settings) -> EncoderRow:
+    return next((row for row in settings.encoders if row.name == job.get("encoder")), settings.encoders[0])
+
+
+def place_of(job: Job, settings: Settings) -> Place:
+    """Where a job that is of a task works; the images of Figure 1 are of the first data set and encoder."""
+    task = job["task"]
+    return Place(task, job.get("dataset", settings.task(task).datasets[0]), _row(job, settings), settings)
+
+
 def price(job: Job, settings: Settings) -> dict[tuple[str, str], float]:
     """FLOPs of a job by the rate that they have: (task or 'deacl', 'attack' or 'head')."""
-    rows, step = {row.name: row for row in settings.encoders}, job["step"]
+    step = job["step"]
     if step == "deacl":
-        row, cfg = rows[job["encoder"]], settings.deacl
-        attack, train = tuning_step(meta(row))
+        cfg, (attack, train) = settings.deacl, tuning_step(meta(_row(job, settings)))
         images = counts("deacl", cfg.dataset, settings)
         tuned = images[0] * (cfg.steps * attack.whole + attack.forward + train.whole)
         watched = images[1] * (cfg.steps * attack.whole + 2 * attack.forward)
         return {("deacl", "attack"): cfg.epochs * (tuned + watched)}
-    task = job["task"]
-    if step == "examples":
-        name, row = settings.task(task).datasets[0], settings.encoders[0]
-        steps = examples.COUNT * (2 * settings.attack.steps * step_of(task, name, row, settings).whole)
-        return {(task, "attack"): steps}
-    row, name = rows[job["encoder"]], job["dataset"]
-    train, val, test = counts(task, name, settings)
+    place = place_of(job, settings)
     if step == "head":
-        section, size = section_of(task, row, settings), image_size(task, "train", name, row, settings)
-        head = head_step(meta(row), task, size, classes_of(name, task, settings))
-        encoded = _encoded(task, row, size, train, val, section)
-        once = attack_step(meta(row), "classification", size, 1, 1.0).forward
-        return {(task, "attack"): encoded * once,
-                (task, "head"): section.epochs * (train * head.whole + val * head.forward)}  # fmt: skip
-    one, steps = step_of(task, name, row, settings), settings.attack.steps
+        return dict(zip([(place.task, "attack"), (place.task, "head")], place.training(), strict=True))
+    one, steps, test = place.attack(), settings.attack.steps, place.counts[2]
+    if step == "examples":
+        return {(place.task, "attack"): 2 * examples.COUNT * steps * one.whole}
     if step == "checks":
-        rounds = settings.sanity.rounds(settings.attack)
-        return {(task, "attack"): min(settings.sanity.n, test) * (rounds * steps * one.whole + 4 * one.forward)}
+        each = settings.sanity.rounds(settings.attack) * steps * one.whole + 4 * one.forward
+        return {(place.task, "attack"): min(settings.sanity.n, test) * each}
     kind = job["kind"]
     if kind not in attacks.KINDS:
         steps *= STRONG * len(dense.LOSSES.get(kind, (None,)))
-    if kind == "task" and task == "classification" and settings.attack.stop_when_broken:
+    if kind == "task" and place.task == "classification" and settings.attack.stop_when_broken:
         steps *= TAKEN["deacl" if job["defense"].startswith("deacl") else "standard"]
-    return {(task, "attack"): test * (one.forward + (kind != "clean") * (steps * one.whole + one.forward))}
+    return {(place.task, "attack"): test * (one.forward + (kind != "clean") * (steps * one.whole + one.forward))}
 
 
-def _encoded(task: str, row: EncoderRow, size: tuple[int, int], train: int, val: int, section: TaskSettings) -> int:
-    """Images that are encoded to train one head: once a copy if the tokens fit in memory, else in every epoch."""
-    encoder = meta(row)
-    tokens = 1 + (task != "classification") * math.prod(-(-side // encoder.patch) for side in size)
-    each = 4 * encoder.dim * tokens + (task != "classification") * math.prod(size) * (4 if task == "depth" else 1)
-    keep_train, keep_val = training.kept(train * each, val * each, section)
-    passes = training.copies(section) if keep_train else section.epochs
-    return train * passes + val * (1 if keep_val else section.epochs)
+def flops(jobs: list[Job], settings: Settings) -> float:
+    """FLOPs of these jobs."""
+    return sum(sum(price(job, settings).values()) for job in jobs)
 
 
 def seconds(jobs: list[Job], rate: Rate, settings: Settings) -> float:
     """Expected seconds of these jobs."""
-    return sum(flops / rate(*what) for job in jobs for what, flops in price(job, settings).items())
+    return sum(cost / rate(*what) for job in jobs for what, cost in price(job, settings).items())
 
 
-def reading(settings: Settings) -> float:
-    """Seconds in which 00_data reads every image once, and renders the scenes, which tasks share."""
+def notebooks(stages: list[str], settings: Settings) -> float:
+    """Seconds of these notebooks besides their jobs: 00_data reads every image once, and renders the scenes."""
+    fixed = START * len(stages) + DRAW * ("06_figures" in stages)
+    if "00_data" not in stages:
+        return fixed
     used = [(name, counts(task, name, settings)) for task, name in datasets.wanted(settings)]
-    scenes = [n for name, n in used if name == "scenes"]
+    scenes = [n for name, n in used if name == "scenes"]  # which tasks share
     rendered = sum(map(max, zip(*scenes, strict=True))) / SCENES_PER_SECOND if scenes else 0.0
-    shapes = ((n, datasets.DATASETS[name].shape if name in datasets.DATASETS else (375, 500)) for name, n in used)
-    return rendered + sum(READ * sum(n) * math.prod(shape) for n, shape in shapes)
+    return fixed + rendered + sum(READ * sum(n) * math.prod(_shape(name)) for name, n in used)
 
 
 def assumed(gpu: str) -> Rate:
@@ -278,18 +276,18 @@ def here(settings: Settings) -> Rate:
     @cache
     def rate(task: str, what: str) -> float:
         task = "classification" if task == "deacl" else task
-        name = settings.task(task).datasets[0] if getattr(settings, task) else "scenes"
-        encoder, there = encoders.random_init(given).to(device), getattr(settings, task)
-        size = image_size(task, "test", name, row, settings) if there else (encoder.native, encoder.native)
+        encoder, stride = encoders.random_init(given).to(device), 1.0
+        size = (encoder.native, encoder.native)
+        if getattr(settings, task):
+            place = Place(task, settings.task(task).datasets[0], row, settings)
+            size, stride = place.size("test"), getattr(place.section, "stride", 1.0)
         head = heads.HEADS[task](encoder.dim, OWN).to(device)
         if what == "head":
             with torch.no_grad():
                 cls, patches = encoder(torch.rand(8, 3, *size, device=device))
             spent = _timed(lambda: heads.predict(head, encoder, cls, patches, size).sum().backward(), device)
             return 8 * head_step(meta(row), task, size, OWN).whole / spent
-        stride = stride_of(task, row, settings) if there else 1.0
-        model = heads.TaskModel(task, encoder, head, stride)
-        one = attack_step(meta(row), task, size, OWN, stride).whole
+        model, one = heads.TaskModel(task, encoder, head, stride), attack_step(meta(row), task, size, OWN, stride).whole
         batch = int(max(1, min(16, 4e10 // one))) if device == "cpu" else 32
         x = torch.rand(batch, 3, *size, device=device, requires_grad=True)
 
@@ -316,8 +314,7 @@ def _timed(step: Callable[[], None], device: str) -> float:
 
 def remaining(settings: Settings, jobs: list[Job], stages: list[str]) -> float:
     """Expected seconds on this machine for these jobs and for running the notebooks of these stages."""
-    notebooks = START * len(stages) + DRAW * ("06_figures" in stages) + reading(settings) * ("00_data" in stages)
-    return seconds(jobs, here(settings), settings) + notebooks
+    return seconds(jobs, here(settings), settings) + notebooks(stages, settings)
 
 
 # --- the plan in words ---
@@ -325,11 +322,14 @@ def remaining(settings: Settings, jobs: list[Job], stages: list[str]) -> float:
 
 def text(settings: Settings, missing: list[str]) -> str:
     """The whole plan in words; `missing`: sentences that say what is wrong or not there."""
-    parts = [f"Plan of profile {settings.profile}; nothing is run."]
-    parts += [_table_text(task, settings) for task in TASKS if getattr(settings, task)]
-    parts += [_deacl_text(settings), _stage_text(settings), _disk_text(settings)]
+    parts = [f"Plan of profile {settings.profile}; nothing is run.", _rows_text(settings), _stage_text(settings)]
+    names = {name for _, name in datasets.wanted(settings)}
+    public = sum(_bytes(meta(row)) for row in fetched(settings))
+    made = sum(_written(job, settings) for job in jobs_of(settings))
+    stored = records.size(sum(data.bytes_of(name, settings) for name in names))
+    parts.append(f"Disk: {stored} of data sets, {records.size(public + made)} of weights, heads and checkpoints.")
     parts.append("Missing:\n" + "\n".join(f"- {m}" for m in missing) if missing else "Nothing is missing.")
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(parts)
 
 
 def _columns(rows: list[list[str]]) -> str:
@@ -351,45 +351,22 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
-def _table_text(task: str, settings: Settings) -> str:
-    """The rows of one table: what is attacked how, and FLOPs of an image forward and in an attack step."""
-    kinds = ", ".join(["clean", *(attacks.title(task, *kind) for kind in [*attacks.kinds(task, settings).items()][1:])])
-    lines = [["data set", "encoder", "defense", "images", "px", "windows", "steps", "GFLOP forward", "a step", "PFLOP"]]
-    for row in settings.encoders:
-        for i, name in enumerate(settings.task(task).datasets):
-            (height, width), one = image_size(task, "test", name, row, settings), step_of(task, name, row, settings)
-            windows = _windows(task, (height, width), row, settings)
-            for defense in variants(row, settings, i == 0):
-                mine = [job for job in jobs_of(settings) if _of_row(job, task, name, row.name, defense)]
-                total = sum(sum(price(job, settings).values()) for job in mine)
-                numbers = [one.forward / 1e9, one.whole / 1e9, total / 1e15]
-                steps = str(settings.attack.steps if settings.attack else 0)
-                shown = [str(counts(task, name, settings)[2]), f"{width}x{height}", str(windows), steps]
-                lines.append([name, row.name, defense, *shown, *map(_number, numbers)])
-    return f"Table {TASKS[task].number}, {task}: {kinds}\n{_columns(lines)}"
-
-
-def _windows(task: str, size: tuple[int, int], row: EncoderRow, settings: Settings) -> int:
-    """Windows that slide over an image; 1 where none do."""
-    if task != "segmentation":
-        return 1
-    native = meta(row).native
-    step = max(1, round(section_of(task, row, settings).stride * native))
-    return math.prod(len(heads.window_starts(side, min(side, native), step)) for side in size)
-
-
-def _of_row(job: Job, *place: str) -> bool:
-    return tuple(job.get(name) for name in ("task", "dataset", "encoder", "defense")) == place
-
-
-def _deacl_text(settings: Settings) -> str:
-    lines = [f"DeACL of {row.name}: {row.deacl_checkpoint}" for row in settings.encoders if row.deacl_checkpoint]
-    for job in (job for job in jobs_of(settings) if job["step"] == "deacl"):
-        cfg, flops = settings.deacl, sum(price(job, settings).values())
-        images = counts("deacl", cfg.dataset, settings)[0]
-        lines.append(f"DeACL of {job['encoder']} on {cfg.dataset}: {images} images, {cfg.epochs} epochs, {cfg.steps} "
-                     f"attack steps, {_number(flops / 1e15)} PFLOP")  # fmt: skip
-    return "\n".join(lines)
+def _rows_text(settings: Settings) -> str:
+    """The rows of the tables with their attacks, images and FLOPs, and DeACL."""
+    rows = [["task", "data set", "encoder", "defense", "attacks", "images", "px", "PFLOP"]]
+    mine: dict[tuple[str, ...], list[Job]] = {}
+    for job in jobs_of(settings):
+        mine.setdefault(tuple(job.get(name, "") for name in ("task", "dataset", "encoder", "defense")), []).append(job)
+    for place, jobs in mine.items():
+        cost = _number(flops(jobs, settings) / 1e15)
+        if jobs[0]["step"] == "deacl":
+            images = str(counts("deacl", settings.deacl.dataset, settings)[0])
+            rows.append(["DeACL", settings.deacl.dataset, place[2], "", "", images, "", cost])
+        elif jobs[0]["step"] == "head":
+            here, kinds = place_of(jobs[0], settings), dict.fromkeys(job["kind"] for job in jobs if "kind" in job)
+            height, width = here.size("test")
+            rows.append([*place, " ".join(kinds), str(here.counts[2]), f"{width}x{height}", cost])
+    return _columns(rows)
 
 
 def _stage_text(settings: Settings) -> str:
@@ -400,31 +377,15 @@ def _stage_text(settings: Settings) -> str:
     rows, jobs = [["stage", "PFLOP", *rates, "measured here"]], jobs_of(settings)
     for stage in (*STAGES, "total"):
         mine = [job for job in jobs if stage in (stages.stage_of(job), "total")]
-        names = list(STAGES) if stage == "total" else [stage]
-        fixed = START * len(names) + DRAW * ("06_figures" in names) + reading(settings) * ("00_data" in names)
+        fixed = notebooks([*STAGES] if stage == "total" else [stage], settings)
         times = [duration(seconds(mine, rate, settings) + fixed) for rate in rates.values()]
-        flops = sum(sum(price(job, settings).values()) for job in mine)
-        rows.append([stage, _number(flops / 1e15), *times, _measured(settings.profile, stage)])
+        path = records.runs_dir(settings.profile) / f"{stage}.time.json"
+        measured = duration(records.read_json(path)["seconds"]) if path.is_file() else ""
+        rows.append([stage, _number(flops(mine, settings) / 1e15), *times, measured])
     return _columns(rows)
 
 
-def _measured(profile: str, stage: str) -> str:
-    path = records.runs_dir(profile) / f"{stage}.time.json"
-    try:
-        return duration(records.read_json(path)["seconds"]) if path.is_file() else ""
-    except (BadInput, KeyError, TypeError):
-        return ""
-
-
 # --- disk ---
-
-
-def _disk_text(settings: Settings) -> str:
-    names = {name for _, name in datasets.wanted(settings)}
-    public = sum(_bytes(meta(row)) for row in fetched(settings))
-    made = sum(_written(job, settings) for job in jobs_of(settings))
-    stored = records.size(sum(data.bytes_of(name, settings) for name in names))
-    return f"Disk: {stored} of data sets, {records.size(public + made)} of weights, heads and checkpoints."
 
 
 def _bytes(module: torch.nn.Module) -> int:
@@ -433,41 +394,29 @@ def _bytes(module: torch.nn.Module) -> int:
 
 def _written(job: Job, settings: Settings) -> float:
     """Bytes that a job leaves in runs/, and of DeACL's state while a new one is written beside the old one."""
-    row = next((row for row in settings.encoders if row.name == job.get("encoder")), None)
     if job["step"] == "deacl":
-        return (len(deacl.kept(settings.deacl)) + 4) * _bytes(meta(row))
+        return (len(deacl.kept(settings.deacl)) + 4) * _bytes(meta(_row(job, settings)))
     if job["step"] != "head":
         return 0.0
+    place = place_of(job, settings)
     with torch.device("meta"):
-        classes = classes_of(job["dataset"], job["task"], settings)
-        return _bytes(heads.HEADS[job["task"]](meta(row).dim, classes))
+        return _bytes(heads.HEADS[place.task](place.encoder.dim, place.classes))
 
 
 def _disk_problems(settings: Settings) -> list[str]:
     """What does not fit on the disk, of that which is still to be written: what is there already needs no more room."""
-    try:
-        free, jobs = shutil.disk_usage(records.ROOT).free, jobs_of(settings)
-        need = sum(_written(job, settings) for job in jobs)
-    except BadInput:  # an unknown encoder, which encoders.check has named
-        return []
-    if need > free:
-        with suppress(BadInput):  # data or weights are not there, which others say
+    free, jobs, found = shutil.disk_usage(records.ROOT).free, [], None
+    with suppress(BadInput):  # an unknown encoder, which encoders.check has named
+        jobs = jobs_of(settings)
+        if sum(_written(job, settings) for job in jobs) > free:
             found = looked_for(settings)
-            absent = jobs if found is None else [w.job for w in found if not w.there]
-            need = sum(max(0.0, _written(job, settings) - _begun(job, settings)) for job in absent)
-    if need <= free:
-        return []
-    return [f"The disk of {records.ROOT} has {records.size(free)} free but weights and checkpoints still need about "
-            f"{records.size(need)}; free some space."]  # fmt: skip
-
-
-def _begun(job: Job, settings: Settings) -> float:
-    """Bytes that DeACL has left already, where it was interrupted."""
-    if job["step"] != "deacl":
-        return 0.0
-    folders = [f for f in (records.runs_dir(settings.profile) / "deacl" / job["encoder"]).glob("*") if f.is_dir()]
-    begun = [f for f in folders if not (f / "deacl.json").is_file()]
-    return sum(path.stat().st_size for folder in begun for path in folder.iterdir())
+    absent = jobs if found is None else [w.job for w in found if not w.there]
+    with suppress(BadInput):
+        need = sum(_written(job, settings) for job in absent)
+        if need > free:
+            return [f"The disk of {records.ROOT} has {records.size(free)} free but weights and checkpoints still need "
+                    f"about {records.size(need)}; free some space."]  # fmt: skip
+    return []
 
 
 # --- what is missing ---
@@ -483,24 +432,14 @@ def problems(settings: Settings) -> tuple[list[str], list[str]]:
     stop, warn = ([], absent) if settings.missing == "skip" else (absent, [])
     wrong, remarks = data.look(settings)
     stop, warn = stop + [w for w in wrong if w not in absent], warn + remarks + data.shortages(settings)
-    return stop + _attack_problems(settings) + _device_problems(settings) + _disk_problems(settings), warn
-
-
-def _attack_problems(settings: Settings) -> list[str]:
-    try:
-        for task in (task for task in TASKS if getattr(settings, task)):
-            attacks.kinds(task, settings)
-    except BadInput as problem:
-        return [str(problem)]
-    return []
-
-
-def _device_problems(settings: Settings) -> list[str]:
-    try:
-        records.pick_device(settings.device)
-    except BadInput as problem:
-        return [str(problem)]
-    return []
+    tasks = [task for task in TASKS if getattr(settings, task)]
+    for look in (*(lambda task=task: attacks.kinds(task, settings) for task in tasks),
+                 lambda: records.pick_device(settings.device)):  # fmt: skip
+        try:
+            look()
+        except BadInput as problem:
+            stop = [*stop, str(problem)] if str(problem) not in stop else stop
+    return stop + _disk_problems(settings), warn
 
 
 def looked_for(settings: Settings) -> list[Wanted] | None:
@@ -514,24 +453,23 @@ def fetched(settings: Settings) -> list[EncoderRow]:
     """The rows whose weights timm fetches from its hub."""
     found = []
     for row in settings.encoders:
-        try:
+        with suppress(BadInput):  # encoders.check says it
             if row.needs_standard and not row.call and not row.checkpoint:
                 known = encoders.describe(row)
                 found += [row] if known.timm and known.public else []
-        except BadInput:  # encoders.check says it
-            continue
     return found
 
 
 def missing_weights(settings: Settings) -> list[str]:
     """One sentence for each encoder whose weights are neither in the local cache nor to be had from the hub."""
-    absent = [row for row in fetched(settings) if not cached(encoders.describe(row).timm)]
+    absent = {row.name: encoders.describe(row).timm for row in fetched(settings)}
+    absent = {name: model for name, model in absent.items() if not cached(model)}
     if not absent or hub_answers():
         return []
     return [
-        f"Encoder '{row.name}': the weights of {encoders.describe(row).timm} are not in the local cache and the hub "
-        f"does not answer; download them elsewhere and give the file as checkpoint."
-        for row in absent
+        f"Encoder '{name}': the weights of {model} are not in the local cache and the hub does not answer; download "
+        "them elsewhere and give the file as checkpoint."
+        for name, model in absent.items()
     ]
 
 
@@ -541,26 +479,13 @@ def cached(model: str) -> bool:
     if not cfg.hf_hub_id:
         return (Path(torch.hub.get_dir()) / "checkpoints" / str(cfg.url).rpartition("/")[2]).is_file()
     files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    return any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files)
+    return any(isinstance(huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files)
 
 
 def hub_answers() -> bool:
-    """Whether the model hub can be reached, within PATIENCE seconds whatever the network does."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    answers: list[bool] = []
-    # a thread, because looking up a name has no time limit of its own
-    thread = threading.Thread(target=lambda: answers.append(_knock(constants.ENDPOINT)), daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return answers == [True]
-
-
-def _knock(address: str) -> bool:
+    """Whether the model hub can be reached."""
     try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE).close()
-    except urllib.error.HTTPError:  # an answer all the same
-        return True
-    except (OSError, ValueError):
+        huggingface_hub.model_info("timm/vit_base_patch16_224.dino", timeout=PATIENCE)
+    except Exception:  # whatever its client raises for a network that is not there, or does not answer in time
         return False
     return True
