@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from . import datasets, metrics, protocol
 from .datasets import IGNORE, MAX_DEPTH, Subset
 from .encoders import Encoder
-from .settings import skipping as skipping
 
 MIN_DEPTH, BINS = 0.001, 256
 

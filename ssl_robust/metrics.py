@@ -84,20 +84,18 @@ def value(task: str, stats: Tensor, reduce: Reduction = value_of_sums) -> float:
 def standard_error(task: str, stats: Tensor, seed: int = 0, reduce: Reduction = value_of_sums) -> float:
     """Wilson's for accuracy, else the spread of 1000 bootstrap resamples over images.
 
-    Wilson's is half the width of his interval at z = 1, sqrt(p (1 - p) / n + 1 / (4 n^2)) / (1 + 1 / n): 1 / (2 n + 2)
-    for p of 0 or 1, where the binomial one is 0 however few images there are. For the same reason it stands in where
-    all resamples agree, as in a single image or if every pixel is wrong: mIoU is then taken as such a share, which is
-    the most that numbers from 0 to 1 spread. RMSE has no upper end; it is then taken as uncertain as mean squares that
-    spread by their own size would make it, RMSE / (2 sqrt(n)).
+    Wilson's is half the width of his interval at z = 1, sqrt(p (1 - p) / n + 1 / (4 n^2)) / (1 + 1 / n), which is not 0
+    for p of 0 or 1. Where all resamples agree, as in a single image, it stands in for mIoU, too: that is the most that
+    numbers from 0 to 1 spread. RMSE is then as uncertain as mean squares that spread by their own size would make it,
+    RMSE / (2 sqrt(n)).
     """
     n, whole = len(stats), value(task, stats, reduce)
     wilson = (whole * (1 - whole) / n + 1 / (4 * n**2)) ** 0.5 / (1 + 1 / n) if task != "depth" else 0.0
     if task == "classification":
         return wilson
     draws = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(
-        1, draws, torch.ones(1, dtype=torch.float64).expand(RESAMPLES, n)
-    )
+    ones = torch.ones(1, dtype=torch.float64).expand(RESAMPLES, n)
+    counts = torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(1, draws, ones)
     sums = (counts @ stats.flatten(1)).reshape(RESAMPLES, *stats.shape[1:])
     spread = float(reduce(task, sums, torch.full((RESAMPLES,), float(n))).std())
     if spread > 1e-9:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -44,8 +43,7 @@ def encoded(encoder: Encoder, subset: Subset, batch: int, device: str) -> Batche
 
         with torch.no_grad():
             made, size = compute.in_parts(part, len(images), size)
-        row = (*made, targets.to(device))
-        shapes.add(tuple(part.shape[1:] for part in row))
+        shapes.add((images.shape[1:], targets.shape[1:]))
         if len(shapes) > 1:
             raise BadInput(f"The images of {subset.name} differ in size; set 'size' of the task to one they share.")
         if not all(part.isfinite().all() for part in made):
@@ -53,7 +51,7 @@ def encoded(encoder: Encoder, subset: Subset, batch: int, device: str) -> Batche
                 f"Encoder '{encoder.name}' gives tokens that are not finite on {subset.name}; check its weights and "
                 f"its normalisation."
             )
-        yield row
+        yield *made, targets.to(device)
 
 
 def features(encoder: Encoder, subset: Subset, batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,11 +132,11 @@ def token_sources(
     encoder: Encoder, train: Subset, val: Subset, section: TaskSettings, device: str
 ) -> tuple[Source, Source]:
     """Where training and held-out tokens come from: memory if CACHE has room for them, else the encoder."""
-    bytes_val, bytes_train = (token_bytes(encoder, subset, device) for subset in (val, train))
-    keep_train, keep_val = kept(bytes_train, bytes_val, section)
+    subsets = (train, val)
+    keep = kept(*(token_bytes(encoder, subset, device) for subset in subsets), section)
     return tuple(
-        (_kept if keep else _streamed)(encoder, subset, encoded_at_once(encoder, subset, section, device), device)
-        for subset, keep in ((train, keep_train), (val, keep_val))
+        (_kept if keeps else _streamed)(encoder, subset, encoded_at_once(encoder, subset, section, device), device)
+        for subset, keeps in zip(subsets, keep, strict=True)
     )
 
 
@@ -159,19 +157,15 @@ def _kept(encoder: Encoder, subset: Subset, batch: int, device: str) -> Source:
 
     def source(order: list[int], size: int) -> Batches:
         drawn = subset.flip is None
-        sides = [made(0, False), made(0, True)] if drawn else [made(subset.view, subset.flip)]
+        sides = [made(0, False), made(0, True)] if drawn else [made(subset.view, subset.flip)] * 2
         for chosen in torch.as_tensor(order).split(size):
             mirrored = torch.tensor([drawn and subset.flipped(i) for i in chosen.tolist()])
-            yield tuple(_rows(column, chosen, mirrored).to(device) for column in zip(*sides, strict=True))
+            rows, others = ([column[chosen] for column in side] for side in sides)
+            for column, other in zip(rows, others, strict=True):
+                column[mirrored] = other[mirrored]
+            yield tuple(column.to(device) for column in rows)
 
     return source
-
-
-def _rows(sides: tuple[Tensor, ...], chosen: Tensor, mirrored: Tensor) -> Tensor:
-    """Rows `chosen` (b,) of the first of `sides`, but of the last one where `mirrored` (b,)."""
-    rows = sides[0][chosen]
-    rows[mirrored] = sides[-1][chosen[mirrored]]
-    return rows
 
 
 def _streamed(encoder: Encoder, subset: Subset, batch: int, device: str) -> Source:
@@ -218,12 +212,6 @@ def _held_out_metric(task: str, head: nn.Module, encoder: Encoder, batches: Batc
     return metrics.value(task, torch.cat(stats))
 
 
-def head_path(profile: str, task: str, dataset: str, encoder: str, defense: str, made: records.Made) -> Path:
-    """File of one trained head: weights, and as metadata what it was made from, its history and its chances."""
-    name = f"{task}__{dataset}__{encoder}__{defense}"
-    return records.place(records.runs_dir(profile) / "heads", name, made, ".safetensors")
-
-
 def fitted(
     task: str, dataset: str, encoder: Encoder, settings: Settings, defense: str = "standard"
 ) -> tuple[TaskModel, list[dict[str, float]]]:
@@ -256,7 +244,10 @@ def fitted(
 def sources(
     task: str, dataset: str, encoder: Encoder, settings: Settings, defense: str
 ) -> tuple[Subset, Subset, Path, records.Made]:
-    """What a head is trained on and selected by, where it lies, and what it is made from; which images, hashes say."""
+    """What a head is trained on and selected by, its file, and what it is made from; which images, hashes say.
+
+    The file holds weights, and as metadata what they were made from, their history and their chances.
+    """
     settings = protocol.adjusted(settings, encoder.native)
     section, aside = settings.task(task), {"datasets", "n_train", "n_val", "n_test", "attack_batch", "stride", "crop"}
     train, val = (datasets.load(task, dataset, split, settings, encoder.native) for split in ("train", "val"))
@@ -267,7 +258,8 @@ def sources(
         seed=settings.seed,
         hashes={"weights": encoder.hash, "training data": train.hash, "held-out data": val.hash},
     )
-    return train, val, head_path(settings.profile, task, dataset, encoder.name, defense, made), made
+    name = f"{task}__{dataset}__{encoder.name}__{defense}"
+    return train, val, records.place(records.runs_dir(settings.profile) / "heads", name, made, ".safetensors"), made
 
 
 def _chances(train: Subset, settings: Settings) -> dict[str, float]:
@@ -300,17 +292,13 @@ def fit_all(settings: Settings) -> pd.DataFrame:
         names = [{"task": t, "dataset": d, "encoder": row.name, "defense": "standard"} for t, d in wanted]
         with skipping(settings, lost, names):
             encoder = encoders.load(row, settings.data_root)
-            for (task, dataset), name in zip(wanted, names, strict=True):
+            for name in names:
                 with skipping(settings, lost, [name]):
-                    rows.append(_summary(task, dataset, row.name, fitted(task, dataset, encoder, settings)[1]))
+                    task, dataset = name["task"], name["dataset"]
+                    history = fitted(task, dataset, encoder, settings)[1]
+                    best = max(history, key=lambda h, sign=TASKS[task].sign: sign * h["held_out"])
+                    losses = [history[i]["loss"] for i in (0, -1)]
+                    rows.append([task, dataset, row.name, TASKS[task].metric, best["epoch"], best["held_out"], *losses])
     records.write_skipped(settings.profile, "heads", lost)
     columns = ["task", "dataset", "encoder", "metric", "epoch", "held_out", "first_loss", "last_loss"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _summary(task: str, dataset: str, encoder: str, history: list[dict[str, float]]) -> dict[str, Any]:
-    """One row of fit_all: the epoch that was kept, and how far the loss fell."""
-    metric = TASKS[task].metric
-    best = max(history, key=lambda h: TASKS[task].sign * h["held_out"])
-    losses = {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
-    return {"task": task, "dataset": dataset, "encoder": encoder, "metric": metric, **best, **losses}
