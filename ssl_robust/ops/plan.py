@@ -269,7 +269,8 @@ def assumed(gpu: str) -> Rate:
 
 def here(settings: Settings) -> Rate:
     """The rates of this machine: an attack step and a head step of the first encoder, timed when they are asked for."""
-    row, device = settings.encoders[0], records.pick_device(settings.device)
+    # a GPU that is asked for and not there is said by `problems`
+    row, device = settings.encoders[0], records.pick_device("cpu" if settings.device == "cpu" else "auto")
     given = EncoderRow(name="like_it", timm="vit_base_patch16_224") if row.call else row
     precision = compute.precision(settings.precision, device)
 
