@@ -92,30 +92,20 @@ FAILURES = {
     "full GPU": (
         "class OutOfMemoryError(RuntimeError): ...\nraise OutOfMemoryError('CUDA out of memory. Tried ...')",
         1,
-        "The GPU has too little memory for notebook 00_try; "
+        "There is too little memory for notebook 00_try (CUDA out of memory. Tried ); "
         "lower attack_batch, which changes no result, or batch in params/tiny.yaml and repeat.",
     ),
     "killed": (
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
         138,
-        "The kernel of notebook 00_try died, probably for lack of memory; "
-        "ask for fewer images or a smaller attack_batch in params/tiny.yaml and repeat.",
-    ),
-    "told to end": (
-        "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGTERM)",
-        138,
-        "The kernel of notebook 00_try was ended by SIGTERM; repeat, what was computed before is kept.",
-    ),
-    "left": (
-        "import os; os._exit(7)",
-        138,
-        "The kernel of notebook 00_try ended with exit code 7; repeat, what was computed before is kept.",
+        "The kernel of notebook 00_try died, as where memory lacks; lower attack_batch, which changes no result, "
+        "or batch in params/tiny.yaml and repeat, what was computed before is kept.",
     ),
     "no memory": (
         "raise MemoryError('Unable to allocate 4 TiB')",
         1,
-        "This machine has too little memory for notebook 00_try (Unable to allocate 4 TiB); "
-        "ask for fewer images or a smaller attack_batch in params/tiny.yaml and repeat.",
+        "There is too little memory for notebook 00_try (Unable to allocate 4 TiB); "
+        "lower attack_batch, which changes no result, or batch in params/tiny.yaml and repeat.",
     ),
     "no words": (
         "raise KeyError",
@@ -193,27 +183,19 @@ def test_names_of_a_parameters_cell(cell: str, names: list[str], project: Path) 
 
 
 @pytest.mark.parametrize(
-    ("cell", "words"),
+    ("cell", "line"),
     [
-        ("import os", "line 1 is 'import os'; move that into another cell"),
-        ("seed = 0\nprint(seed)", "line 2 is 'print(seed)'"),
-        ("seed = 0\nif seed:\n    attack = {}", "line 2 is 'if seed:'"),
-        ("attack = {}\nattack['eps'] = 1.0", "line 2 is 'attack['eps'] = 1.0'"),
-        ("seed = 0\nseed += 1", "line 2 is 'seed += 1'"),
-        ("eps = 0.1\nstep = eps / 4", "line 2 is 'step = eps / 4'"),
-        ("seed = int(0)", "line 1 is 'seed = int(0)'"),
-        ("(seed, *rest) = 0, 1", "line 1 is 'seed, *rest = (0, 1)'"),
-        ("def f():\n    pass", "line 1 is 'def f():'"),
-        ("seed = 0\n%matplotlib inline", "is not valid Python in line 2; correct it"),
-        ("seed = ", "is not valid Python in line 1"),
+        ("import os", 1), ("seed = 0\nprint(seed)", 2), ("seed = 0\nif seed:\n    attack = {}", 2),
+        ("attack = {}\nattack['eps'] = 1.0", 2), ("seed = 0\nseed += 1", 2), ("eps = 0.1\nstep = eps / 4", 2),
+        ("seed = int(0)", 1), ("def f():\n    pass", 1), ("seed = 0\n%matplotlib inline", 2), ("seed = ", 1),
     ],
-)
+)  # fmt: skip
 def test_a_parameters_cell_that_does_more_is_refused(
-    cell: str, words: str, project: Path, capfd: pytest.CaptureFixture
+    cell: str, line: int, project: Path, capfd: pytest.CaptureFixture
 ) -> None:
     write_notebook(project, parameters=cell)
     code, _, err = outcome(capfd, "00_try", "--profile", "tiny")
-    assert code == 2 and err.startswith("The parameters cell of notebooks/00_try.ipynb ") and words in err, err
+    assert code == 2 and err.startswith("The parameters cell of notebooks/00_try.ipynb ") and f"line {line};" in err
     assert err.count("\n") == 1
 
 
@@ -257,14 +239,10 @@ def test_every_command_prints_what_the_terminal_lacks_in_another_way(
 def test_what_cannot_be_loaded_is_one_sentence(
     project: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for error, remedy in (
-        (ImportError("libtorch.so: failed to map segment from shared object"), "give it more memory"),
-        (ImportError("No module named 'torch'"), "delete .venv and have 'make env' make it anew"),
-        (MemoryError(), "give it more memory"),
-    ):
+    for error in (ImportError("libtorch.so: failed to map segment from shared object"), MemoryError()):
         monkeypatch.setattr(run, "everything_wrong", lambda settings, error=error: (_ for _ in ()).throw(error))
         code, _, err = outcome(capfd, "--check", "--profile", "tiny")
-        assert code == 1 and err.endswith(f"; {remedy}.\n") and err.count("\n") == 1
+        assert code == 1 and "; give it more memory, or delete .venv" in err and err.count("\n") == 1
 
 
 def test_data_folder_is_made_absolute(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import runpy
-import signal
 import sys
 import tempfile
 import time
@@ -25,7 +24,6 @@ sys.modules.setdefault("rfc3987_syntax", None)
 
 import nbformat  # noqa: E402
 import papermill  # noqa: E402
-from jupyter_client.manager import AsyncKernelManager  # noqa: E402
 from papermill.exceptions import PapermillExecutionError  # noqa: E402
 from papermill.iorw import LocalHandler, papermill_io  # noqa: E402
 from traitlets.config import Config  # noqa: E402
@@ -41,6 +39,7 @@ except ImportError:  # Windows has no flock: two runs at once are not kept apart
 
 NOTEBOOKS = records.PACKAGE.parent / "notebooks"
 BAD_INPUT, INTERRUPTED, KERNEL_DIED = 2, 130, 138
+MEMORY = ("OutOfMemoryError", "MemoryError", "failed to map segment", "allocate memory")  # how its lack is said
 # A kernel that is told to stop may find its sockets closed, and would print a traceback (on a busy machine often).
 QUIET_END = "__import__('logging').getLogger('tornado').setLevel(60)"
 CHILDREN = {
@@ -124,31 +123,26 @@ def declared(notebook: Path) -> list[str]:
     if len(sources) != 1:
         raise BadInput(f"notebooks/{notebook.name} has {len(sources)} cells tagged 'parameters'; it must have one.")
     try:  # read as code, because papermill's own reader goes by lines and stumbles over '=' inside values
-        body = ast.parse(sources[0]).body
+        return [name for statement in ast.parse(sources[0]).body for name in _assigned(statement)]
     except SyntaxError as error:
         raise BadInput(
-            f"The parameters cell of notebooks/{notebook.name} is not valid Python in line {error.lineno}; correct it."
+            f"The parameters cell of notebooks/{notebook.name} must give names plain values and do nothing else, but "
+            f"does in line {error.lineno}; move that into another cell."
         ) from None
-    return [name for statement in body for name in _assigned(statement, notebook.name)]
 
 
-def _assigned(statement: ast.stmt, notebook: str) -> list[str]:
-    """Names that one statement of a parameters cell gives plain values to; raises BadInput if it does anything else.
+def _assigned(statement: ast.stmt) -> list[str]:
+    """Names that one statement of a parameters cell gives plain values to; SyntaxError if it does anything else.
 
-    Only such a cell can be run with other values: what is derived from a value stays as it is when that is replaced.
+    What is derived from a value would stay as it is when that is replaced.
     """
-    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):  # words about the cell
-        return []
-    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
-    parts = [part for target in targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
-    plain = isinstance(statement, ast.Assign | ast.AnnAssign) and all(isinstance(part, ast.Name) for part in parts)
-    if not plain or any(isinstance(node, ast.Name) for node in ast.walk(statement.value or ast.Constant(None))):
-        shown = ast.unparse(statement).splitlines()[0][:60]
-        raise BadInput(
-            f"The parameters cell of notebooks/{notebook} gives names plain values and nothing else, but line "
-            f"{statement.lineno} is '{shown}'; move that into another cell."
-        )
-    return [part.id for part in parts]
+    parts = [part for name in ("targets", "target", "value") for part in [getattr(statement, name, None)] if part]
+    flat = [part for item in parts for part in (item if isinstance(item, list) else [item])]
+    names = [node for part in flat for node in ast.walk(part) if isinstance(node, ast.Name)]
+    plain = isinstance(statement, ast.Assign | ast.AnnAssign | ast.Expr)
+    if not plain or not all(isinstance(node.ctx, ast.Store) for node in names):
+        raise SyntaxError("", ("", statement.lineno, None, None))
+    return [node.id for node in names]
 
 
 def parameters_for(notebook: str, settings: Settings) -> dict[str, object]:
@@ -183,19 +177,6 @@ class _Whole(LocalHandler):
 
     def write(self, buf: str, path: str) -> None:
         records.write_bytes(buf.encode(), Path(path))
-
-
-class _Kernel(AsyncKernelManager):
-    """Keeps how the kernel's process ended: its exit code, or minus the signal; None while it runs."""
-
-    ended: int | None = None
-
-    async def _async_is_alive(self) -> bool:
-        if self.has_kernel:
-            type(self).ended = await self.provisioner.poll()
-        return await super()._async_is_alive()
-
-    is_alive = _async_is_alive
 
 
 def executed_path(profile: str, notebook: str) -> Path:
@@ -333,7 +314,6 @@ def _papermill(notebook: str, parameters: dict[str, object], target: Path) -> No
             progress_bar=False,
             stdout_file=_Terminal(notebook),
             start_timeout=180,
-            kernel_manager_class=_Kernel,
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else a warning about plain TCP
             extra_arguments=["--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={QUIET_END}"],
         )
@@ -382,11 +362,8 @@ def _failed_cell(error: PapermillExecutionError, notebook: str, profile: str) ->
     message = " ".join(error.evalue.split()).rstrip(".") or _last_said(notebook, profile)
     if error.ename == BadInput.__name__:
         return _fail(f"{message}.", BAD_INPUT)
-    if error.ename == "OutOfMemoryError":  # torch's, of a GPU; what is computed so far is kept
-        remedy = f"lower attack_batch, which changes no result, or batch in params/{profile}.yaml and repeat"
-        return _fail(f"The GPU has too little memory for notebook {notebook}; {remedy}.", 1)
-    if _memory_lacks(f"{error.ename}: {message}"):
-        return _fail(f"This machine has too little memory for notebook {notebook} ({message}); {_less(profile)}.", 1)
+    if any(words in f"{error.ename}: {message}" for words in MEMORY):
+        return _fail(f"There is too little memory for notebook {notebook} ({message}); {_less(profile)}.", 1)
     place = _shown(executed_path(profile, notebook))
     return _fail(f"Notebook {notebook} failed by {error.ename}: {message}; the full traceback is in {place}.", 1)
 
@@ -398,10 +375,6 @@ def _last_said(notebook: str, profile: str) -> str:
     return outputs[-1].text.strip().rpartition("\n")[2].rstrip(".") if outputs else "no message"
 
 
-def _memory_lacks(said: str) -> bool:
-    return any(words in said for words in ("MemoryError", "failed to map segment", "allocate memory"))
-
-
 def prepare_children() -> None:
     """Sets the environment that kernels and jobs inherit, as far as the user has not set it."""
     for name, value in CHILDREN.items():
@@ -409,16 +382,8 @@ def prepare_children() -> None:
     os.environ["SSL_ROBUST_HEADLESS"] = "1"  # lines instead of bars, see progress.py
 
 
-def _end(code: int | None, profile: str) -> str:
-    """How a kernel's process ended, and the remedy."""
-    if code == -signal.SIGKILL:  # as systems do where memory lacks
-        return f"died, probably for lack of memory; {_less(profile)}"
-    how = f"ended with exit code {code}" if code is None or code >= 0 else f"was ended by {signal.Signals(-code).name}"
-    return f"{how}; repeat, what was computed before is kept"
-
-
 def _less(profile: str) -> str:
-    return f"ask for fewer images or a smaller attack_batch in params/{profile}.yaml and repeat"
+    return f"lower attack_batch, which changes no result, or batch in params/{profile}.yaml and repeat"
 
 
 def _run(notebook: str, settings: Settings) -> int:
@@ -434,7 +399,8 @@ def _run(notebook: str, settings: Settings) -> int:
     except RuntimeError as error:
         if "Kernel died" not in str(error):
             raise
-        return _fail(f"The kernel of notebook {notebook} {_end(_Kernel.ended, settings.profile)}.", KERNEL_DIED)
+        said = f"The kernel of notebook {notebook} died, as where memory lacks; {_less(settings.profile)}"
+        return _fail(f"{said}, what was computed before is kept.", KERNEL_DIED)
     print(f"{notebook} | profile {settings.profile}: done in {seconds:.0f} s", flush=True)
     return 0
 
@@ -492,7 +458,7 @@ def guarded(work: Callable[[], int]) -> int:
         return _fail(str(error), BAD_INPUT)
     except (ImportError, MemoryError) as error:
         said = f"{type(error).__name__}: {error}"
-        remedy = "give it more memory" if _memory_lacks(said) else "delete .venv and have 'make env' make it anew"
+        remedy = "give it more memory, or delete .venv and have 'make env' make it anew"
         return _fail(f"What this needs cannot be loaded ({said}); {remedy}.", 1)
     except KeyboardInterrupt:
         return _fail("Interrupted; repeat the command to go on from what is computed.", INTERRUPTED)
