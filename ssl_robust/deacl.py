@@ -209,10 +209,9 @@ def robustness(run: _Tuning, held_out: Subset, seed: int) -> float:
 def finetune_all(settings: Settings, only: str = "") -> dict[str, Record]:
     """DeACL of every row with that defense, {encoder: index as finetune returns it}; finished work is not repeated.
 
-    A row with a deacl_checkpoint is not fine-tuned: its file is read once, and its index says {"epochs": [], "history":
-    [], "origin": file}. `only`: the name of the one row to work on. With missing: skip, rows whose weights or data
-    cannot be used are left out and listed in results/<profile>/deacl/skipped.json. Raises BadInput if there is no
-    section deacl although a row needs it, or no such row.
+    A row with a deacl_checkpoint is not fine-tuned: its index says {"epochs": [], "history": [], "origin": file}.
+    `only`: the name of the one row to work on, BadInput if there is none. With missing: skip, rows whose weights or
+    data cannot be used are left out and listed in results/<profile>/deacl/skipped.json.
     """
     rows = [row for row in settings.encoders if "deacl" in row.defenses]
     if only and only not in [row.name for row in rows]:
@@ -251,10 +250,9 @@ def _row(row: EncoderRow, settings: Settings) -> Record:
 def finetune(row: EncoderRow, teacher: Encoder, settings: Settings) -> Record:
     """Fine-tune `teacher` as settings.deacl says, alone or as one of several processes that all call this.
 
-    Interrupted work goes on at the last stored state, also with another number of processes. The main process writes
-    epoch_N.safetensors for each of cfg.checkpoints and the last epoch, and deacl.json last, which is returned: {"key",
-    "made_from", "folder", "epochs": [N, ...], "history": [{"epoch", "preserve", "robust", "held_out_cosine"}, ...],
-    "processes"}, `folder` being the name of the run's folder.
+    Interrupted work goes on at the last stored state, also with another number of processes. Returns what deacl.json
+    says beside epoch_N.safetensors: {"key", "made_from", "folder": its name, "epochs": [N, ...] that are kept,
+    "history": [{"epoch", "preserve", "robust", "held_out_cosine"}, ...], "processes", ...}.
     """
     cfg, (train, held_out) = settings.deacl, _images(settings, teacher)
     with _processes(settings) as accelerator:
@@ -348,10 +346,7 @@ def made_from(teacher: Encoder, settings: Settings) -> records.Made:
 
 
 def home(profile: str, encoder: str, made: records.Made) -> Path:
-    """Folder of one DeACL run: its checkpoints, its state while it lasts, and deacl.json when it is finished.
-
-    It is named by the key of what the run is made from, so that another run never touches it.
-    """
+    """Folder of one DeACL run alone, named by its key: checkpoints, state, and deacl.json when it is finished."""
     return records.runs_dir(profile) / "deacl" / encoder / records.digest(made)
 
 
@@ -360,8 +355,7 @@ def stored(
 ) -> tuple[Record | None, Record | None, Path, records.Made]:
     """What is there of a row: its index if finished, else the state stored last if any; its folder, and made_from.
 
-    A finished run that has not kept all epochs that are asked for now stays as it is; they are made in a folder beside
-    it. Nothing is computed.
+    A finished run that has not kept all epochs asked for now stays as it is; they are made in a folder beside it.
     """
     made, epochs = made_from(teacher, settings), kept(settings.deacl)
     place = home(settings.profile, row.name, made)
@@ -386,10 +380,7 @@ def _indices(place: Path) -> Iterator[Record]:
 
 
 def _finished(place: Path, made: records.Made) -> Record | None:
-    """The index in a folder; with 'make keep' that of a run that other versions of the code made from the same inputs.
-
-    Its checkpoints stay where they are.
-    """
+    """The index in a folder; with 'make keep' that of a run that other versions of the code made from equal inputs."""
     found = records.reusable(place / "deacl.json", made)
     for index in _indices(place) if records.keeping and not found else ():
         if index["made_from"]["inputs"] == made["inputs"]:
@@ -440,8 +431,8 @@ def save_backbone(encoder: Encoder, path: Path) -> None:
 def variants(row: EncoderRow, profile: str, data_root: str = "") -> list[tuple[str, int, Path | None]]:
     """What is evaluated of a row: (defense, DeACL epochs, weight file); Standard first, then DeACL epoch by epoch.
 
-    The last epoch is 'deacl', earlier ones 'deacl-epochN'. A deacl_checkpoint, relative paths in `data_root`, is
-    'deacl' with epochs GIVEN. Raises BadInput if DeACL has not been run, or was skipped (for the reason it was).
+    The last epoch is 'deacl', earlier ones 'deacl-epochN'. A deacl_checkpoint in `data_root` is 'deacl' with epochs
+    GIVEN. Raises BadInput if DeACL has not been run, or was skipped (for the reason it was).
     """
     found: list[tuple[str, int, Path | None]] = [("standard", 0, None)] if "standard" in row.defenses else []
     if "deacl" not in row.defenses:

@@ -48,12 +48,12 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, normed: bool = True) -> tuple[Tensor, Tensor]:
         """CLS token and patch tokens; not `normed`: as they enter the backbone's final LayerNorm, if it has one."""
-        return tokens(self.backbone, self._normalised(x), self.patch, normed)
+        return _tokens(self.backbone, self._normalised(x), self.patch, normed)
 
     def cls(self, x: Tensor) -> Tensor:
         """The CLS token (B, D) alone, the same as of forward up to rounding, for less work where that is possible."""
         x = self._normalised(x)
-        return vit.cls_token(self.backbone, x) if vit.plain(self.backbone) else tokens(self.backbone, x, self.patch)[0]
+        return vit.cls_token(self.backbone, x) if vit.plain(self.backbone) else _tokens(self.backbone, x, self.patch)[0]
 
     def _normalised(self, x: Tensor) -> Tensor:
         left, right, top, bottom = self.padding(*x.shape[-2:])
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "hash"}
 
 
-def tokens(backbone: nn.Module, x: Tensor, patch: int, normed: bool = True) -> tuple[Tensor, Tensor]:
+def _tokens(backbone: nn.Module, x: Tensor, patch: int, normed: bool = True) -> tuple[Tensor, Tensor]:
     """CLS token (B, D) and patch tokens (B, D, h, w) of normalised images whose sides `patch` divides.
 
     A model without a CLS token gives in its place what its own classifier would see: its pooled patch tokens. Not
@@ -138,8 +138,7 @@ def _map_tokens(backbone: nn.Module, features: Tensor, grid: tuple[int, int]) ->
 def load(row: EncoderRow, data_root: str = "", weights: Path | None = None) -> Encoder:
     """The frozen encoder of one table row; `weights` (a DeACL checkpoint, say) replaces its checkpoint.
 
-    Raises BadInput if the model is unknown or gives no tokens, a file is missing or damaged, its tensors are not those
-    of the model, or there are no public weights and no file is given.
+    Raises BadInput if the model is unknown or gives no tokens, or if its weights are not to be had.
     """
     if row.call:
         return _load_own(row)
@@ -278,7 +277,7 @@ def _measure(row: EncoderRow, backbone: nn.Module) -> tuple[int, int]:
         else:
             patch = math.isqrt(6 * unit**2 // (features.shape[1] - (backbone.num_prefix_tokens or 0)))
         # sides that nothing but the patch divides: the tokens must lie on the grid of any image
-        cls, patches = tokens(backbone, torch.zeros(1, 3, 3 * patch, 5 * patch), patch)
+        cls, patches = _tokens(backbone, torch.zeros(1, 3, 3 * patch, 5 * patch), patch)
         fits = cls.shape == patches.shape[:2] and patches.shape[2:] == (3, 5)
     except Exception:  # whatever a model says that is made for one size, or for something else than tokens
         fits = False

@@ -102,8 +102,8 @@ def chance(model: TaskModel, test: Subset, name: str = "task") -> float:
 class Cell:
     """One place in a table or on Figure 2: a row's model and test images under one attack.
 
-    Its record, and beside it the statistics of its images, lie under the key of all that its numbers depend on in
-    runs/<profile>/cells; a copy of the record lies where tables find those of the current settings.
+    Record and statistics of its images lie under the key of all that its numbers depend on in runs/<profile>/cells; a
+    copy of the record lies where tables find those of the current settings.
     """
 
     model: TaskModel
@@ -289,10 +289,9 @@ def data_sets(task: str, settings: Settings, row: EncoderRow, variant: Variant) 
 def cells(task: str, settings: Settings) -> Iterator[Cell]:
     """Every cell of one task, the worst case of a row after its attacks: data sets, encoders, defenses, DeACL epochs.
 
-    Encoders are loaded and heads trained when their turn comes. With settings.seeds everything but the DeACL
-    fine-tuning comes again, for results/<profile>/seeds/<seed>. After the last cell results/<profile> shows these cells
-    and no others; what is taken out of it stays stored. Raises BadInput if something that an earlier notebook makes is
-    missing, or a data set or weights; with missing: skip such rows are left out instead, see records.read_skipped.
+    With settings.seeds everything but the DeACL fine-tuning comes again, for results/<profile>/seeds/<seed>. After the
+    last cell results/<profile> shows these cells and no others; what is taken out of it stays stored. With missing:
+    skip, rows whose data, weights or DeACL are missing are left out, see records.read_skipped; else BadInput.
     """
     _demand_attack(settings)
     records.pick_device(settings.device)

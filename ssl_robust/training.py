@@ -85,9 +85,8 @@ def fit(
     """Train one head on frozen tokens and keep the epoch that is best on `val` (held out of train).
 
     Returns the head and its history: epoch, training loss, metric on the held-out images. Each epoch draws anew which
-    side of an image it trains on, of tokens that are encoded once for both. In segmentation there are `section.views`
-    augmented copies of each image; views = epochs is a fresh augmentation in every epoch. Tokens that serve once, or
-    that take more memory than CACHE, are made when they are needed, which changes at most rounding.
+    side of an image it trains on; in segmentation, which of its `section.views` augmented copies. Tokens that serve
+    once, or that take more memory than CACHE, are made when they are needed, which changes at most rounding.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -135,12 +134,12 @@ def token_sources(
     subsets = (train, val)
     keep = kept(*(token_bytes(encoder, subset, device) for subset in subsets), section)
     return tuple(
-        (_kept if keeps else _streamed)(encoder, subset, encoded_at_once(encoder, subset, section, device), device)
+        (_kept if keeps else _streamed)(encoder, subset, _encoded_at_once(encoder, subset, section, device), device)
         for subset, keeps in zip(subsets, keep, strict=True)
     )
 
 
-def encoded_at_once(encoder: Encoder, subset: Subset, section: TaskSettings, device: str) -> int:
+def _encoded_at_once(encoder: Encoder, subset: Subset, section: TaskSettings, device: str) -> int:
     """Images of `subset` that are encoded at a time."""
     size = subset[0][0].shape[-2:]
     return compute.batch_for(compute.tokens_of(encoder.patch, size), device, section.attack_batch)

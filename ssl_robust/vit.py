@@ -67,10 +67,10 @@ def cls_token(backbone: VisionTransformer, x: Tensor) -> Tensor:
 
 def _embedded(backbone: VisionTransformer, x: Tensor) -> Tensor:
     """Tokens (B, N, D) before the first block."""
-    return backbone.norm_pre(backbone._pos_embed(patches(backbone.patch_embed, x)))
+    return backbone.norm_pre(backbone._pos_embed(_patches(backbone.patch_embed, x)))
 
 
-def patches(embed: nn.Module, x: Tensor) -> Tensor:
+def _patches(embed: nn.Module, x: Tensor) -> Tensor:
     """Embedded patches of (B, 3, H, W). A convolution whose stride is its kernel is one matrix product over patches.
 
     Its gradient in the image takes a fraction of the convolution's.

@@ -201,21 +201,6 @@ def test_finished_work_is_not_repeated(epochs):
     assert _files("a") == before  # which no other run has touched
 
 
-def test_another_run_that_is_killed_leaves_a_finished_one_alone(epochs, monkeypatch):
-    index, before = _finetune("a"), _files("a")
-    with monkeypatch.context() as killed:
-        killed.setattr(deacl, "robustness", lambda *args: 1 / (len(epochs) < 5))  # after its first kept epoch
-        with pytest.raises(ZeroDivisionError):
-            _finetune("a", gamma=0.0)
-    (other,) = {path.parent for path in records.runs_dir("a").glob("deacl/planted/*/epoch_1.safetensors")} - {
-        _path("a", index, 1).parent
-    }
-    assert not (other / "deacl.json").exists()
-    assert _finetune("a") == index and len(epochs) == 5
-    shutil.rmtree(other)
-    assert _files("a") == before
-
-
 def test_epochs_that_a_finished_run_has_not_kept_are_made_beside_it(epochs):
     index, before = _finetune("a"), _files("a")
     assert _finetune("a", checkpoints=[])["epochs"] == [3] and len(epochs) == 3  # fewer: nothing is to be done
@@ -262,13 +247,6 @@ def test_killed_and_resumed_equals_uninterrupted(steps, monkeypatch, seconds, le
     steps.clear()
     assert _finetune("b") == whole and steps == order[-left:]
     assert _files("a") == _files("b")
-
-
-def test_a_finished_run_leaves_no_state_that_another_takes_for_its_own(steps, monkeypatch):
-    _finetune("a")
-    steps.clear()
-    _finetune("a", gamma=1.0)
-    assert len(steps) == 9
 
 
 def test_damaged_state_starts_anew(steps, monkeypatch):
@@ -364,12 +342,6 @@ def test_given_checkpoints_need_no_settings_of_deacl(given):
     assert list(deacl.finetune_all(alone)) == ["given"]
     with pytest.raises(BadInput, match="no section 'deacl'; add one"):
         deacl.finetune_all(given.model_copy(update={"deacl": None}))
-
-
-def test_a_given_checkpoint_that_is_missing_stops(given, toys):
-    (toys / "robust.safetensors").unlink()
-    with pytest.raises(FileNotFoundError):  # of the planted loader; the real one says more
-        deacl.finetune_all(given)
 
 
 def test_rows_without_weights_are_skipped_with_the_reason(given):

@@ -70,14 +70,6 @@ def test_normalisation_and_padding_with_the_mean_colour():
     assert torch.allclose(encoder(x)[1], encoder.backbone.proj((padded - 0.5) / 0.25), atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(70, 51), (64, 64), (1, 9)])
-def test_unpad_undoes_the_padding(size):
-    encoder, x = planted.encoder(patch=8), torch.rand(2, 3, *size)
-    padded = torch.nn.functional.pad(x, encoder.padding(*size))
-    assert padded.shape[-2] % 8 == padded.shape[-1] % 8 == 0
-    assert torch.equal(encoder.unpad(padded, size), x)
-
-
 def test_frozen_means_frozen(embedded):
     wrapper = torch.nn.ModuleList([embedded]).train()
     assert wrapper.training and not any(m.training for m in embedded.modules())
@@ -156,13 +148,6 @@ def test_a_local_timm_checkpoint_gives_timms_own_features(vit):
     assert torch.allclose(patches, tokens[:, 1:].reshape(1, 10, 10, 64).permute(0, 3, 1, 2), atol=1e-5)
 
 
-def test_other_weights_replace_the_checkpoint(vit):
-    model, folder = vit
-    save_file({k: v + 1 for k, v in model.state_dict().items()}, folder / "robust.safetensors")
-    encoder = encoders.load(EncoderRow(**VIT, checkpoint="vit.pth"), str(folder), folder / "robust.safetensors")
-    assert torch.equal(encoder.backbone.cls_token, model.cls_token + 1)
-
-
 def test_the_real_checkpoint_in_the_data_folder():
     file = DATA / "weights" / "vit_tiny_patch16_224.tinyimagenet200.fp16.safetensors"
     if not file.is_file():
@@ -200,15 +185,6 @@ def test_models_with_tokens_or_a_map_give_tokens_on_the_grid(name, patch, dim):
     )
     for values in (cls, patches):
         assert torch.autograd.grad(values.square().sum(), x, retain_graph=True)[0].abs().sum() > 0
-
-
-def test_a_resnets_cls_token_is_the_mean_of_its_patch_tokens():
-    encoder = _random("test_resnet")
-    assert not any(module.training for module in encoder.train().modules())
-    x = planted.images(2, 64)
-    cls, patches = encoder(x)
-    assert torch.allclose(cls, patches.mean((2, 3)), atol=1e-5)
-    assert torch.allclose(encoder(x[:1])[0], cls[:1], atol=1e-4)  # no batch statistics
 
 
 def test_a_vit_without_cls_token_gives_its_pooled_output():
@@ -298,13 +274,10 @@ def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch):
     ("row", "words"),
     [
         ({"normalise": {"mean": [123.7, 116.3, 103.5], "std": [0.2] * 3}}, "mean': [123.7, 116.3, 103.5] lies outside"),
-        ({"normalise": {"mean": [-0.1, 0.5, 0.5], "std": [0.2] * 3}}, "mean': [-0.1, 0.5, 0.5] lies outside 0..1"),
         ({"normalise": {"mean": [0.5] * 3, "std": [0.0, 0.2, 0.2]}}, "std.0' is 0.0: input should be greater than 0"),
         ({"normalise": {"mean": [0.5] * 3, "std": [58.4, 57.1, 57.4]}}, "divide what is of 0..255 by 255"),
         ({"native": 10**6}, "native' is 1000000: input should be less than or equal to"),
         ({"name": ".."}, "name' is '..'"),
-        ({"name": ".hidden"}, "name' is '.hidden'"),
-        ({"name": "-n"}, "name' is '-n'"),
         ({"name": "x" * 300}, "at most 100 characters"),
     ],
 )
@@ -312,12 +285,6 @@ def test_rows_that_cannot_be_meant_are_refused(row, words):
     with pytest.raises(BadInput) as refusal:
         check(profile="x", encoders=[{"name": "embedded_vit"} | row])
     assert f"Parameter 'encoders.0.{next(iter(row))}" in str(refusal.value) and words in str(refusal.value)
-
-
-def test_normalisation_of_nothing_and_of_pixels_up_to_255_is_a_fine_one():
-    for mean, std in (([0, 0, 0], [1, 1, 1]), ([0.0] * 3, [1 / 255] * 3), ([1.0] * 3, [0.5] * 3)):
-        (row,) = check(profile="x", encoders=[{"name": "a", "normalise": {"mean": mean, "std": std}}]).encoders
-        assert (row.normalise.mean, row.normalise.std) == (mean, std)
 
 
 def test_names_that_are_one_file_on_some_systems_are_not_two_rows():
@@ -506,39 +473,11 @@ def test_other_models_that_the_same_weights_fit_are_other_encoders(monkeypatch):
     assert encoders.random_init(EncoderRow(name="tiny"), 0).hash == hashes[1]
 
 
-def test_a_modules_weights_are_frozen_and_count_in_the_hash(write):
-    text = """
-import torch
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 5, 8, 8)
-        self.drop = torch.nn.Dropout(0.5)
-    def forward(self, images):
-        patches = self.drop(self.conv(images))
-        return patches.mean((2, 3)), patches
-encode = Net()
-"""
-    row = write(text)
-    encoder = encoders.load(row)
-    assert not any(p.requires_grad for p in encoder.parameters()) and not any(m.training for m in encoder.modules())
-    x = planted.images(1, 32).requires_grad_()
-    assert torch.autograd.grad(encoder(x)[1].sum(), x)[0].abs().sum() > 0
-    before = encoder.hash
-    encoder.backbone.function.conv.weight += 1
-    assert copy.deepcopy(encoder).hash != before
-
-
 BAD = [
     ("def encode(images): return images.mean((2, 3))", "must give cls and patches .* gives \\(2, 3\\) for images"),
-    ("def encode(images): return 1, 2, 3", "gives int and int and int for images"),
-    ("def encode(images): return images.mean((2, 3)), images.flatten(2)", r"gives \(2, 3\) and \(2, 3, 1024\) for"),
     ("def encode(images): return images.mean((1, 2, 3)), images", r"gives \(2,\) and"),
-    ("def encode(images): return images.mean((2, 3))[:, :2], images", r"gives \(2, 2\) and \(2, 3, 32, 32\)"),
     ("def encode(images): return images.mean((2, 3))[:1], images[:1]", r"gives \(1, 3\) and \(1, 3, 32, 32\)"),
-    ("def encode(images): return images.mean((2, 3)), images[:, :, :5, :5]", "gives 5 x 5 patch tokens for 32 x 32 px"),
     ("def encode(images): return images.mean((2, 3)), images[:, :, :8, :4]", "gives 8 x 4 patch tokens for 32 x 32 px"),
-    ("def encode(images): return images.detach().mean((2, 3)), images", "without a gradient of the image"),
     ("def encode(images): return images.mean((2, 3)), images.round()", "without a gradient of the image"),
     ("def encode(images): return images.nothing", r"fails on images \(2, 3, 32, 32\) \(AttributeError: .*; correct it"),
     # answers that vary
@@ -547,11 +486,7 @@ BAD = [
      "gives other tokens when asked again, or among other images; put its modules into eval mode"),
     ("import torch\ndef encode(images): x = images + torch.rand(()); return x.mean((2, 3)), x",
      "gives other tokens"),
-    ("asked = []\ndef encode(images): asked.append(1); x = images * len(asked); return x.mean((2, 3)), x",
-     "gives other tokens"),
     ("def encode(images): x = images - images.mean((0, 2, 3), keepdim=True); return x[..., 0].mean(2), x",
-     "gives other tokens"),
-    ("import torch\ndef encode(images):\n net = torch.nn.BatchNorm2d(3); x = net(images); return x[..., 0].mean(2), x",
      "gives other tokens"),
     ("def encode(images): x = images * (images / 0); return x.mean((2, 3)), x", "gives tokens that are NaN or"),
     ("import torch\ndef encode(images): x = torch.cat([images[:1], images[1:].detach()]); return x.mean((2, 3)), x",
@@ -560,7 +495,6 @@ BAD = [
     ("raise SystemExit('bye')", "cannot be imported .SystemExit: bye"),
     ("class encode: pass", ":encode is no function; correct it"),
     ("def other(images): return 1", ":encode cannot be imported .AttributeError: .* has no attribute 'encode'"),
-    ("import no_such_package", "cannot be imported .ModuleNotFoundError: No module named 'no_such_package'"),
     ("def encode(images) return 1", "cannot be imported .SyntaxError"),
 ]  # fmt: skip
 
@@ -603,15 +537,6 @@ def test_modules_that_a_function_uses_are_part_of_the_encoder(write, more):
     assert first.hash == again.hash != other.hash
     x = planted.images(3, 32)
     assert torch.equal(first(x)[1], first(x)[1]) and torch.allclose(first(x)[1][:1], first(x[:1])[1], atol=1e-5)
-
-
-def test_tensors_that_a_function_reads_count_in_the_hash(write, root):
-    text = GOOD.replace("torch.linspace(-1, 1, 5 * 3 * 4 * 4).reshape(5, 3, 4, 4)", f"torch.load('{root / 'f.pt'}')")
-    row, hashes = write(text), []
-    for seed in (0, 0, 1):
-        torch.save(torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(seed)), root / "f.pt")
-        hashes.append(encoders.load(row).hash)
-    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_weights_that_differ_at_each_import_are_found_by_check(write):

@@ -15,7 +15,7 @@ from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metr
 from ssl_robust.datasets import IGNORE
 from ssl_robust.protocols import effects, released
 from ssl_robust.settings import Attack, BadInput
-from ssl_robust.show import examples, plots
+from ssl_robust.show import examples
 from ssl_robust.tasks import TASKS
 from ssl_robust.trust import evidence, paired
 from ssl_robust.trust.worst import Worst
@@ -53,14 +53,6 @@ def test_clean_and_attacked_take_one_path(task, toys):
         assert torch.equal(found[kind, 0.0].stats, clean.stats) and found[kind, 0.0].largest == 0
         assert found[kind, 0.3].largest == pytest.approx(0.3, abs=1e-6)
         assert not torch.equal(found[kind, 0.3].stats, clean.stats)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_batch_size_does_not_matter(task, toys):
-    model, test = planted.model(task), _test_set(task)
-    one, eight = (evaluate.evaluate(model, test, "task", Attack(steps=2), size, 0, "cpu")[0] for size in (1, 8))
-    values = [metrics.value(task, stats) for stats in (one, eight)]
-    assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
 def test_statistics_are_in_the_order_of_the_images_whatever_their_sizes(toys):
@@ -105,16 +97,6 @@ def test_a_record_says_all(task, kind, toys):
     assert len(record["statistics"]) == 8 and record["notebook"] == ""  # no notebook was executed
     assert record["max_perturbation"] == 0 if kind == "clean" else 0 < record["max_perturbation"] <= 8 / 255 + 1e-6
     assert record["se"] > 0 and record["chance"] == 0.35
-
-
-def test_a_record_holds_the_metric_of_its_images(toys):
-    record = _cell("classification", "clean")
-    model, test = planted.model("classification"), _test_set("classification")
-    with torch.no_grad():
-        right = [
-            float(model(image.float()[None] / 255).argmax() == label) for image, label in (test[i] for i in range(8))
-        ]
-    assert record["statistics"] == right and record["value"] == pytest.approx(sum(right) / 8)
 
 
 @pytest.fixture
@@ -223,12 +205,6 @@ def test_a_background_that_does_not_count_is_not_in_the_statistics(toys, monkeyp
     assert paired.resampled(record)[0].tolist() == pytest.approx([record["value"]])
 
 
-def test_the_attack_setting_is_no_part_of_a_clean_record(evaluations):
-    _cell("depth", "clean")
-    _cell("depth", "clean", attack={"steps": 2})
-    assert evaluations == ["clean"]
-
-
 def test_other_weights_head_or_native_size_make_another_record(evaluations):
     settings, test = planted.settings(), _test_set("depth")
     models = [planted.model("depth"), planted.model("depth", seed=1), planted.model("depth", native=20)]
@@ -253,16 +229,6 @@ def test_what_tables_read_is_put_back_from_where_it_is_stored(evaluations):
         path.unlink() if content is None else path.write_text(content)
         assert _cell("depth", "embed") == first == records.read_record(path)
     assert len(evaluations) == 1
-
-
-def test_parameters_there_and_back_find_everything(evaluations):
-    first = {steps: _cell("depth", "task", attack={"steps": steps}) for steps in (2, 3)}
-    assert first[2]["key"] != first[3]["key"] and len(evaluations) == 2
-    for steps in (2, 3):
-        again = _cell("depth", "task", attack={"steps": steps})
-        shown = records.record_path("toy", "depth", "toys", "planted", "standard", "task")
-        assert again == first[steps] == records.read_record(shown)
-    assert len(evaluations) == 2
 
 
 def test_lost_statistics_are_made_again(evaluations):
@@ -300,20 +266,6 @@ def test_the_worst_case_takes_each_image_where_it_is_hurt_most(task, toys):
         assert worst["value"] == pytest.approx(sum(expected) / 8)
     assert row.run() == worst  # read, with the time it was made
     assert Worst(model, test, evaluate.WORST, settings.model_copy(update={"seed": 1})).stored() is None
-
-
-def test_examples_are_made_once_and_again_when_something_changed(toys, monkeypatch):
-    made, original = [], attacks.attacked
-    monkeypatch.setattr(attacks, "attacked", lambda *args: made.append(args[0]) or original(*args))
-    settings = planted.settings()
-    (path,) = examples.make("depth", settings)
-    stamp = path.stat().st_mtime_ns
-    assert examples.make("depth", settings) == [path] and path.stat().st_mtime_ns == stamp and len(made) == 3
-    (other,) = examples.make("depth", settings.model_copy(update={"attack": Attack(steps=2)}))
-    assert len(made) == 6 and evidence.current_examples("toy") == {"depth": other} and path.stat().st_mtime_ns == stamp
-    path.write_bytes(path.read_bytes()[:-1])
-    examples.make("depth", settings)
-    assert len(made) == 9 and plots.load_example(path)["eps"] == settings.attack.eps
 
 
 def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(toys, monkeypatch):
@@ -395,17 +347,6 @@ def test_checkpoints_between_are_evaluated_on_the_first_data_set_alone(tuned, mo
     assert found[3:] == [("toys2", "standard"), ("toys2", "deacl")]
 
 
-def test_an_encoder_is_loaded_and_hashed_once_for_all_data_sets(tuned, monkeypatch):
-    monkeypatch.setitem(datasets.DATASETS, "toys2", planted.TOYS)
-    loads, hashed = [], []
-    load, state_hash = encoders.load, records.state_hash
-    monkeypatch.setattr(encoders, "load", lambda *args: loads.append(args) or load(*args))
-    monkeypatch.setattr(records, "state_hash", lambda s: hashed.extend(k for k in s if "proj" in k) or state_hash(s))
-    section = tuned.depth.model_copy(update={"datasets": ["toys", "toys2"]})
-    evaluate.run_task("depth", tuned.model_copy(update={"depth": section}))
-    assert len(loads) == 3 and len(hashed) == 2 * 3  # Standard and two DeACL epochs; two tensors each
-
-
 # --- rows that cannot be run ---
 
 
@@ -443,11 +384,6 @@ def test_rows_that_cannot_be_run_are_skipped_with_the_reason(partly):
     assert all(set(r) == {"dataset", "encoder", "defense", "why"} for r in lost)
     assert "gone.pth" in lost[0]["why"] and "nowhere" in lost[2]["why"]
     assert _left() == sorted(f"toys__planted__{d}__{kind}" for _, _, d, kind in rows) and not stale.exists()
-
-
-def test_missing_rows_stop_unless_skipping_is_asked_for(partly):
-    with pytest.raises(BadInput, match="gone.pth does not exist"):
-        evaluate.run_task("depth", partly.model_copy(update={"missing": "stop"}))
 
 
 def test_the_list_of_skipped_rows_goes_when_nothing_is_skipped(partly):

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save_file
 
-from ssl_robust import compute, datasets, encoders, heads, protocol, records, training
-from ssl_robust.embedded.backbone import embedded_backbone
-from ssl_robust.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from ssl_robust import datasets, encoders, heads, protocol, records, training
+from ssl_robust.encoders import Encoder
 from ssl_robust.heads import HEADS, TaskModel
 from ssl_robust.settings import BadInput, EncoderRow, TaskSettings
 from ssl_robust.tasks import TASKS
@@ -63,14 +62,6 @@ def test_depth_head_equals_its_direct_transcription(patch):
     assert torch.allclose(found, _depth_as_written(head, cls, 5 * patches, patch), atol=1e-4)
 
 
-def test_depth_stays_in_range_where_one_bin_takes_all():
-    cls, patches = _tokens()
-    head = HEADS["depth"](5)
-    for chosen, low, high in ((0, 0.001, 0.1), (255, 9.9, 10)):
-        head.conv.bias.data = F.one_hot(torch.tensor(chosen), 256).float() * 1e5
-        assert low <= head(cls, patches, 4).min() and head(cls, patches, 4).max() <= high
-
-
 @pytest.mark.parametrize(("shape", "factor"), [((3, 4), 4), ((1, 5), 3), ((7, 2), 2)])
 def test_upsample_is_bilinear_interpolation(shape, factor):
     x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
@@ -105,12 +96,6 @@ def test_windows_cover_every_pixel_and_stay_inside():
             covered = {p for s in starts for p in range(s, min(s + window, length))}
             assert covered == set(range(length)), (length, window, stride)
             assert starts[-1] == max(length - window, 0) and len(set(starts)) == len(starts)
-
-
-def test_segmentation_of_one_window_is_the_plain_prediction():
-    model, x = planted.model("segmentation"), planted.images(2, 16)
-    assert torch.allclose(model(x), model.single(x), atol=1e-6)
-    assert model.stride == 8 and model(planted.images(1, 21)).shape == (1, 3, 21, 21)
 
 
 @pytest.mark.parametrize("task", ["segmentation", "depth"])
@@ -247,19 +232,6 @@ def test_the_head_of_the_best_held_out_epoch_is_kept(task, toys, monkeypatch):
     assert fit([0.1, 0.9, 0.2]) == fit([0.1, 0.2]) != fit([0.1, 0.2, 0.9])
 
 
-def test_training_is_deterministic_and_leaves_global_randomness_alone(toys):
-    settings, encoder = planted.settings(), planted.encoder()
-    torch.manual_seed(3)
-    state = torch.random.get_rng_state()
-    fits = [
-        training.fit("depth", encoder, *_subsets("depth", settings, encoder), settings.depth, seed, "cpu")
-        for seed in (0, 0, 1)
-    ]
-    assert torch.equal(torch.random.get_rng_state(), state)
-    first, again, other = (records.state_hash(head.state_dict()) for head, _ in fits)
-    assert first == again != other
-
-
 @pytest.mark.parametrize("batch", [1, 11, 100])  # of 12 images; 11 leaves one over
 def test_any_batch_size_trains(batch, toys):
     settings, encoder = planted.settings(segmentation={"batch": batch, "epochs": 1}), planted.encoder()
@@ -307,12 +279,6 @@ def test_streamed_tokens_train_the_same_head_as_kept_ones(task, toys, monkeypatc
     assert sorted(n for n in encodings if n > 1) == [6, 6, 6, 12, 12, 12]  # all in every epoch
 
 
-def test_the_embedded_encoder_trains_the_same_head_from_streamed_tokens(toys, monkeypatch):
-    encoder = Encoder(embedded_backbone(), "random", 16, IMAGENET_MEAN, IMAGENET_STD)
-    found = [_with_room_for(room, "depth", encoder, planted.settings(), monkeypatch) for room in (2**30, 0)]
-    assert found[0] == found[1]
-
-
 @pytest.mark.parametrize("task", ["classification", "depth"])
 def test_kept_sides_are_those_that_each_epoch_draws(task, toys):
     settings, encoder = planted.settings(), planted.encoder()
@@ -324,33 +290,6 @@ def test_kept_sides_are_those_that_each_epoch_draws(task, toys):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, other, strict=True))
         drawn.append([train.flipped(i) for i in order])
     assert len({tuple(row) for row in drawn}) > 2 and all(len(set(column)) == 2 for column in zip(*drawn, strict=True))
-
-
-def test_a_mirrored_image_has_the_mirrored_depth(toys):
-    train = datasets.load("depth", "toys", "train", planted.settings(), 24)
-    (_, patches, depth), (_, other, mirrored) = (
-        training.features(planted.encoder(), _turned(train, flip), 4, "cpu") for flip in (False, True)
-    )
-    assert torch.equal(mirrored, depth.flip(2)) and not torch.equal(mirrored, depth)
-    assert not torch.allclose(other, patches, atol=1e-3)
-    train.flip = None
-    rows = next(training._kept(planted.encoder(), train, 4, "cpu")(range(12), 12))
-    for i in range(12):
-        assert torch.equal(rows[2][i], (mirrored if train.flipped(i) else depth)[i])
-        assert torch.equal(rows[1][i], (other if train.flipped(i) else patches)[i])
-
-
-def _turned(subset, flip):
-    subset.flip = flip
-    return subset
-
-
-def test_images_are_encoded_as_many_at_a_time_as_the_device_takes(toys, monkeypatch):
-    settings, encoder = planted.settings(depth={"size": 24}), planted.encoder(patch=8)
-    train, _ = _subsets("depth", settings, encoder)
-    monkeypatch.setitem(compute.TOKENS, "cpu", 35)  # 1 + 3 x 3 tokens an image
-    assert training.encoded_at_once(encoder, train, settings.depth, "cpu") == 3
-    assert training.encoded_at_once(encoder, train, settings.depth.model_copy(update={"attack_batch": 7}), "cpu") == 7
 
 
 def test_tokens_are_encoded_in_smaller_batches_when_memory_runs_out(toys, monkeypatch):
@@ -395,16 +334,6 @@ def test_regrouped_batches_hold_the_same_rows(groups, size):
     found = list(training._regrouped(zip(rows.split(groups), (-rows).split(groups), strict=True), size))
     assert [len(a) for a, _ in found] == [len(part) for part in rows.split(size)]
     assert torch.equal(torch.cat([a for a, _ in found]), rows) and torch.equal(torch.cat([b for _, b in found]), -rows)
-
-
-@pytest.mark.parametrize("task", ["segmentation", "depth"])
-def test_streamed_images_of_different_sizes_are_refused_too(task, toys):
-    items = datasets.list_items("toys", task, "train", 0, "")[:3]
-    items[1] = items[1]._replace(image=items[1].image[:, 1:], target=items[1].target[1:])
-    subset = datasets.Subset("toys", task, items, datasets.transform(task, "test", "original", 16))
-    source = training._streamed(planted.encoder(), subset, 2, "cpu")
-    with pytest.raises(BadInput, match="images of toys differ in size; set 'size'"):
-        list(source([0, 1, 2], 2))
 
 
 # --- heads on disk ---
@@ -512,12 +441,6 @@ def test_fit_all_skips_what_is_missing_and_says_why(toys, monkeypatch):
         training.fit_all(settings.model_copy(update={"missing": "stop"}))
     training.fit_all(planted.settings(encoders=rows[1:], missing="skip"))
     assert not path.exists()
-
-
-def test_fit_all_with_nothing_left_is_an_empty_table(toys, monkeypatch):
-    monkeypatch.setattr(encoders, "load", _absent("planted"))
-    table = training.fit_all(planted.settings(missing="skip"))
-    assert table.empty and {"task", "dataset", "encoder", "metric", "first_loss", "last_loss"} <= set(table)
 
 
 def test_predictions_for_pictures(toys):
