@@ -1,8 +1,9 @@
 """Gets the data sets of a profile: python -m ssl_robust.ops.fetch --profile quick --data FOLDER.
 
-What can be downloaded is, going on where an interrupted download stopped; of the rest it is said what to get and where
-it goes. Of a training set that comes in two sizes the larger is got only if the profile asks for more images than the
-smaller has, and never with --small. Exit codes: 0 everything is complete, 2 something is missing, 130 interrupted.
+What can be downloaded is, file by file, so that an interrupted call goes on with the next one; of the rest it is said
+what to get and where it goes. Of a training set that comes in two sizes the larger is got only if the profile asks for
+more images than the smaller has, and never with --small. Exit codes: 0 everything is complete, 2 something is missing,
+130 interrupted.
 """
 
 import argparse
@@ -10,13 +11,9 @@ import hashlib
 import os
 import shutil
 import sys
-import tarfile
-import time
-import zipfile
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from .. import datasets, records
@@ -28,68 +25,33 @@ from ..trust import data
 from .run import BAD_INPUT, INTERRUPTED, PARAMS, data_folder, read_profile
 
 CHUNK = 2**20
-TRIES, PAUSE = 3, 2.0  # attempts, and seconds between them
 TIMEOUT = 60  # seconds without a byte
 
 
 def download(url: str, file: Path, checksum: str = "") -> None:
-    """Downloads `url` as `file`, by way of FILE.part, from whose end an interrupted download goes on.
+    """Downloads `url` as `file`, which appears only when it is whole.
 
-    checksum: 'kind:hexadecimal', '' for none. Raises BadInput if the server refuses, the connection is lost TRIES times
-    without anything new, or the checksum is wrong.
+    checksum: 'kind:hexadecimal', '' for none. Raises BadInput if that cannot be done, or the checksum is wrong.
     """
-    part, idle, problem, whole = file.with_name(f"{file.name}.part"), 0, "", False
-    while not whole and idle < TRIES:
-        had = _size(part)
-        try:
-            whole, problem = _transfer(url, part), "the connection was lost"
-        except HTTPError as error:
-            if error.code != 416:  # there is nothing after what we have
-                raise BadInput(f"{url} answered '{error}'; get that file elsewhere or try again later.") from None
-            whole = error.headers.get("Content-Range") == f"bytes */{had}"
-            if not whole:
-                part.unlink()
-        except (OSError, HTTPException) as error:
-            problem = str(getattr(error, "reason", error)) or type(error).__name__
-        idle = 0 if _size(part) > had else idle + 1
-        time.sleep(0 if whole else PAUSE)
-    if not whole:
-        kept = f"{_size(part) / 1e6:.1f} MB are kept, repeat make data to go on from there"
-        raise BadInput(f"{url} could not be downloaded ({problem}); {kept}.")
-    if not _right(part, checksum):
-        part.unlink()
-        raise BadInput(f"{url} came with a wrong checksum (not {checksum}) and was deleted; repeat make data.")
-    os.replace(part, file)
-
-
-def _transfer(url: str, part: Path) -> bool:
-    """One attempt to complete `part`, from its end on where the server can do so; whether it is whole."""
-    have = _size(part)
-    wish = {"Range": f"bytes={have}-"} if have else {}
-    with urlopen(Request(url, headers={"User-Agent": "ssl_robust", **wish}), timeout=TIMEOUT) as response:
-        start = have if response.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
-        if response.status == 206 and not start:  # another part than the one that was asked for
-            return False
-        rest = int(response.headers.get("Content-Length", -1))
-        chunks = iter(lambda: response.read(CHUNK), b"")
+    part, problem = file.with_name(f"{file.name}.part"), "the connection was lost"
+    try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab" if start else "wb") as out:
-            for chunk in track(chunks, total=-(-rest // CHUNK) if rest > 0 else None, desc=f"{part.stem} (MB)"):
-                out.write(chunk)
-    return rest < 0 or _size(part) == start + rest
-
-
-def _right(file: Path, checksum: str) -> bool:
-    """Whether a file has the checksum; any has none."""
+        with urlopen(Request(url, headers={"User-Agent": "ssl_robust"}), timeout=TIMEOUT) as response:
+            size = int(response.headers.get("Content-Length", -1))
+            chunks = iter(lambda: response.read(CHUNK), b"")
+            with part.open("wb") as out:
+                for chunk in track(chunks, total=-(-size // CHUNK) if size > 0 else None, desc=f"{file.name} (MB)"):
+                    out.write(chunk)
+        whole = size in (-1, part.stat().st_size)
+    except (OSError, HTTPException) as error:  # HTTPError among them
+        whole, problem = False, str(error) or type(error).__name__
+    if not whole:
+        raise BadInput(f"{url} could not be downloaded ({problem}); repeat make data, or get that file elsewhere.")
     kind, _, expected = checksum.partition(":")
-    if not kind:
-        return True
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, kind).hexdigest() == expected
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0
+    with part.open("rb") as opened:
+        if kind and hashlib.file_digest(opened, kind).hexdigest() != expected:
+            raise BadInput(f"{url} came with a wrong checksum (not {checksum}); repeat make data.")
+    os.replace(part, file)
 
 
 def unpack(file: Path, root: Path, place: str, inside: str = "") -> None:
@@ -97,14 +59,8 @@ def unpack(file: Path, root: Path, place: str, inside: str = "") -> None:
     temporary = root / f".unpacking-{file.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                for name in track(archive.namelist(), desc=f"unpacking {file.name}"):
-                    archive.extract(name, temporary)
-        else:
-            with tarfile.open(file) as archive:
-                for member in track(archive, desc=f"unpacking {file.name}"):
-                    archive.extract(member, temporary, filter="data")
+        tar = {} if file.suffix == ".zip" else {"filter": "data"}  # nothing goes elsewhere
+        shutil.unpack_archive(file, temporary, **tar)
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary / (inside or place), root / place)
     except Exception as error:  # damage, a password and unknown compression have errors of their own each
@@ -126,7 +82,7 @@ def _absent(files: Sequence[Archive], root: Path) -> list[Archive]:
 def needed_bytes(name: str, root: Path, files: Sequence[Archive]) -> int:
     """Bytes that getting a data set still takes on the disk of `root`: what is not downloaded yet, and unpacked."""
     missing = _absent(files, root)
-    have = sum(_size(f) + _size(f.with_name(f"{f.name}.part")) for f in (_file(a, root) for a in missing))
+    have = sum(file.stat().st_size for file in (_file(a, root) for a in missing) if file.is_file())
     unpacked = 0 if all(a.as_it_is for a in missing) else int(DATASETS[name].gigabytes * 1e9)
     return max(0, sum(a.size for a in missing) - have) + unpacked
 
@@ -185,11 +141,6 @@ def _instead(name: str, files: Sequence[Archive]) -> str:
     return words if files is known.larger else ""
 
 
-def _short(name: str, settings: Settings) -> bool:
-    """Whether fewer training images are there than some task asks for."""
-    return any(data.shortage(task, name, settings) for task in _tasks(name, settings))
-
-
 def _missing(name: str, settings: Settings, small: bool) -> list[str]:
     """Gets one data set if it must and can; returns what is wrong afterwards, with the remedy."""
     wrong, root = _problems(name, settings), Path(settings.data_root)
@@ -199,7 +150,8 @@ def _missing(name: str, settings: Settings, small: bool) -> list[str]:
     if wrong and known and known.by_hand:
         remedy = f"{name} cannot be fetched: {known.by_hand.format(root=root)}; then repeat make data."
         return [remedy, *wrong] if (root / name).is_dir() else [remedy]
-    if not files or not (wrong or (larger and _short(name, settings))):
+    short = larger and any(data.shortage(task, name, settings) for task in _tasks(name, settings))
+    if not files or not (wrong or short):
         return wrong
     there = [archive.place for archive in files if (root / archive.place).exists()]
     try:
@@ -207,7 +159,7 @@ def _missing(name: str, settings: Settings, small: bool) -> list[str]:
     except (BadInput, OSError) as problem:
         return [f"{problem} {_instead(name, files)}".strip()]
     wrong = _problems(name, settings)
-    if not wrong and larger and _short(name, settings):
+    if not wrong and larger and any(data.shortage(task, name, settings) for task in _tasks(name, settings)):
         wrong = [f"The archives of {name} hold fewer images than the {max(known.counts['train']):,} that they should."]
     if wrong and there:
         what = root / there[0] if len(there) == 1 else f"what is damaged of it, or all of {(root / there[0]).parent},"
@@ -259,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as error:
         left = [str(error)]
     except KeyboardInterrupt:
-        print("Interrupted; repeat the command to go on from what is downloaded.", file=sys.stderr)
+        print("Interrupted; repeat the command, files that are whole are kept.", file=sys.stderr)
         return INTERRUPTED
     if left:
         print("\n".join(left), file=sys.stderr)
