@@ -4,7 +4,6 @@ Threat model: L-infinity ball of radius eps around x in [0,1] pixel space, white
 part of the model. A loss maps (x_adv, step 1..T) to one number per image; PGD makes each of them larger.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compute, parts, protocol, records
+from . import compute, parts, protocol
 from .datasets import IGNORE, image_seed
 from .heads import TaskModel, depth_loss
 from .settings import Attack, BadInput, Settings
@@ -324,7 +323,10 @@ def attacked(
     |x_adv - x| <= attack.eps and x_adv in [0,1]. Random starts are drawn per image from (seed, id), so batches do not
     matter (but to AutoAttack). Steps are computed in `precision`; a `trace` gets what `pgd` says of its own.
     """
-    return known()[kind].run(model, x, target, ids, attack, seed, precision, trace)
+    there = {name: found for name, found in known().items() if model.task in found.tasks}
+    if kind not in there:
+        raise BadInput(f"There is no attack '{kind}' on {model.task}; choose one of: {', '.join(there)}.")
+    return there[kind].run(model, x, target, ids, attack, seed, precision, trace)
 
 
 def kinds(task: str, settings: Settings) -> dict[str, Kind]:
@@ -336,30 +338,10 @@ def kinds(task: str, settings: Settings) -> dict[str, Kind]:
     for own in settings.attacks:
         if isinstance(own, str) and own not in there:
             raise BadInput(f"There is no attack '{own}'; choose from: {', '.join(n for n in there if n != 'clean')}.")
-        found |= {own: there[own]} if isinstance(own, str) else {own.name: _of_callable(own.name, own.call, own.tasks)}
+        found |= {own: there[own]} if isinstance(own, str) else {own.name: parts.part("strong.own").kind(own)}
     return {name: kind for name, kind in found.items() if task in kind.tasks}
 
 
 def title(task: str, name: str, kind: Kind) -> str:
     """Name of an attack in tables."""
     return kind.title or (TASKS[task].attack if name == "task" else name)
-
-
-def _of_callable(name: str, call: str, tasks: list[str]) -> Kind:
-    """An attack of one's own, called with the names of Kind.run's arguments; what it returns is checked."""
-    function = parts.part("formats.callables").named(call, f"Attack '{name}'")
-
-    def run(model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int, *_: Any) -> Tensor:
-        about = {"ids": ids, "attack": attack, "seed": seed, "start": random_start(x, attack.eps, ids, seed)}
-        adv = function(model=model, x=x, target=target, **about)
-        low, high = (x - attack.eps).clamp(min=0), (x + attack.eps).clamp(max=1)
-        fits = isinstance(adv, Tensor) and adv.shape == x.shape and adv.isfinite().all()
-        if not fits or (adv < low - 1e-5).any() or (adv > high + 1e-5).any():
-            raise BadInput(
-                f"Attack '{name}': {call} must return finite images of the shape of x, {tuple(x.shape)}, in [0,1] and "
-                f"within eps of x; clamp what it returns."
-            )
-        return adv.detach().to(x).clamp(low, high)
-
-    source = records.digest(inspect.getsource(inspect.getmodule(function)))
-    return Kind(name, run, (), tuple(tasks), True, source)
