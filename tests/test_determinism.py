@@ -3,7 +3,7 @@
 import torch
 from chain import STAGES, numbers, play, tables, undisturbed  # noqa: F401
 
-from ssl_robust import records
+from ssl_robust.trust import differ
 
 
 def test_two_fresh_runs_give_the_same_tables_bit_for_bit(undisturbed, tmp_path):  # noqa: F811
@@ -15,7 +15,7 @@ def test_two_fresh_runs_give_the_same_tables_bit_for_bit(undisturbed, tmp_path):
     assert again == tables(undisturbed)
     assert numbers(tmp_path) == numbers(undisturbed) and len(numbers(tmp_path)) >= 27
     for one, other in zip(*map(_sorted, (tmp_path, undisturbed)), strict=True):
-        assert records.differing(one, other) == {}
+        assert differ.differing(one, other) == {}
 
 
 def _sorted(root):
@@ -30,7 +30,7 @@ RECORD = {
 
 
 def test_equal_records_do_not_differ_and_the_clock_does_not_count():
-    assert records.differing(RECORD, {**RECORD, "seconds": 9, "made": "later", "value": 0.6}) == {}
+    assert differ.differing(RECORD, {**RECORD, "seconds": 9, "made": "later", "value": 0.6}) == {}
 
 
 def test_differences_are_named():
@@ -39,7 +39,7 @@ def test_differences_are_named():
         "settings": {"attack": {"eps": 0.03, "steps": 40}}, "hashes": {"weights": "a", "head": "c"},
         "numerics": {"instructions": "AVX512", "environment": {"OMP_NUM_THREADS": "2"}},
     }  # fmt: skip
-    assert [*records.differing(RECORD, other).items()] == [
+    assert [*differ.differing(RECORD, other).items()] == [
         ("the setting attack.steps", (20, 40)), ("the seed", (0, 1)), ("the hash of the head", ("b", "c")),
         ("the version of torch", ("2.13", "2.14")), ("the device", ("cpu (x86_64)", "cuda (H100)")),
         ("the number of threads", (1, 2)), ("the CPU's or GPU's instructions", ("AVX2", "AVX512")),

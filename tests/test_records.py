@@ -11,6 +11,7 @@ import torch
 
 from ssl_robust import records
 from ssl_robust.settings import BadInput
+from ssl_robust.trust import differ
 
 
 def test_a_failing_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
@@ -75,7 +76,7 @@ def test_another_version_of_what_computes_makes_another_key_and_of_what_does_not
     monkeypatch.setitem(records.VERSIONS, "pgd", 2)
     now = records.made_from(("pgd",), seed=0)
     assert records.place(tmp_path, "a__b", now, ".json") != path
-    assert records.why(records.place(tmp_path, "a__b", now, ".json"), now) == ["the code's version of pgd (1, now 2)"]
+    assert differ.why(records.place(tmp_path, "a__b", now, ".json"), now) == ["the code's version of pgd (1, now 2)"]
 
 
 def test_why_names_what_differs_from_the_nearest_result(tmp_path):
@@ -83,10 +84,10 @@ def test_why_names_what_differs_from_the_nearest_result(tmp_path):
         _result(tmp_path, seed=seed, settings={"attack": {"eps": eps}}, hashes={"weights": "a"})
     made = records.made_from(("pgd",), seed=1, settings={"attack": {"eps": 0.25}}, hashes={"weights": "a"})
     path = records.place(tmp_path, "a__b", made, ".json")
-    assert records.why(path, made) == ["the setting attack.eps (0.3, now 0.25)"]
+    assert differ.why(path, made) == ["the setting attack.eps (0.3, now 0.25)"]
     made = records.made_from(("pgd",), seed=1, settings={"attack": {"eps": 0.3}}, hashes={"weights": "b"})
-    assert records.why(path, made) == ["the hash of the weights"]
-    assert records.why(records.place(tmp_path, "other", made, ".json"), made) == []
+    assert differ.why(path, made) == ["the hash of the weights"]
+    assert differ.why(records.place(tmp_path, "other", made, ".json"), made) == []
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])

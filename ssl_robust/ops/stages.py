@@ -15,7 +15,7 @@ from .. import records
 from ..progress import any_terminal
 from ..settings import BadInput, Settings
 from ..tasks import TASKS
-from ..trust import data
+from ..trust import data, differ
 from . import plan, run, wanted
 from .wanted import Wanted
 
@@ -101,7 +101,7 @@ def text(settings: Settings, found: list[Wanted] | None) -> str:
         made = [w for w in absent if w.job["step"] == step]
         if made:
             lines.append(f"  {len(made)} {NAMES[step]} to be made: {_reasons(made)}")
-    if any(w.why and all(why.startswith(records.SAID["loops"]) for why in w.why) for w in absent):
+    if any(w.why and all(why.startswith(differ.SAID["loops"]) for why in w.why) for w in absent):
         lines.append("  Those that differ in the code's version alone are accepted by: make keep")
     lines += [f"  {name} to be run: {why}" for name, why in stages.items() if "not there" not in why]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from ..encoders import Encoder
 from ..settings import BadInput, EncoderRow, Settings, skipping
 from ..show import examples
 from ..tasks import TASKS
-from ..trust import sanity
+from ..trust import differ, sanity
 from ..trust.worst import Worst
 
 # What makes a result: "name"; "step", one of STEPS; "needs", names of jobs that come before it; and what grid.work() is
@@ -105,7 +105,7 @@ def _tuned(row: EncoderRow, settings: Settings) -> tuple[Wanted, list[evaluate.V
     done, _, place, made = deacl.stored(row, encoders.load(row, settings.data_root), settings)
     index = done or {"folder": place.name, "epochs": deacl.kept(settings.deacl)}
     job = {"name": f"deacl {row.name}", "step": "deacl", "encoder": row.name, "needs": []}
-    why = [] if done else records.nearest(deacl.others(place), made)
+    why = [] if done else differ.nearest(deacl.others(place), made)
     shown = [(deacl.current_path(settings.profile, row.name), index.get("key", ""))]
     return Wanted(job, bool(done), why, shown), deacl.tuned(row, settings.profile, index)
 
@@ -120,7 +120,7 @@ def _head_and_cells(
     _, _, path, made = training.sources(task, dataset, encoder, settings, defense)
     there = not before and records.reusable_tensors(path, made) is not None
     head = {"name": f"head {where}", "step": "head", "needs": before, **place}
-    yield Wanted(head, there, [] if there or before else records.why(path, made), [])
+    yield Wanted(head, there, [] if there or before else differ.why(path, made), [])
     found = evaluate.prepared(task, dataset, encoder, settings, defense) if there else None
     for kind in attacks.kinds(task, settings):
         job = {"name": f"cell {where} {kind}", "step": "cell", "needs": [head["name"]], "kind": kind, **place}
@@ -139,7 +139,7 @@ def _cell(job: Job, cell: evaluate.Cell) -> Wanted:
     if there and cell.attack == [*attacks.kinds(cell.model.task, cell.settings)][-1]:
         worst = Worst(cell.model, cell.test, evaluate.WORST, cell.settings, cell.defense, cell.epoch)
         shown.append((worst.shown(), records.digest(worst.made)))
-    return Wanted(job, there, [] if there else records.why(cell.path(), cell.made), shown)
+    return Wanted(job, there, [] if there else differ.why(cell.path(), cell.made), shown)
 
 
 def _checks(model: Any, test: Any, row: EncoderRow, defense: str, settings: Settings) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _checks(model: Any, test: Any, row: EncoderRow, defense: str, settings: Sett
 def _of_checks(job: Job, about: dict[str, Any], settings: Settings) -> Wanted:
     there = sanity.stored(about, settings) is not None
     shown = [(records.checks_path(settings.profile, *(about[key] for key in evaluate.PLACE)), about["key"])]
-    why = [] if there else records.why(evaluate.checks_place(settings.profile, about), about["made_from"])
+    why = [] if there else differ.why(evaluate.checks_place(settings.profile, about), about["made_from"])
     return Wanted(job, there, why, shown)
 
 
@@ -165,7 +165,7 @@ def _examples(task: str, settings: Settings) -> Wanted:
     except _Computes:
         return Wanted(job, False, [], [])
     there = found is None or found.there()
-    why, shown = [] if there else records.why(found.path, found.made), found.path.name if found else ""
+    why, shown = [] if there else differ.why(found.path, found.made), found.path.name if found else ""
     return Wanted(job, there, why, [(pointer(settings.profile, task), shown)])
 
 

@@ -10,11 +10,11 @@ from .. import records as disk
 from ..progress import any_terminal
 from ..settings import BadInput, DeACL, read_params, read_yaml
 from ..tasks import TASKS
-from ..trust import evidence
+from ..trust import differ, evidence
 
 Record = dict[str, Any]
 Pair = tuple[Record, Record]  # of the same cell: the new record, the committed one
-SETTINGS = ("the protocol", "the setting", "the seed", "the epochs", "the number of images")  # of records.SAID
+SETTINGS = ("the protocol", "the setting", "the seed", "the epochs", "the number of images")  # of differ.SAID
 PAGES = ("fig1.*", "index.html")  # what shows images
 
 
@@ -66,7 +66,7 @@ def _differing(pairs: list[Pair]) -> dict[str, str]:
     """What differs within the pairs, each once: its name -> that and its values, if they are the same everywhere."""
     values: dict[str, set[tuple[str, str]]] = {}
     for here, there in pairs:
-        for name, (one, other) in disk.differing(here, there).items():
+        for name, (one, other) in differ.differing(here, there).items():
             values.setdefault(name, set()).add((str(one), str(other)))
     return {name: _with_values(name, *found) for name, found in values.items()}
 
@@ -77,7 +77,7 @@ def _with_values(name: str, first: tuple[str, str], *more: tuple[str, str]) -> s
 
 def _asked(pair: Pair) -> bool:
     """Whether two records are of different settings, so that their values are no two tries of the same."""
-    return any(name.startswith(SETTINGS) for name in disk.differing(*pair))
+    return any(name.startswith(SETTINGS) for name in differ.differing(*pair))
 
 
 def _values(number: int) -> str:
