@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import subprocess
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -43,7 +42,6 @@ VERSIONS = {
     "released": 1,  # what the released code does differently
     "checks": 1,  # of 07_sanity
 }  # fmt: skip
-LEFT_BEHIND = 3600  # seconds after which an unfinished file belongs to a process that was killed
 
 
 def results_dir(profile: str) -> Path:
@@ -124,14 +122,6 @@ def disk_problem(error: OSError, path: Path) -> str:
 def size(number: float) -> str:
     """Bytes in a unit that suits them: '2.1 GB', '24 MB'."""
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.{int(number < 1e7)}f} MB"
-
-
-def sweep(folder: Path) -> None:
-    """Remove unfinished files that killed processes left below `folder`."""
-    for part in folder.rglob(".*.part"):
-        with suppress(OSError):  # another process may finish or remove it at the same time
-            if time.time() - part.stat().st_mtime > LEFT_BEHIND:
-                part.unlink()
 
 
 def write_json(content: dict[str, Any] | list[Any], path: Path) -> Path:
@@ -367,11 +357,6 @@ def unpacked(parts: "dict[str, torch.Tensor]") -> "torch.Tensor":
     return stats
 
 
-def file_hash(path: Path) -> str:
-    """Short hash of a file's bytes; empty if there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
-
-
 def write_sealed(data: bytes, path: Path) -> None:
     """Write bytes of any format behind a line with their hash, which read_sealed compares and takes off."""
     write_bytes(hashlib.sha256(data).hexdigest().encode() + b"\n" + data, path)
@@ -451,14 +436,6 @@ def numerics(device: str) -> dict[str, Any]:
         return cpu
     flags = {"benchmark": torch.backends.cudnn.benchmark, "tf32": torch.backends.cudnn.allow_tf32}
     return {**cpu, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **flags}
-
-
-def shown(profile: str) -> str:
-    """Hash of which results the tables of `profile` show; the worst case follows from others and is left out."""
-    home = results_dir(profile)
-    paths = [p for p in sorted(home.glob("*/*__*__*__*.json")) if not p.stem.endswith("__worst")]
-    skipped = [p.read_text(encoding="utf-8") for p in sorted(home.glob("*/skipped.json"))]
-    return digest([[str(p.relative_to(home)), read_record(p)["key"]] for p in paths] + skipped)
 
 
 def stage_path(profile: str, notebook: str) -> Path:

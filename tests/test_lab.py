@@ -159,7 +159,7 @@ def test_outputs_prose_and_parameters_that_are_saved_run_no_stage_again(tmp_path
     made.metadata["papermill"] = {"parameters": json.loads(json.dumps(run.parameters_for("00_data", asked)))}
     records.write_bytes(nbformat.writes(made).encode(), target)
     records.finish("test", "00_data")
-    records.write_json({"started": 0, "seconds": 1, "notebook": records.file_hash(target)}, run._times(target))
+    records.write_json({"started": 0, "seconds": 1, "notebook": run.file_hash(target)}, run._times(target))
     assert run.not_executed("00_data", asked) == ""
     saved = nbformat.read(tmp_path / "00_data.ipynb", as_version=4)
     code = [cell for cell in saved.cells if cell.cell_type == "code"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ssl_robust import records
+from ssl_robust.ops import run
 from ssl_robust.settings import BadInput
 from ssl_robust.trust import differ
 
@@ -33,7 +34,7 @@ def test_what_killed_processes_left_is_swept_up_but_not_what_others_are_writing(
     for path in (old, new):
         path.write_text("{")
     os.utime(old, (1, 1))
-    records.sweep(tmp_path)
+    run.sweep(tmp_path)
     assert not old.exists() and new.exists()
 
 
@@ -204,6 +205,7 @@ def test_code_that_changes_while_a_process_runs_does_not_count(checkout):
     program = """
 import pathlib, sys
 from ssl_robust import records
+from ssl_robust.ops import run
 for name in sys.argv[1:]:
     path = pathlib.Path(name)
     path.write_text(path.read_text().replace('"pgd": 1', '"pgd": 2'))

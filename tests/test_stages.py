@@ -67,7 +67,7 @@ def made(everything, toys, monkeypatch):
     shutil.copytree(everything, toys, dirs_exist_ok=True)
     monkeypatch.setattr(encoders, "load", _load)
     monkeypatch.setattr(run, "not_executed", lambda notebook, settings: "")
-    monkeypatch.setattr(run, "shown_by", lambda notebook, profile: records.shown(profile))
+    monkeypatch.setattr(run, "shown_by", lambda notebook, profile: run.shown(profile))
     monkeypatch.setattr(stages, "FILES", {})
     records.finish("toy", "00_data", hashes=data.hashes(_settings()))
     return toys

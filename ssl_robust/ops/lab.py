@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from .. import records
+from . import run
 
 PROJECT = records.PACKAGE.parent
 
@@ -18,7 +19,7 @@ def copies(folder: Path) -> list[Path]:
     """Copies of all notebooks in `folder`, each of the notebook as it is now; edited ones stay."""
     found = []
     for notebook in sorted((PROJECT / "notebooks").glob("*.ipynb")):
-        copy, now = folder / notebook.name, records.file_hash(notebook)
+        copy, now = folder / notebook.name, run.file_hash(notebook)
         if copy.is_file() and _copied(copy) != now:
             copy.replace(copy.with_suffix(".before.ipynb"))
         if not copy.is_file():

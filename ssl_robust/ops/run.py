@@ -7,6 +7,7 @@ wrong is said in one sentence on stderr.
 
 import argparse
 import ast
+import hashlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -42,6 +43,7 @@ BAD_INPUT, INTERRUPTED, KERNEL_DIED = 2, 130, 138
 MEMORY = ("OutOfMemoryError", "MemoryError", "failed to map segment", "allocate memory")  # how its lack is said
 # A kernel that is told to stop may find its sockets closed, and would print a traceback (on a busy machine often).
 QUIET_END = "__import__('logging').getLogger('tornado').setLevel(60)"
+LEFT_BEHIND = 3600  # seconds after which an unfinished file belongs to a process that was killed
 CHILDREN = {
     # Idle threads spin a little and then sleep. Endless spinning makes small steps many times slower on a machine with
     # other work; no spinning at all (OMP_WAIT_POLICY=PASSIVE) made them twice as slow on one without.
@@ -232,7 +234,7 @@ def not_executed(notebook: str, settings: Settings) -> str:
         return "it has not been run to its end"
     try:
         records.read_record(stage)
-        whole = records.read_json(_times(target)).get("notebook") == records.file_hash(target)
+        whole = records.read_json(_times(target)).get("notebook") == file_hash(target)
         copy = nbformat.read(target, as_version=4)
         code = _code(nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4))
     except (ValueError, OSError):  # BadInput is one
@@ -253,13 +255,34 @@ def _code(notebook: nbformat.NotebookNode) -> list[str]:
     return [c.source for c in cells if not {"parameters", "injected-parameters"} & {*c.metadata.get("tags", [])}]
 
 
+def file_hash(path: Path) -> str:
+    """Short hash of a file's bytes; empty if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
+
+
+def shown(profile: str) -> str:
+    """Hash of which results the tables of `profile` show; the worst case follows from others and is left out."""
+    home = records.results_dir(profile)
+    paths = [p for p in sorted(home.glob("*/*__*__*__*.json")) if not p.stem.endswith("__worst")]
+    skipped = [p.read_text(encoding="utf-8") for p in sorted(home.glob("*/skipped.json"))]
+    return records.digest([[str(p.relative_to(home)), records.read_record(p)["key"]] for p in paths] + skipped)
+
+
 def _times(target: Path) -> Path:
     return target.with_suffix(".time.json")
 
 
 def shown_by(notebook: str, profile: str) -> str:
-    """records.shown as it was when a notebook was executed."""
+    """`shown` as it was when a notebook was executed."""
     return records.read_json(_times(executed_path(profile, notebook))).get("shown", "")
+
+
+def sweep(folder: Path) -> None:
+    """Remove unfinished files that killed processes left below `folder`."""
+    for part in folder.rglob(".*.part"):
+        with suppress(OSError):  # another process may finish or remove it at the same time
+            if time.time() - part.stat().st_mtime > LEFT_BEHIND:
+                part.unlink()
 
 
 def execute(notebook: str, settings: Settings) -> float:
@@ -277,7 +300,7 @@ def execute(notebook: str, settings: Settings) -> float:
         if waited > 1 and _made_meanwhile(notebook, settings, waited):
             return 0.0
         for folder in (target.parent, stage.parent):
-            records.sweep(folder)
+            sweep(folder)
         before = _stamp(stage)
         try:
             _papermill(notebook, parameters, target)
@@ -289,8 +312,8 @@ def execute(notebook: str, settings: Settings) -> float:
             stage.unlink(missing_ok=True)
             raise BadInput(f"Notebook {notebook} did not write {_shown(stage)}; let its last cell call records.finish.")
         seconds = round(time.monotonic() - start, 1)
-        about = {"started": round(clock, 1), "seconds": seconds, "notebook": records.file_hash(target)}
-        records.write_json({**about, "shown": records.shown(settings.profile)}, _times(target))
+        about = {"started": round(clock, 1), "seconds": seconds, "notebook": file_hash(target)}
+        records.write_json({**about, "shown": shown(settings.profile)}, _times(target))
     return seconds
 
 

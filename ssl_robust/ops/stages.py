@@ -61,7 +61,7 @@ def _why_not(stage: str, settings: Settings, found: list[Wanted]) -> str:
         return "what is in results/ is not what was made"
     if set(_shown_by(stage, settings)) - set(shown):
         return "results/ shows rows that are not asked for"
-    if stage == "06_figures" and run.shown_by(stage, settings.profile) != records.shown(settings.profile):
+    if stage == "06_figures" and run.shown_by(stage, settings.profile) != run.shown(settings.profile):
         return "the tables are others"
     return ""
 
