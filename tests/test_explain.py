@@ -86,25 +86,6 @@ def test_the_command_keeps_profile_and_data_and_quotes_names(root):
     assert "/.." not in explain.command("samples", record(dataset="../../..", key="../x"))
 
 
-def test_no_notebook_is_named_that_did_not_make_the_number(project, capsys):
-    executed = project / "runs/demo/03_attack_classification.ipynb"
-    records.write_bytes(b"{}", executed)
-
-    def said(started=None, **changes):
-        write(record(made="2025-01-01T12:00:00+00:00", **changes))
-        if started is not None:
-            records.write_json({"started": started, "seconds": 60.0}, executed.with_suffix(".time.json"))
-        (line,) = [line for line in told(CELL, capsys)[1].splitlines() if line.strip().startswith("notebook")]
-        return line.split(maxsplit=1)[1].strip("'")
-
-    noon = 1735732800
-    assert said(noon - 30) == "runs/demo/03_attack_classification.ipynb"
-    again = "none: runs/demo/03_attack_classification.ipynb shows it, but an earlier run of it made it"
-    assert said(noon + 30) == said(noon - 90) == again
-    other = "none: it was made in JupyterLab, by a job or by a script"
-    assert said(notebook="") == said(notebook="../../secret.ipynb") == said(notebook="/etc/x.ipynb") == other
-
-
 def test_a_wrong_cell_is_one_sentence_that_lists_the_others(project, capsys):
     code, out, err = told("table1/scenes/embedded_vit/deacl/pgd", capsys)
     assert (

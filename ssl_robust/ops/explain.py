@@ -1,14 +1,12 @@
 """How a cell came about: python -m ssl_robust.ops.explain --profile demo table1/scenes/embedded_vit/standard/task.
 
-Prints the record, what speaks against it, the notebook that made it and the command that makes this cell alone again.
+Prints the record, in which stands what speaks against it and the notebook that made it, and the command that makes this cell alone again.
 Exit codes: 0 shown, 2 bad input.
 """
 
 import argparse
 import shlex
 import sys
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,7 +20,7 @@ from ..trust import evidence
 
 Record = dict[str, Any]
 FORM = "TABLE/DATASET/ENCODER/DEFENSE/ATTACK, for example table1/scenes/embedded_vit/standard/task"
-LONG = ("statistics", "over_seeds", "reasons", "made_from", "notebook")  # of a record, not printed
+LONG = ("statistics", "over_seeds", "reasons", "made_from")  # of a record, not printed
 
 
 def find(cell: str, records: list[Record]) -> Record:
@@ -54,36 +52,12 @@ def command(profile: str, record: Record) -> str:
     return f"{shlex.join(['rm', '-f', *paths])} && {shlex.join(make)}"
 
 
-def _notebook(record: Record) -> str:
-    """The executed notebook in which a number was made, if it is still that, or why there is none."""
-    path = _executed(record)
-    if path is None:
-        return "none: it was made in JupyterLab, by a job or by a script"
-    if not path.is_file():
-        return f"{record['notebook']} (not here: it is left where the notebooks were run)"
-    try:
-        run = disk.read_json(path.with_suffix(".time.json"))
-        since = datetime.fromisoformat(record["made"]).timestamp() - run["started"]
-        made = -1 <= since <= run["seconds"] + 1  # times are in whole seconds
-    except (BadInput, KeyError, TypeError, ValueError):
-        made = False
-    return record["notebook"] if made else f"none: {record['notebook']} shows it, but an earlier run of it made it"
-
-
-def _executed(record: Record) -> Path | None:
-    """The executed notebook that a record names; None if it names none, or a place that is no such file's."""
-    runs = (disk.ROOT / "runs").resolve()
-    path = (disk.ROOT / record["notebook"]).resolve() if record["notebook"] else runs
-    return path if path.suffix == ".ipynb" and path.is_relative_to(runs) else None
-
-
 def text(cell: str, profile: str) -> str:
     """All that is known of CELL, as text. Raises BadInput for an unknown one."""
     folder = report.folder_of(profile)
     record = find(cell, report.read(profile, folder)[0])
     shown = {name: value for name, value in record.items() if name not in LONG}
     shown |= {"flags": evidence.reasons(record), "seeds": [r["value"] for r in record["over_seeds"]]}
-    shown |= {"notebook": _notebook(record)}
     lines = [f"{'/'.join(place_of(record))} of profile '{profile}', from {folder.relative_to(disk.ROOT).as_posix()}"]
     lines += [yaml.safe_dump(shown, sort_keys=False, width=120), f"Made again, alone, by\n  {command(profile, record)}"]
     return "\n".join(lines)
