@@ -1,6 +1,6 @@
 """How a cell came about: python -m ssl_robust.ops.explain --profile demo table1/scenes/embedded_vit/standard/task.
 
-Prints the record, in which stands what speaks against it and the notebook that made it, and the command that makes this cell alone again.
+Prints the record, what speaks against it, and the command that makes this cell alone again.
 Exit codes: 0 shown, 2 bad input.
 """
 
