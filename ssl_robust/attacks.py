@@ -220,7 +220,7 @@ def segpgd(parts: Tensor, weight: float) -> Tensor:
     return (1 - weight) * parts[:, 0] + weight * parts[:, 1]
 
 
-def segpgd_loss(
+def _segpgd_loss(
     model: TaskModel, mask: Tensor, steps: int, parts_of: Callable[[Tensor, Tensor], Tensor] = segpgd_parts
 ) -> LossFn:
     """SegPGD: eq. 1 with lambda(t) = (t-1)/(2T), first the right pixels alone, later nearly both alike.
@@ -249,7 +249,7 @@ def loss_for(kind: str, model: TaskModel, x: Tensor, target: Tensor, steps: int)
     if model.task == "classification":
         return pgd_loss(model, target, *other)
     if model.task == "segmentation":
-        return segpgd_loss(model, target, steps, *other)
+        return _segpgd_loss(model, target, steps, *other)
     (of_depth,) = other or [lambda said, depth, t: depth_loss(said, depth)]
     return lambda adv, t: of_depth(model(adv), target, t)
 

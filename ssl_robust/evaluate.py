@@ -28,7 +28,7 @@ Variant = tuple[str, int, Path | None]  # defense, epochs of DeACL, weight file
 Loader = Callable[[EncoderRow, str], Encoder]  # (row, data folder) -> its Standard encoder
 
 
-class Outcome(NamedTuple):
+class _Outcome(NamedTuple):
     """What `evaluate` found: statistics (N, ..) of each image (metrics.py), and what happened on the way."""
 
     stats: Tensor
@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 def evaluate(
     model: TaskModel, test: Subset, name: str, attack: Attack | None, batch: int | str, seed: int, device: str,
     precision: str = "fp32", kind: attacks.Kind | None = None,
-) -> Outcome:  # fmt: skip
+) -> _Outcome:  # fmt: skip
     """Every test image under the attack `name`: `batch` at a time in `precision`, then predicted in fp32.
 
     `kind`: what the name stands for if it is not of attacks.known.
@@ -70,7 +70,7 @@ def evaluate(
             wrong.append(stats[:, 0] == 0)
         rows.update(zip(indices, stats, strict=True))
     stats = torch.stack([rows[i] for i in range(len(test))])
-    return Outcome(stats, largest, nonfinite, traces, torch.cat([torch.zeros(0).bool(), *wrong]), size)
+    return _Outcome(stats, largest, nonfinite, traces, torch.cat([torch.zeros(0).bool(), *wrong]), size)
 
 
 def judged(name: str, model: TaskModel, adv: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def upsample(x: Tensor, factor: int) -> Tensor:
     return down.T @ (x @ across)
 
 
-class SegmentationHead(nn.Module):
+class _SegmentationHead(nn.Module):
     """Batch norm and 1x1 convolution on patch tokens, bilinear to pixels: (B, D, h, w) -> logits (B, classes, H, W)."""
 
     def __init__(self, dim: int, classes: int) -> None:
@@ -49,7 +49,7 @@ class SegmentationHead(nn.Module):
         return upsample(self.conv(self.norm(patches)), patch)
 
 
-class DepthHead(nn.Module):
+class _DepthHead(nn.Module):
     """CLS next to every patch token, x4 bilinear, linear to 256 bins, expectation -> depth (B, H, W) in metres."""
 
     def __init__(self, dim: int, classes: int = 0) -> None:
@@ -70,7 +70,7 @@ class DepthHead(nn.Module):
         return F.interpolate(depth, size=size, mode="bilinear")[:, 0].clamp(MIN_DEPTH, MAX_DEPTH)
 
 
-HEADS = {"classification": ClassificationHead, "segmentation": SegmentationHead, "depth": DepthHead}
+HEADS = {"classification": ClassificationHead, "segmentation": _SegmentationHead, "depth": _DepthHead}
 
 
 def predict(head: nn.Module, encoder: Encoder, cls: Tensor, patches: Tensor, size: tuple[int, int]) -> Tensor:
