@@ -125,27 +125,17 @@ def background_of(classes: Sequence[str]) -> int | None:
     return 0 if classes[0] == "background" else None
 
 
-def _columns_that_fit(names: Sequence[str], columns: int, width: float) -> int:
-    """How many columns (at most `columns`) of a legend with these names fit into `width` inches; matplotlib fills them
-    one after another.
-    """
-    for count in range(min(columns, len(names)), 1, -1):
-        rows = -(-len(names) // count)
-        longest = [max(map(len, names[i : i + rows])) for i in range(0, len(names), rows)]
-        if sum(0.4 + 0.07 * length for length in longest) <= width:  # patch, gaps, a letter at 9 pt
-            return count
-    return 1
-
-
 def class_legend(masks: Sequence[Array], classes: Sequence[str], fig: Figure, columns: int) -> None:
     """Names of the classes that occur in these masks, in room added below the figure."""
     numbers = np.unique(np.concatenate([np.asarray(m).ravel() for m in masks])).astype(int)
     shown = [n for n in numbers if n not in (background_of(classes), IGNORED)]
     patches = [Patch(color=class_colour(n), label=classes[n]) for n in shown]
-    rows = max(1, -(-len(shown) // _columns_that_fit([classes[n] for n in shown], columns, fig.get_figwidth())))
-    fig.set_figheight(fig.get_figheight() + 0.1 + 0.2 * rows)
+    longest = max((len(classes[n]) for n in shown), default=0)
+    fits = int(fig.get_figwidth() / (0.4 + 0.07 * longest))  # inches of patch, gaps, and a letter at 9 pt
+    count = max(1, min(columns, fits, len(shown)))
+    fig.set_figheight(fig.get_figheight() + 0.1 + 0.2 * max(1, -(-len(shown) // count)))
     look = {"handlelength": 1, "handleheight": 1, "columnspacing": 1.2, "handletextpad": 0.5}
-    fig.legend(handles=patches, loc="outside lower center", ncols=max(1, -(-len(shown) // rows)), **look)
+    fig.legend(handles=patches, loc="outside lower center", ncols=count, **look)
 
 
 def show_depth(depth: Array, ax: Axes, span: tuple[float, float], caption: str = "") -> AxesImage:
@@ -248,30 +238,20 @@ def _rmse(prediction: Array, target: Array) -> str:
     return f"RMSE {np.sqrt(np.mean((np.asarray(prediction) - np.asarray(target))[valid] ** 2)):.2f} m"
 
 
-def _show_prediction(example: Example, kind: str, index: int, ax: Axes) -> AxesImage | None:
-    """The prediction on the clean or attacked image, drawn over the very image that the model was given."""
-    image = (example["images"] if kind == "clean" else example[f"adv_{kind}"])[index]
-    prediction, target, classes = example[f"pred_{kind}"][index], example["target"][index], example["classes"]
-    task = _task(example)
+def _show(example: Example, kind: str, index: int, ax: Axes) -> AxesImage | None:
+    """The truth ('target'), or the prediction on the clean or attacked image over the very image that it is of."""
+    image = example[f"adv_{kind}" if kind in ("embed", "task") else "images"][index]
+    shown, target = (example[name][index] for name in (kind if kind == "target" else f"pred_{kind}", "target"))
+    task, classes, judged = _task(example), example["classes"], kind != "target"
     if task == "depth":
-        return show_depth(prediction, ax, span_of(example["target"]), _rmse(prediction, target))
+        return show_depth(shown, ax, span_of(example["target"]), _rmse(shown, target) * judged)
     if task == "segmentation":
-        show_mask(prediction, image, ax, background_of(classes), _right(prediction, target))
+        show_mask(shown, image, ax, background_of(classes), _right(shown, target) * judged)
         return None
-    right, said = int(prediction) == int(target), classes[int(prediction)] if int(prediction) >= 0 else "no number"
-    show_image(image, ax, f"{said} {'✓' if right else '✗'}", RIGHT if right else WRONG)
+    right, name = int(shown) == int(target), classes[int(shown)] if int(shown) >= 0 else "no number"
+    mark, colour = ("✓", RIGHT) if right else ("✗", WRONG)
+    show_image(image, ax, f"{name} {mark}" if judged else name, colour if judged else "black")
     return None
-
-
-def _show_target(example: Example, index: int, ax: Axes) -> None:
-    image, target, classes = example["images"][index], example["target"][index], example["classes"]
-    task = _task(example)
-    if task == "depth":
-        show_depth(target, ax, span_of(example["target"]))
-    elif task == "segmentation":
-        show_mask(target, image, ax, background_of(classes))
-    else:
-        show_image(image, ax, classes[int(target)])
 
 
 @plt.rc_context(STYLE)
@@ -284,8 +264,8 @@ def prediction_panel(example: Example, columns: int = 6) -> Figure:
     fig, axes = tiles([example["images"].shape] * 3, count, least=0.7)
     for index in range(count):
         show_image(example["images"][index], axes[0, index])
-        _show_target(example, index, axes[1, index])
-        drawn = _show_prediction(example, "clean", index, axes[2, index])
+        _show(example, "target", index, axes[1, index])
+        drawn = _show(example, "clean", index, axes[2, index])
     for ax, name in zip(axes[:, 0], ["image", "truth", "prediction"], strict=True):
         ax.set_ylabel(name)
     _key(example, [example["target"][:count], example["pred_clean"][:count]], drawn, axes, fig)
@@ -306,8 +286,8 @@ def _attack_row(example: Example, attack: str, index: int, axes: Sequence[Axes])
     name = example["classes"][int(example["target"][index])] if _task(example) == "classification" else ""
     show_image(image, axes[0], name)
     show_image(perturbation(image, attacked, _amplification(example)), axes[1])
-    _show_prediction(example, "clean", index, axes[2])
-    return _show_prediction(example, attack, index, axes[3])
+    _show(example, "clean", index, axes[2])
+    return _show(example, attack, index, axes[3])
 
 
 def _headings(example: Example, axes: Sequence[Axes], fig: Figure) -> None:
