@@ -277,7 +277,8 @@ def _measure(row: EncoderRow, backbone: nn.Module) -> tuple[int, int]:
         else:
             patch = math.isqrt(6 * unit**2 // (features.shape[1] - (backbone.num_prefix_tokens or 0)))
         # sides that nothing but the patch divides: the tokens must lie on the grid of any image
-        cls, patches = _tokens(backbone, torch.zeros(1, 3, 3 * patch, 5 * patch), patch)
+        image = torch.rand(1, 3, 3 * patch, 5 * patch, generator=torch.Generator().manual_seed(0))
+        cls, patches = _tokens(backbone, image, patch)
         fits = cls.shape == patches.shape[:2] and patches.shape[2:] == (3, 5)
     except Exception:  # whatever a model says that is made for one size, or for something else than tokens
         fits = False
@@ -286,6 +287,8 @@ def _measure(row: EncoderRow, backbone: nn.Module) -> tuple[int, int]:
             f"Encoder '{row.name}': {row.timm or row.name} gives no grid of tokens for images of every size; choose a "
             f"vision transformer or a ResNet."
         )
+    if not cls.is_meta and not (cls.isfinite().all() and patches.isfinite().all()):
+        raise BadInput(f"Encoder '{row.name}': its tokens are NaN or infinite with these weights; fetch or train them.")
     return patch, patches.shape[1]
 
 

@@ -267,6 +267,14 @@ def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch):
         encoders.load(EncoderRow(name="dino_vitb16"))
 
 
+def test_weights_that_overflow_are_refused(vit):
+    model, folder = vit
+    huge = {k: v * 1e30 if k.endswith("fc1.weight") else v for k, v in model.state_dict().items()}
+    save_file(huge, folder / "huge.safetensors")
+    with pytest.raises(BadInput, match="'vit': its tokens are NaN or infinite with these weights; fetch or train them"):
+        encoders.load(EncoderRow(**VIT, checkpoint="huge.safetensors"), str(folder))
+
+
 # --- rows that cannot be meant ---
 
 
