@@ -63,7 +63,7 @@ def in_parts(work: Callable[[slice], Rows], count: int, size: int) -> tuple[Rows
         try:
             part = work(rows)
         except RuntimeError as error:
-            if size == 1 or not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            if size == 1 or not _memory_lacks(error):
                 raise
             part = None
         if part is None:  # outside of the block, where the failed call's tensors are no longer held
@@ -74,3 +74,9 @@ def in_parts(work: Callable[[slice], Rows], count: int, size: int) -> tuple[Rows
             done = rows.stop
     whole = torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts, strict=True)))
     return whole, size
+
+
+def _memory_lacks(error: RuntimeError) -> bool:
+    """Libraries of a GPU have words of their own for it."""
+    said = any(words in str(error) for words in ("ALLOC_FAILED", "CUDA error: out of memory"))
+    return said or isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

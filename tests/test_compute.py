@@ -89,10 +89,13 @@ def test_a_batch_fills_the_device_unless_a_number_is_given():
     assert compute.batch_for(257, "cuda") > compute.batch_for(257, "cpu")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("x"), RuntimeError("[..] DefaultCPUAllocator: can't allocate memory: you tried")],
-)
+MEMORY = (
+    "[..] DefaultCPUAllocator: can't allocate memory: you tried", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
+    "CUDA error: out of memory\nCUDA kernel errors might be",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), *map(RuntimeError, MEMORY)], ids=str)
 def test_parts_are_halved_when_memory_runs_out(error):
     data, tried = torch.arange(11), []
 

@@ -144,14 +144,30 @@ def test_killed_job_is_a_failed_one_and_jobs_end_with_their_caller(project: Path
     assert started == []
 
 
-def test_neighbours_take_different_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(grid.torch.cuda, "device_count", lambda: 4)
-    assert [grid._gpus(place, 1, "auto") for place in (0, 1, 5)] == [[0], [1], [1]]
-    assert [grid._gpus(place, 2, "cuda") for place in (0, 1, 2)] == [[0, 1], [2, 3], [0, 1]]
-    assert grid._gpus(0, 8, "auto") == [0, 1, 2, 3] and grid._gpus(0, 1, "cpu") == []
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert grid._gpus(1, 1, "auto") == [5]
+@pytest.mark.parametrize(
+    ("gpus", "given", "seen"),
+    [
+        (0, "", {""}), (1, "", {"0"}), (4, "", {"0,1", "2,3"}), (2, "2,5", {"2,5"}),
+        (2, "GPU-7,GPU-9,MIG-1,MIG-2", {"GPU-7,GPU-9", "MIG-1,MIG-2"}),
+    ],
+)  # fmt: skip
+def test_no_gpu_is_given_to_two_jobs(gpus, given, seen, project, wanted, capfd, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    monkeypatch.setattr(grid.torch.cuda, "device_count", lambda: gpus)
+    process, used, running = grid._process, [], []
+
+    def seeing(job: dict, settings: object, own: list[str], log: Path) -> int:
+        assert not {*own} & {gpu for other in running for gpu in other}
+        running.append(own)
+        used.append(",".join(own))
+        code = process(job, settings, own, log)
+        running.remove(own)
+        return code
+
+    monkeypatch.setattr(grid, "_process", seeing)
+    settings = run.read_profile("tiny", "").model_copy(update={"device": "auto"})
+    assert grid.run_here(wanted, settings, grid.Cluster(gpus=2, deacl_gpus=2, at_once=2)) == 0
+    assert {*used} == seen
 
 
 # ---- a Slurm cluster ----

@@ -150,14 +150,16 @@ def run_here(jobs: list[Job], settings: Settings, cluster: Cluster) -> int:
 
     The CPU threads of this machine are shared out among the jobs.
     """
-    threads, folder = max(1, torch.get_num_threads() // cluster.at_once), _new_folder(settings.profile)
+    own, each = _gpus(settings.device), max(1, cluster.gpus, cluster.deacl_gpus)
+    at_once = min(cluster.at_once, max(1, len(own) // each)) if own else cluster.at_once  # no GPU has two jobs
+    threads, folder = max(1, torch.get_num_threads() // at_once), _new_folder(settings.profile)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the jobs; torch has been set up in this process
-    _say(f"{len(jobs)} jobs, {cluster.at_once} at a time with {threads} threads each")
-    places: SimpleQueue[int] = SimpleQueue()
-    for place in range(cluster.at_once):
-        places.put(place)
+    _say(f"{len(jobs)} jobs, {at_once} at a time with {threads} threads each")
+    places: SimpleQueue[list[str]] = SimpleQueue()
+    for place in range(at_once):
+        places.put(own[place * each : (place + 1) * each])
     futures: dict[str, Future] = {}
-    with ThreadPoolExecutor(cluster.at_once) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         try:
             for job in jobs:
                 before = {name: futures[name] for name in job["needs"]}
@@ -177,21 +179,21 @@ def _in_turn(
     if failed := [name for name, future in before.items() if not future.result()]:
         _say(job["name"], f"not started, because '{failed[0]}' failed")
         return False
-    place, log = places.get(), folder / f"{job['name'].replace(' ', '-')}.log"
+    gpus, log = places.get(), folder / f"{job['name'].replace(' ', '-')}.log"
     shown = log.relative_to(records.ROOT).as_posix()
     try:
         _say(job["name"], "started", shown)
-        code = _process(job, settings, _gpus(place, cluster.of(job), settings.device), log)
+        code = _process(job, settings, gpus[: cluster.of(job)], log)
     finally:
-        places.put(place)
+        places.put(gpus)
     why = _last_line(log.read_text(errors="replace")).rpartition("failed: ")[2]
     _say(job["name"], "done" if code == 0 else f"failed: {why}", shown)
     return code == 0
 
 
-def _process(job: Job, settings: Settings, gpus: list[int], log: Path) -> int:
+def _process(job: Job, settings: Settings, gpus: list[str], log: Path) -> int:
     """The exit code of a job in a process of its own, which sees these GPUs and says what it says in `log`."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     command = [sys.executable, "-m", "ssl_robust.ops.grid", "--executor", "local", "--job"]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment)
@@ -201,13 +203,10 @@ def _process(job: Job, settings: Settings, gpus: list[int], log: Path) -> int:
     return process.returncode
 
 
-def _gpus(place: int, count: int, device: str) -> list[int]:
-    """Numbers of the GPUs for a job in one of the places: neighbours take different ones as far as there are any."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    own = [int(n) for n in given if n.isdigit()] or [*range(torch.cuda.device_count())]
-    if device == "cpu" or not own:
-        return []
-    return [own[(place * count + i) % len(own)] for i in range(min(count, len(own)))]
+def _gpus(device: str) -> list[str]:
+    """The GPUs that jobs of this machine may use, by the names that they were given."""
+    given = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    return [] if device == "cpu" else given or [str(n) for n in range(torch.cuda.device_count())]
 
 
 # --- jobs of a Slurm cluster ---
