@@ -1,13 +1,11 @@
 """Pretraining: augmentation, losses by hand, taking up a killed run, the shipped weights."""
 
-import io
 import math
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+import trees
 from safetensors import safe_open
 from torch import Tensor
 
@@ -132,35 +130,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 # --- data ---
 
 
-def zipped(path: Path, n: int) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for i, picture in enumerate(images(n)):
-            buffer = io.BytesIO()
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "JPEG")
-            archive.writestr(f"tiny-imagenet-200/train/n0/images/n0_{i}.JPEG", buffer.getvalue())
-            archive.writestr(f"tiny-imagenet-200/val/images/val_{i}.JPEG", buffer.getvalue())
-    return path
-
-
-def test_tiny_imagenet_is_read_from_several_zips_without_its_val_part(tmp_path: Path) -> None:
-    for part, n in (("train-00", 2), ("train-01", 3)):
-        zipped(tmp_path / "tiny-imagenet-200" / f"{part}.zip", n)
-    read = pretrain.load_tiny_imagenet(tmp_path)
-    assert read.shape == (5, 3, 64, 64)
-    assert read.dtype == torch.uint8
-
-
-def test_a_damaged_zip_is_named_in_one_sentence(tmp_path: Path) -> None:
-    path = zipped(tmp_path / "tiny-imagenet-200" / "train-00.zip", 2)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BadInput, match=r"train-00.zip is damaged or no zip file; fetch it again.$"):
-        pretrain.load_tiny_imagenet(tmp_path)
-
-
-def test_missing_images_are_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no Tiny-ImageNet train images"):
-        pretrain.load_tiny_imagenet(tmp_path)
+def test_photographs_are_the_training_images_of_tiny_imagenet(tmp_path: Path) -> None:
+    trees.tiny_imagenet(tmp_path, zipped=True)
+    pools = pretrain.training_images(str(tmp_path), 0)
+    assert {name: tuple(pool.shape) for name, pool in pools.items()} == {"tiny-imagenet": (12, 3, 16, 16)}
+    assert pools["tiny-imagenet"].dtype == torch.uint8
+    with pytest.raises(BadInput, match="'tiny_imagenet' .train. was not found"):
+        pretrain.training_images(str(tmp_path / "none"), 0)
 
 
 def test_batches_hold_both_pools_in_their_shares() -> None:

@@ -8,7 +8,6 @@ import copy
 import io
 import math
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,8 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .. import datasets, heads, metrics, records, training
 from ..encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder
@@ -38,50 +35,24 @@ SAVE_SECONDS = 60.0  # a killed run loses at most this
 # --- data ---
 
 
-def read_zip(path: Path) -> Tensor:
-    """All train images of one Tiny-ImageNet zip, in name order, uint8 (N, 3, 64, 64); BadInput if it is damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(n for n in archive.namelist() if "/train/" in n and n.endswith(".JPEG"))
-            files = (io.BytesIO(archive.read(name)) for name in track(names, desc=f"read {path.name}"))
-            images = [pil_to_tensor(Image.open(file).convert("RGB")) for file in files]
-    except (zipfile.BadZipFile, zipfile.zlib.error, OSError, EOFError):
-        raise BadInput(f"The file {path} is damaged or no zip file; fetch it again.") from None
-    return torch.stack(images) if images else torch.empty(0, 3, 64, 64, dtype=torch.uint8)
-
-
-def load_tiny_imagenet(data_root: Path) -> Tensor:
-    """Train images of Tiny-ImageNet, uint8 (N, 3, 64, 64), from its zip or zips in `data_root`/tiny-imagenet-200.
-
-    Raises BadInput if there are none, and naming the file if one is damaged.
-    """
-    zips = [*data_root.glob("tiny-imagenet-200.zip"), *data_root.glob("tiny-imagenet-200/*.zip")]
-    images = torch.cat([torch.empty(0, 3, 64, 64, dtype=torch.uint8), *map(read_zip, sorted(zips))])
-    if not len(images):
-        raise BadInput(
-            f"There are no Tiny-ImageNet train images in '{data_root}'; it should hold tiny-imagenet-200/*.zip."
-        )
-    return images
-
-
 def training_images(data_root: str, n_scenes: int) -> dict[str, Tensor]:
-    """What to pretrain on, by name: `n_scenes` rendered scenes, and Tiny-ImageNet if a data folder is given."""
-    pools = {"tiny-imagenet": load_tiny_imagenet(Path(data_root))} if data_root else {}
+    """What to pretrain on, by name, uint8 (N, 3, 64, 64): `n_scenes` rendered scenes, and Tiny-ImageNet's training
+    images if a data folder is given, BadInput if they are not in it.
+    """
+    pools = {}
+    if data_root:
+        items = datasets.list_items("tiny_imagenet", "deacl", "train", 0, data_root)
+        read = (datasets.read(item, "deacl")[0].as_subclass(Tensor) for item in track(items, desc="tiny_imagenet"))
+        pools["tiny-imagenet"] = torch.stack([*read])
     if n_scenes:
         pools["scenes"] = scenes.cached(records.ROOT / "runs" / "scenes", "train", n_scenes, progress=track).images
     return pools
 
 
-def shares(pools: dict[str, Tensor]) -> list[float]:
-    """The part of every batch that comes from each pool."""
-    scenes_share = SCENES_SHARE if len(pools) > 1 else 1.0
-    return [scenes_share if name == "scenes" else 1 - scenes_share if "scenes" in pools else 1.0 for name in pools]
-
-
 def draw(pools: dict[str, Tensor], batch: int, rng: torch.Generator) -> Tensor:
-    """A batch uint8 (B, 3, H, W) drawn from all pools."""
-    counts = [round(batch * share) for share in shares(pools)]
-    counts[0] += batch - sum(counts)
+    """A batch uint8 (B, 3, H, W) drawn from all pools, SCENES_SHARE of it scenes where there are photographs too."""
+    few = round(batch * SCENES_SHARE) if len(pools) > 1 else batch
+    counts = [few if name == "scenes" or len(pools) == 1 else batch - few for name in pools]
     chosen = [p[torch.randint(len(p), (n,), generator=rng)] for p, n in zip(pools.values(), counts, strict=True)]
     return torch.cat(chosen)
 
