@@ -492,7 +492,7 @@ def test_no_file_that_is_loaded_runs_code(toys, tmp_path):
         "runs/toy/heads/depth__toys__planted__standard.safetensors": lambda p: records.reusable_tensors(p, made),
         "results/toy/depth/a__b__c__d.json": lambda p: records.read_record(p),
         state.relative_to(toys): lambda p: _finetuned(settings),
-        f"runs/scenes/scenes-train-64x64-{scenes.VERSION}.pt": lambda p: scenes.cached(p.parent, "train", 1),
+        f"runs/scenes/scenes-train-64x64-{scenes.VERSION}.safetensors": lambda p: scenes.cached(p.parent, "train", 1),
     }
     for place, load in places.items():
         (toys / place).parent.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,12 @@ angles radians; the world is x right, y up, z away from the camera. Arrays of ra
 """
 
 import colorsys
-import io
 import itertools
 import os
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..records import VERSIONS, write_bytes
+from ..records import VERSIONS, read_tensors, write_tensors
 from ..settings import BadInput
 
 VERSION = f"v{VERSIONS['scenes']}"  # names the cache: of another version, other images
@@ -658,27 +657,6 @@ def render(indices: Sequence[int], split: str, size: int | tuple[int, int] = 64)
 # --- cache ---
 
 
-def _checksum(tensors: Sequence[torch.Tensor]) -> int:
-    return zlib.crc32(b"".join(zlib.crc32(t.contiguous().numpy()).to_bytes(4, "big") for t in tensors))
-
-
-def _load(path: Path) -> Scenes | None:
-    """The stored scenes, or None where the file is missing, truncated or damaged."""
-    try:
-        stored = torch.load(path, weights_only=True)
-        tensors = [stored[f.name] for f in fields(Scenes)]
-        return Scenes(*tensors) if stored["checksum"] == _checksum(tensors) else None
-    except Exception:  # a broken file fails in many ways, and every one of them means: render again
-        return None
-
-
-def _save(path: Path, scenes: Scenes) -> None:
-    tensors = {f.name: getattr(scenes, f.name) for f in fields(Scenes)}
-    buffer = io.BytesIO()
-    torch.save({**tensors, "checksum": _checksum(list(tensors.values()))}, buffer)
-    write_bytes(buffer.getvalue(), path)
-
-
 def _images(split: str, indices: Iterable[int], size: tuple[int, int], count: int) -> Iterator[tuple]:
     """_image of every index, in as many processes as there are cores: NumPy holds the interpreter for most of it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -702,13 +680,14 @@ def cached(
     progress wraps the iterable of indices like tqdm: progress(iterable, total=..., desc=...). Errors as for render.
     """
     size = _checked(split, size)
-    path = Path(folder) / f"scenes-{split}-{size[0]}x{size[1]}-{VERSION}.pt"
-    have = _load(path) or _stack([], size)
+    path, have = Path(folder) / f"scenes-{split}-{size[0]}x{size[1]}-{VERSION}.safetensors", _stack([], size)
+    with suppress(BadInput):  # not there or damaged: rendered again
+        have = Scenes(**read_tensors(path)[0])
     start = len(have.labels)
     if start < n:
         todo = range(start, n)
         todo = progress(todo, total=n - start, desc=f"render {split}") if progress else todo
         more = _stack(list(_images(split, todo, size, n - start)), size)
         have = Scenes(*(torch.cat([getattr(s, f.name) for s in (have, more)]) for f in fields(Scenes)))
-        _save(path, have)
+        write_tensors(vars(have), {}, path)
     return Scenes(*(getattr(have, f.name)[:n] for f in fields(Scenes)))
