@@ -9,21 +9,19 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from . import parts, records
-from .items import IGNORE, Dataset, Item, Part
+from .items import IGNORE, Dataset, Item, Part, Unreadable, file_of, unreadable
 from .progress import track
 from .settings import BadInput, Settings
 from .tasks import TASKS
@@ -35,12 +33,6 @@ SAMPLE = 2000  # images of a large subset that are read through before long work
 T = TypeVar("T")
 FLIPPED = ("classification", "depth")  # tasks whose only augmentation is a flip, left to right
 EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)  # rows and columns of the crop by Eigen et al., as fractions
-
-
-class Unreadable(BadInput):
-    """`file` of a data set cannot be read: it is damaged, empty, no picture, or not ours to read."""
-
-    file: Path | None = None
 
 
 def _able(task: str) -> str:
@@ -193,7 +185,7 @@ def _hash(subset: Subset) -> str:
     hasher = hashlib.sha256(json.dumps([subset.ids, subset.classes, inside]).encode())
     for part in (part for part in stored if isinstance(part, Tensor)):
         hasher.update(part.numpy().tobytes())
-    hasher.update(_content(list(dict.fromkeys(_file(part) for part in stored if isinstance(part, Path | Part)))))
+    hasher.update(_content(list(dict.fromkeys(file_of(part) for part in stored if isinstance(part, Path | Part)))))
     return hasher.hexdigest()[:16]
 
 
@@ -220,11 +212,11 @@ def _content(files: list[Path]) -> bytes:
 
 
 def _digest(file: Path) -> bytes:
-    def read() -> bytes:
+    try:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").digest()
-
-    return _of(file, read)
+    except OSError as error:
+        raise unreadable(file, error) from None
 
 
 def image_seed(seed: int, image_id: str) -> int:
@@ -233,82 +225,9 @@ def image_seed(seed: int, image_id: str) -> int:
     return int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
 
 
-def _unreadable(part: Path | Part, error: Exception) -> Unreadable:
-    file, within = _file(part), getattr(part, "key", None)
-    what = f"{within} in {file}" if isinstance(within, str) else file
-    why = error.strerror if isinstance(error, OSError) and error.strerror else "damaged or empty"
-    problem = Unreadable(f"The image file {what} cannot be read ({why}); replace or remove it, or set damaged: skip.")
-    problem.file = file
-    return problem
-
-
-def _of(part: Path | Part, read: Callable[[], T]) -> T:
-    """`read()`; raises BadInput naming a file that it cannot read."""
-    try:
-        return read()
-    except BadInput:
-        raise
-    except Image.DecompressionBombError:
-        raise BadInput(f"{_file(part)} has too many pixels to read; make it smaller.") from None
-    except Exception as error:  # a damaged picture makes the libraries raise nearly anything
-        raise _unreadable(part, error) from None
-
-
-def _pixels(part: Path | Part) -> np.ndarray:
-    """Pixels as stored."""
-    return _of(
-        part,
-        lambda: (
-            part.read(part.file, part.key)
-            if isinstance(part, Part)
-            else parts.part("catalogue.pictures").one_channel(part)
-        ),
-    )
-
-
-def _colours(part: Path | Part, shape: tuple[int, ...]) -> Tensor:
-    """A picture as uint8 (3, H, W); `shape` of its map, if it has one."""
-    if isinstance(part, Part):
-        pixels = _pixels(part)
-        if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
-            stored = f"{pixels.dtype} {pixels.shape}"
-            raise BadInput(f"An image in {part.file} is {stored}; get the file whose images are uint8 (H, W, 3).")
-    else:
-        with _of(part, lambda: Image.open(part)) as picture:
-            pixels = _of(part, lambda: parts.part("catalogue.pictures").rgb(picture, part, shape))
-    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))  # a copy: files stay open
-
-
 def read(item: Item, task: str) -> tuple[tv_tensors.Image, int | tv_tensors.Mask]:
     """Image uint8 (3, H, W) and target of one item; raises BadInput naming a damaged file or a target of other size."""
-    image, target = item.image, item.target if item.target is not None else 0
-    plain = task in ("classification", "deacl")
-    if not plain and isinstance(target, Path | Part):
-        target = _target(target, task)
-    if isinstance(image, Path | Part):
-        image = _colours(image, () if plain else tuple(target.shape[-2:]))
-    if plain:
-        return tv_tensors.Image(image), target if isinstance(target, int) else 0
-    if target.shape[-2:] != image.shape[-2:]:
-        sizes = f"{tuple(target.shape[-2:])} but its image {tuple(image.shape[-2:])}"
-        raise BadInput(f"The {task} target of {item.id} has size {sizes}; replace the file {_file(item.target)}.")
-    return tv_tensors.Image(image), tv_tensors.Mask(target.float() if task == "depth" else target.to(torch.uint8))
-
-
-def _file(part: object) -> object:
-    return part.file if isinstance(part, Part) else part
-
-
-def _target(part: Path | Part, task: str) -> Tensor:
-    """A stored mask uint8 (H, W) or depth map float32 (H, W); palettes and gray values stand for class numbers."""
-    pixels = _pixels(part)
-    if task == "depth":
-        return torch.from_numpy(np.nan_to_num(pixels.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0))
-    wrong = pixels[~np.isin(pixels, range(IGNORE + 1))] if pixels.dtype.itemsize > 1 else ()
-    if len(wrong):
-        said = f"has the value {wrong[0]:g}; store class numbers from 0 to 255 (255: none)"
-        raise BadInput(f"The mask {_file(part)} {said}.")
-    return torch.from_numpy(pixels.astype(np.uint8))
+    return parts.part("catalogue.reading").read(item, task)
 
 
 def transform(
@@ -426,7 +345,7 @@ def _damaged(task: str, name: str, split: str, items: list[Item], settings: Sett
 
 def file_state(part: object) -> object:
     """What changes when a file does (its ctime cannot be put back); parts of a file and labels stand for themselves."""
-    file = _file(part)
+    file = file_of(part)
     if not isinstance(file, Path):
         return None if isinstance(part, Tensor) else part
     state = file.stat() if file.is_file() else None

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from .settings import BadInput
+
 IGNORE = 255  # of masks: the pixel counts nowhere
 
 
@@ -28,6 +30,27 @@ class Item(NamedTuple):
     id: str
     image: Path | Part | Tensor
     target: int | Path | Part | Tensor | None
+
+
+def file_of(part: object) -> object:
+    """The file of a stored image or target; a label or tensor stands for itself."""
+    return part.file if isinstance(part, Part) else part
+
+
+class Unreadable(BadInput):
+    """`file` of a data set cannot be read: it is damaged, empty, no picture, or not ours to read."""
+
+    file: Path | None = None
+
+
+def unreadable(part: Path | Part, error: Exception) -> Unreadable:
+    """The refusal of a stored image or target."""
+    file, within = file_of(part), getattr(part, "key", None)
+    what = f"{within} in {file}" if isinstance(within, str) else file
+    why = error.strerror if isinstance(error, OSError) and error.strerror else "damaged or empty"
+    problem = Unreadable(f"The image file {what} cannot be read ({why}); replace or remove it, or set damaged: skip.")
+    problem.file = file
+    return problem
 
 
 class Archive(NamedTuple):

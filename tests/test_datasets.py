@@ -18,7 +18,7 @@ import trees
 from PIL import Image
 
 from ssl_robust import datasets, records, training
-from ssl_robust.catalogue import pictures
+from ssl_robust.catalogue import pictures, reading
 from ssl_robust.catalogue.cifar import CIFAR10_CLASSES
 from ssl_robust.datasets import IGNORE, Item, Subset
 from ssl_robust.items import Part
@@ -734,7 +734,7 @@ def test_whatever_the_library_raises_is_a_damaged_image(tmp_path, root, monkeypa
             raise error
         return rgb(picture, place, shape)
 
-    monkeypatch.setattr(pictures, "rgb", broken)
+    monkeypatch.setattr(reading, "rgb", broken)
     victim.touch()
     left = datasets.load("segmentation", "voc2012", "test", settings, 8)
     assert left.damaged == [str(victim)] and len(left) == 2
