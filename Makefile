@@ -17,7 +17,7 @@ export DATA CLUSTER NAME CELL LAB
 PYTHON  ?= python3
 # Notebooks that run side by side where they do not depend on each other: while one starts or draws, the other computes.
 # One after the other where there is a GPU, whose memory each of them expects for itself.
-AT_ONCE ?= $(if $(wildcard /proc/driver/nvidia/version),1,2)
+AT_ONCE ?= $(if $(wildcard /proc/driver/nvidia/version /dev/dxg),1,2)
 # In an environment of your own, e.g. conda's, say: make paper PY=python STAMP=
 PY      := .venv/bin/python
 STAMP   := .venv/.ready
