@@ -6,6 +6,7 @@ encoders that do no better than a constant prediction on clean images. RMSE coun
 is always an improvement.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -159,95 +160,90 @@ def _flagged(record: Record) -> list[str]:
     return record.get("rests_on", [_name(record)] if reasons(record) else [])
 
 
-def _breaks(cells: Cells, attacks: tuple[str, ...]) -> list[Row]:
-    """Per Standard row and attack: whether it leaves hardly more than a constant prediction has."""
-    rows = []
-    cleans = [(key, record) for key, record in cells.items() if key[2:] == ("standard", "clean")]
-    for (dataset, encoder, *_), clean in cleans:
-        for attack in attacks:
-            attacked = cells.get((dataset, encoder, "standard", attack))
-            name = f"{dataset}/{encoder} {NAMES.get(attack, TASKS[clean['task']].attack)}"
-            if attacked is None:
-                rows.append(Row(name, None, ": it was not run"))
-            elif why := _doubt(attacked, useful=(clean,)):
-                rows.append(Row(name, None, why))
-            else:
-                rows.append(_broken(name, clean, attacked))
-    return rows
+def _each(cells: Cells, defense: str, attack: str) -> Iterator[tuple[str, dict[tuple[str, str], Record]]]:
+    """Name and records, by (defense, attack), of each data set and encoder that has this cell."""
+    for dataset, encoder, *kind in cells:
+        if kind == [defense, attack]:
+            yield f"{dataset}/{encoder}", {key[2:]: r for key, r in cells.items() if key[:2] == (dataset, encoder)}
 
 
-def _broken(name: str, clean: Record, attacked: Record) -> Row:
-    """Whether the attacked value is beyond the limit: LEFT of the lead over the baseline, or twice the clean error."""
+def _broken(name: str, own: dict[tuple[str, str], Record], attack: str) -> Row:
+    """Whether Standard is beyond the limit: LEFT of the lead over the baseline, or twice the clean error."""
+    clean, attacked = own["standard", "clean"], own.get(("standard", attack))
+    name = f"{name} {NAMES.get(attack, TASKS[clean['task']].attack)}"
+    if attacked is None:
+        return Row(name, None, ": it was not run")
+    if why := _doubt(attacked, useful=(clean,)):
+        return Row(name, None, why)
     limit, found = attacked["chance"] + LEFT * (clean["value"] - attacked["chance"]), paired.interval(attacked)
-    if clean["metric"] == "RMSE":
+    error = clean["metric"] == "RMSE"
+    if error:
         limit = min(limit, 2 * clean["value"])
-    above, way = _above(found, limit), "above" if clean["metric"] == "RMSE" else "below"
-    holds = above if above is None or clean["metric"] == "RMSE" else not above
+    above, way = _above(found, limit), "above" if error else "below"
     words = f" {clean['value']:.2f} to {_interval(found)}, broken {way} {limit:.2f}"
-    return Row(name, holds, words, found, limit)
+    return Row(name, above if above is None else above == error, words, found, limit)
 
 
-def _recovers(cells: Cells, attack: str, much: bool) -> list[Row]:
-    """Per DeACL row: whether the share of what the attack took from Standard that DeACL keeps is `much`, or not."""
-    rows = []
-    for dataset, encoder, defense, kind in cells:
-        if (defense, kind) != ("deacl", attack):
-            continue
-        keys = [("standard", "clean"), ("standard", attack), ("deacl", attack), ("deacl", "clean")]
-        clean, hit, robust, plain = (cells.get((dataset, encoder, *key)) for key in keys)
-        row = f"{dataset}/{encoder}"
-        if why := _doubt(hit, robust, clean, useful=(clean, plain)):
-            rows.append(Row(row, None, why))
-        elif _gain(hit, clean).low <= 0:
-            words = f"{_name(hit)} takes nothing measurable, {clean['value']:.2f} to {hit['value']:.2f}"
-            rows.append(Row(row, None, f": {words}"))
-        else:
-            found = paired.share(hit, robust, clean)
-            above, numbers = _above(found, PART), f" {hit['value']:.2f} to {robust['value']:.2f}"
-            words = f"{numbers}, {_interval(found, '.0%')} of what {_name(hit)} takes is won back"
-            rows.append(Row(row, above if above is None else above == much, words, found, PART))
-    return rows
+def _recovered(name: str, own: dict[tuple[str, str], Record], attack: str, much: bool) -> Row:
+    """Whether the share of what the attack took from Standard that DeACL keeps is `much`, or not."""
+    keys = [("standard", "clean"), ("standard", attack), ("deacl", attack), ("deacl", "clean")]
+    clean, hit, robust, plain = map(own.get, keys)
+    if why := _doubt(hit, robust, clean, useful=(clean, plain)):
+        return Row(name, None, why)
+    if _gain(hit, clean).low <= 0:
+        words = f"{_name(hit)} takes nothing measurable, {clean['value']:.2f} to {hit['value']:.2f}"
+        return Row(name, None, f": {words}")
+    found = paired.share(hit, robust, clean)
+    above, numbers = _above(found, PART), f" {hit['value']:.2f} to {robust['value']:.2f}"
+    words = f"{numbers}, {_interval(found, '.0%')} of what {_name(hit)} takes is won back"
+    return Row(name, above if above is None else above == much, words, found, PART)
 
 
-def _costs(cells: Cells) -> list[Row]:
-    rows = []
-    for (dataset, encoder, *kind), robust in cells.items():
-        if kind != ["deacl", "clean"]:
-            continue
-        clean, row = cells.get((dataset, encoder, "standard", "clean")), f"{dataset}/{encoder}"
-        if why := _doubt(clean, robust):
-            rows.append(Row(row, None, why))
-        else:
-            loss = _turned(_gain(clean, robust), -1)
-            words = f" {clean['value']:.2f} to {robust['value']:.2f}, worse by {_interval(loss)}"
-            rows.append(Row(row, _above(loss, 0), words, loss, 0))
-    return rows
+def _cost(name: str, own: dict[tuple[str, str], Record]) -> Row:
+    """Whether DeACL's clean value is worse than Standard's."""
+    clean, robust = own.get(("standard", "clean")), own["deacl", "clean"]
+    if why := _doubt(clean, robust):
+        return Row(name, None, why)
+    loss = _turned(_gain(clean, robust), -1)
+    words = f" {clean['value']:.2f} to {robust['value']:.2f}, worse by {_interval(loss)}"
+    return Row(name, _above(loss, 0), words, loss, 0)
 
 
 def _early(cells: Cells) -> list[Row]:
+    """Per DeACL row: whether MOST of its gain against EmbedAttack is there after the first epochs."""
     rows, unfollowed = [], []
-    for (dataset, encoder, *kind), last in cells.items():
-        if kind != ["deacl", "embed"]:
-            continue
-        limit, row = min(EARLY, last["epoch"] / 2), f"{dataset}/{encoder}"
-        start, plain = (cells.get((dataset, encoder, *key)) for key in (("standard", "embed"), ("deacl", "clean")))
-        path = [r for key, r in cells.items() if key[:2] == (dataset, encoder) and key[3] == "embed"]
-        soon = max((r for r in path if 0 < r["epoch"] <= limit), key=lambda r: r["epoch"], default=None)
+    for name, own in _each(cells, "deacl", "embed"):
+        start, last = own.get(("standard", "embed")), own["deacl", "embed"]
+        limit = min(EARLY, last["epoch"] / 2)
+        path = [r for (_, attack), r in own.items() if attack == "embed" and 0 < r["epoch"] <= limit]
+        soon = max(path, key=lambda r: r["epoch"], default=None)
         if limit < 0:
-            unfollowed.append(Row(row, None, " comes from a given checkpoint, its epochs are unknown"))
+            unfollowed.append(Row(name, None, " comes from a given checkpoint, its epochs are unknown"))
         elif soon is None:
-            unfollowed.append(Row(row, None, f" has no checkpoint in the first {limit:g} epochs"))
-        elif why := _doubt(start, soon, last, useful=(plain,)):
-            rows.append(Row(row, None, why))
+            unfollowed.append(Row(name, None, f" has no checkpoint in the first {limit:g} epochs"))
+        elif why := _doubt(start, soon, last, useful=(own.get(("deacl", "clean")),)):
+            rows.append(Row(name, None, why))
         elif _gain(start, last).low <= 0:
             words = f" gains nothing measurable, {start['value']:.2f} to {last['value']:.2f}"
-            rows.append(Row(row, None, words))
+            rows.append(Row(name, None, words))
         else:
             found = paired.share(start, soon, last)
-            when = f"after {soon['epoch']} of {last['epoch']} epochs"
-            words = f" {_interval(found, '.0%')} of the gain {when}"
-            rows.append(Row(row, _above(found, MOST), words, found, MOST))
+            words = f" {_interval(found, '.0%')} of the gain after {soon['epoch']} of {last['epoch']} epochs"
+            rows.append(Row(name, _above(found, MOST), words, found, MOST))
     return rows or unfollowed  # epochs between are evaluated on some data sets only
+
+
+def _rows(cells: Cells, letter: str, attack: str) -> list[Row]:
+    """The cases of a claim, `attack` in the place of the task's own."""
+    if letter == "a":
+        standard = _each(cells, "standard", "clean")
+        return [_broken(name, own, kind) for name, own in standard for kind in ("embed", attack)]
+    if letter == "d":
+        return [_cost(name, own) for name, own in _each(cells, "deacl", "clean")]
+    if letter == "e":
+        return _early(cells)
+    kind = "embed" if letter == "b" else attack
+    return [_recovered(name, own, kind, letter == "b") for name, own in _each(cells, "deacl", kind)]
 
 
 def claims(records: list[Record], task: str) -> list[Claim]:
@@ -261,11 +257,8 @@ def claims(records: list[Record], task: str) -> list[Claim]:
     for key in worst:
         others = (name for other, r in cells.items() if other[:3] == key[:3] for name in _flagged(r))
         cells[key] = cells[key] | {"rests_on": list(dict.fromkeys(others))}
-    rows = {
-        "a": _breaks(cells, ("embed", "task")), "b": _recovers(cells, "embed", much=True),
-        "c": _recovers(cells, "task", much=False), "d": _costs(cells), "e": _early(cells),
-    }  # fmt: skip
-    again = {"a": _breaks(cells, ("embed", "worst")), "c": _recovers(cells, "worst", much=False)} if worst else {}
+    rows = {letter: _rows(cells, letter, "task") for letter in TEXTS}
+    again = {letter: _rows(cells, letter, "worst") for letter in "ac"} if worst else {}
     texts = {letter: text.replace("the task's own attack", TASKS[task].attack) for letter, text in TEXTS.items()}
     return [Claim(letter, texts[letter], found, again.get(letter, [])) for letter, found in rows.items() if found]
 
