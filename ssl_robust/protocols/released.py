@@ -7,7 +7,7 @@ names single ones. Everything here takes `names`, those that are active; the emp
 import copy
 from collections.abc import Callable
 from itertools import chain, combinations
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +30,8 @@ RECIPE = {"classification": {"batch": 128}, "segmentation": {"lr": 1e-3, "weight
 STRIDES = {518: 341 / 518}  # of the window of `native` px; 100 px of 224 for DINO, taken for every other size as well
 STRIDE = 100 / 224
 
-
-class Difference(TypedDict):
-    """One departure: the tasks it concerns, what the paper does, what the released code does."""
-
-    tasks: tuple[str, ...]
-    paper: str
-    released: str
-
-
-DIFFERENCES: dict[str, Difference] = {
+# One departure each: the tasks it concerns, what the paper does, what the released code does
+DIFFERENCES: dict[str, dict[str, Any]] = {
     "embed_mse": {
         "tasks": TASKS,
         "paper": "EmbedAttack makes the L2 distance between attacked and clean embedding large.",
@@ -255,17 +247,16 @@ def test_images(test: Subset, names: Names) -> Subset:
 
     With native_input images of segmentation are brought to their size by nearest neighbour.
     """
-    steps: list[Callable] = []
+    steps = [test.transform]
     if test.task == "segmentation" and "native_input" in names:
-        test = copy.copy(test)
-        test.transform = v2.Compose([_nearest(step) for step in test.transform.transforms])
+        steps = [_nearest(step) for step in test.transform.transforms]
     if test.task == "depth" and "depth_flipped" in names:
         steps.append(v2.RandomHorizontalFlip())
     if test.task == "segmentation" and has_background(test.classes, names):
         steps.append(_without_class0)
-    if steps:
+    if steps != [test.transform]:
         test = copy.copy(test)
-        test.transform = v2.Compose([test.transform, *steps])
+        test.transform = v2.Compose(steps)
     return test
 
 
@@ -352,10 +343,7 @@ def constant_value(task: str, targets: list[Tensor], classes: int, everywhere: b
     if "depth_mean_of_images" not in names:
         return float(torch.cat(depths).std(correction=0))
     # the mean of RMSEs has no best constant in closed form, but is convex in it: a fine grid finds it
-    mean, variance = (torch.stack([f(d) for d in depths if len(d)]) for f in (torch.mean, _variance))
+    moments = torch.tensor([(d.mean(), d.var(correction=0)) for d in depths if len(d)], dtype=torch.float64)
+    mean, variance = moments.T
     grid = torch.linspace(0, metrics.MAX_DEPTH, 2001, dtype=torch.float64)
     return float(((grid[:, None] - mean) ** 2 + variance).sqrt().mean(1).min())
-
-
-def _variance(depths: Tensor) -> Tensor:
-    return depths.var(correction=0)
