@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import trees
@@ -13,6 +14,7 @@ from ssl_robust.embedded import pretrain
 from ssl_robust.embedded.backbone import WEIGHTS as EMBEDDED_WEIGHTS
 from ssl_robust.embedded.backbone import embedded_backbone
 from ssl_robust.formats.checkpoints import load_weights, read, recognise
+from ssl_robust.items import Item, Part
 from ssl_robust.settings import BadInput
 
 
@@ -137,6 +139,17 @@ def test_photographs_are_the_training_images_of_tiny_imagenet(tmp_path: Path) ->
     assert pools["tiny-imagenet"].dtype == torch.uint8
     with pytest.raises(BadInput, match="'tiny_imagenet' .train. was not found"):
         pretrain.training_images(str(tmp_path / "none"), 0)
+
+
+def test_photographs_come_archive_by_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path, key: int) -> np.ndarray:
+        return np.full((8, 8, 3), key, np.uint8)
+
+    places = [("b.zip", "1"), ("a.zip", "3"), ("a.zip", "2")]
+    items = [Item(name, Part(read, Path(file), int(name)), 0) for file, name in places]
+    monkeypatch.setattr(pretrain.datasets, "list_items", lambda *_: items)
+    pool = pretrain.training_images("data", 0)["tiny-imagenet"]
+    assert pool[:, 0, 0, 0].tolist() == [2, 3, 1]
 
 
 def test_batches_hold_both_pools_in_their_shares() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import datasets, heads, metrics, records, training
 from ..encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from ..items import file_of
 from ..progress import track
 from ..settings import BadInput, check
 from ..tasks import TASKS
@@ -42,6 +43,7 @@ def training_images(data_root: str, n_scenes: int) -> dict[str, Tensor]:
     pools = {}
     if data_root:
         items = datasets.list_items("tiny_imagenet", "deacl", "train", 0, data_root)
+        items.sort(key=lambda item: (str(file_of(item.image)), item.id))  # as the shipped weights saw them
         read = (datasets.read(item, "deacl")[0].as_subclass(Tensor) for item in track(items, desc="tiny_imagenet"))
         pools["tiny-imagenet"] = torch.stack([*read])
     if n_scenes:
