@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ DATASETS = parts.table("catalogue", "DATASETS")  # by name; any other is a folde
 MAX_DEPTH = 10.0  # metres; the depth heads predict 0.001 .. 10 m (section 4.1)
 SPLITS = ("train", "val", "test")
 SAMPLE = 2000  # images of a large subset that are read through before long work
-T = TypeVar("T")
 FLIPPED = ("classification", "depth")  # tasks whose only augmentation is a flip, left to right
 EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)  # rows and columns of the crop by Eigen et al., as fractions
 

@@ -75,9 +75,7 @@ def test_a_file_is_downloaded_whole_wherever_the_server_sends_it(server, tmp_pat
 def test_lost_connections_and_missing_files_and_servers_are_said(server, tmp_path):
     server.files["a.bin"], server.limit, words = CONTENT, 2500, "could not be downloaded"
     for place, said in (("a.bin", "the connection was lost"), ("none.bin", "HTTP Error 404: Not Found")):
-        with pytest.raises(
-            BadInput, match=rf"{place} {words} \({said}\); repeat make data, or get"
-        ):
+        with pytest.raises(BadInput, match=rf"{place} {words} \({said}\); repeat make data, or get"):
             fetch.download(f"{server.url}/{place}", tmp_path / place, MD5)
         assert not (tmp_path / place).exists()
     with pytest.raises(BadInput, match=rf"127.0.0.1:9/a.bin {words} \(.*refused.*\)"):

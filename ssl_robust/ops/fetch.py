@@ -122,6 +122,11 @@ def _problems(name: str, settings: Settings) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _short(name: str, settings: Settings) -> bool:
+    """Whether a data set has fewer training images than some task asks for."""
+    return any(data.shortage(task, name, settings) for task in _tasks(name, settings))
+
+
 def _summary(name: str, settings: Settings) -> str:
     """The line of a complete data set: its images."""
     tasks = _tasks(name, settings)
@@ -150,8 +155,7 @@ def _missing(name: str, settings: Settings, small: bool) -> list[str]:
     if wrong and known and known.by_hand:
         remedy = f"{name} cannot be fetched: {known.by_hand.format(root=root)}; then repeat make data."
         return [remedy, *wrong] if (root / name).is_dir() else [remedy]
-    short = larger and any(data.shortage(task, name, settings) for task in _tasks(name, settings))
-    if not files or not (wrong or short):
+    if not files or not (wrong or (larger and _short(name, settings))):
         return wrong
     there = [archive.place for archive in files if (root / archive.place).exists()]
     try:
@@ -159,7 +163,7 @@ def _missing(name: str, settings: Settings, small: bool) -> list[str]:
     except (BadInput, OSError) as problem:
         return [f"{problem} {_instead(name, files)}".strip()]
     wrong = _problems(name, settings)
-    if not wrong and larger and any(data.shortage(task, name, settings) for task in _tasks(name, settings)):
+    if not wrong and larger and _short(name, settings):
         wrong = [f"The archives of {name} hold fewer images than the {max(known.counts['train']):,} that they should."]
     if wrong and there:
         what = root / there[0] if len(there) == 1 else f"what is damaged of it, or all of {(root / there[0]).parent},"

@@ -186,8 +186,8 @@ def _in_turn(
         code = _process(job, settings, gpus[: cluster.of(job)], log)
     finally:
         places.put(gpus)
-    why = _last_line(log.read_text(errors="replace")).rpartition("failed: ")[2]
-    _say(job["name"], "done" if code == 0 else f"failed: {why}", shown)
+    said = "done" if code == 0 else f"failed: {_last_line(log.read_text(errors='replace')).rpartition('failed: ')[2]}"
+    _say(job["name"], said, shown)
     return code == 0
 
 
@@ -212,8 +212,8 @@ def _gpus(device: str) -> list[str]:
 # --- jobs of a Slurm cluster ---
 
 
-def submit(jobs: list[Job], settings: Settings, cluster: Cluster) -> int:
-    """Submit every job that is not waiting or running already; returns how many now wait or run.
+def submit(jobs: list[Job], settings: Settings, cluster: Cluster) -> None:
+    """Submit every job that is not waiting or running already, so that all of them now wait or run.
 
     Jobs that need others start when those have succeeded; if one of them fails, Slurm cancels what waits for it. Raises
     BadInput if Slurm is not here or refuses a job.
@@ -233,7 +233,6 @@ def submit(jobs: list[Job], settings: Settings, cluster: Cluster) -> int:
         executor.update_parameters(**_request(name, job, needs, cluster))
         ids[name] = _submitted(executor, job, settings)
         _say(f"job {ids[name]}", job["name"], "submitted", executor.folder.relative_to(records.ROOT).as_posix())
-    return len(jobs)
 
 
 def _name(job: Job, settings: Settings) -> str:
@@ -307,8 +306,8 @@ def _grid(settings: Settings, executor: str, cluster: Cluster) -> int:
     for row in lost:
         _say("skipped", row["what"], row["why"])
     if jobs and executor == "slurm":
-        alive = submit(jobs, settings, cluster)
-        _say(f"profile {settings.profile}: {alive} jobs wait or run; call again to see what is there")
+        submit(jobs, settings, cluster)
+        _say(f"profile {settings.profile}: {len(jobs)} jobs wait or run; call again to see what is there")
         return WAITING
     failed = run_here(jobs, settings, cluster) if jobs else 0
     if failed:

@@ -310,7 +310,8 @@ def execute(notebook: str, settings: Settings) -> float:
             raise
         if _stamp(stage) == before and not notebook.startswith("appendix"):
             stage.unlink(missing_ok=True)
-            raise BadInput(f"Notebook {notebook} did not write {_shown(stage)}; let its last cell call records.finish.")
+            place = _in_project(stage)
+            raise BadInput(f"Notebook {notebook} did not write {place}; let its last cell call records.finish.")
         seconds = round(time.monotonic() - start, 1)
         about = {"started": round(clock, 1), "seconds": seconds, "notebook": file_hash(target)}
         records.write_json({**about, "shown": shown(settings.profile)}, _times(target))
@@ -326,7 +327,7 @@ def _papermill(notebook: str, parameters: dict[str, object], target: Path) -> No
     papermill_io.register(str(target.parent), _Whole())
     # the file that tells the kernel its ports outlives a runner that is killed; here it is inside the project
     before, tempfile.tempdir = tempfile.tempdir, str(records.home())
-    os.environ["SSL_ROBUST_NOTEBOOK"] = _shown(target)  # see records.notebook
+    os.environ["SSL_ROBUST_NOTEBOOK"] = _in_project(target)  # see records.notebook
     try:
         papermill.execute_notebook(
             NOTEBOOKS / f"{notebook}.ipynb",
@@ -371,7 +372,7 @@ def _missing_sections(settings: Settings) -> list[str]:
     ]
 
 
-def _shown(path: Path) -> str:
+def _in_project(path: Path) -> str:
     return str(path.relative_to(records.ROOT))
 
 
@@ -387,7 +388,7 @@ def _failed_cell(error: PapermillExecutionError, notebook: str, profile: str) ->
         return _fail(f"{message}.", BAD_INPUT)
     if any(words in f"{error.ename}: {message}" for words in MEMORY):
         return _fail(f"There is too little memory for notebook {notebook} ({message}); {_less(profile)}.", 1)
-    place = _shown(executed_path(profile, notebook))
+    place = _in_project(executed_path(profile, notebook))
     return _fail(f"Notebook {notebook} failed by {error.ename}: {message}; the full traceback is in {place}.", 1)
 
 

@@ -59,24 +59,31 @@ def _save(profile: str, name: str, content: str | pd.DataFrame) -> None:
         path.unlink(missing_ok=True)
 
 
+def _save_table(number: int, profile: str, folder: Path | None = None) -> str:
+    """Write figures/<profile>/table<number>.{csv,md,tex}; the Markdown. Raises BadInput as table_files does."""
+    files = table_files(number, *read(profile, folder))
+    for suffix, content in files.items():
+        _save(profile, f"table{number}.{suffix}", content)
+    return files["md"]
+
+
 def write_table(number: int, profile: str, folder: Path | None = None) -> pd.DataFrame:
     """Write figures/<profile>/table<number>.{csv,md,tex} from the records of `profile`, or below `folder`; the table.
 
     And write_comparisons. Raises BadInput as table_files does.
     """
-    records, skipped = read(profile, folder)
-    for suffix, content in table_files(number, records, skipped).items():
-        _save(profile, f"table{number}.{suffix}", content)
+    _save_table(number, profile, folder)
     write_comparisons(profile, folder)
-    return table([*TASKS][number - 1], records, skipped)
+    return table([*TASKS][number - 1], *read(profile, folder))
 
 
 def shown(number: int, profile: str) -> "Markdown":
     """A table with its notes as notebooks show it; its files are written, too. Raises BadInput as table_files does."""
     from IPython.display import Markdown  # here, as only notebooks need it
 
-    write_table(number, profile)
-    return Markdown(table_files(number, *read(profile))["md"])
+    text = _save_table(number, profile)
+    write_comparisons(profile)
+    return Markdown(text)
 
 
 def facts(profile: str) -> str:
@@ -250,7 +257,8 @@ def rewrite(profile: str) -> None:
         copy_records(profile)
     there = {r["task"] for rows in read(profile, folder) for r in rows}
     for number in (about.number for task, about in TASKS.items() if task in there):
-        write_table(number, profile, folder)
+        _save_table(number, profile, folder)
+    write_comparisons(profile, folder)
     draw_figure2(profile, folder)
     if evidence.current_examples(profile):
         draw_figure1(profile)

@@ -26,7 +26,7 @@ class Worst(Cell):
     def kind(self) -> attacks.Kind:
         return attacks.KINDS["task"]._replace(title="worst case")
 
-    @property
+    @cached_property
     def cells(self) -> dict[str, Cell]:
         """The row's cells by attack."""
         row = {name: getattr(self, name) for name in ("model", "test", "settings", "defense", "epoch")}
