@@ -30,8 +30,10 @@ FAINT = 1e-3  # share of its weight that a pixel has to lose: below it everywher
 
 def random_start(x: Tensor, eps: float, ids: list[str], seed: int) -> Tensor:
     """x + U(-eps, eps), clipped to [0,1]; drawn per image from (seed, id), so batches do not matter."""
-    noise = [torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(image_seed(seed, i))) for i in ids]
-    return (x + eps * (2 * torch.stack(noise).to(x) - 1)).clamp(0, 1)
+    noise = torch.empty(x.shape, pin_memory=x.is_cuda)  # from pinned memory a GPU copies while it computes
+    for one, name in zip(noise, ids, strict=True):
+        torch.rand(one.shape, generator=torch.Generator().manual_seed(image_seed(seed, name)), out=one)
+    return (x + eps * (2 * noise.to(x, non_blocking=True) - 1)).clamp(0, 1)
 
 
 def pgd(

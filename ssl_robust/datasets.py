@@ -366,8 +366,9 @@ def _cores() -> int:
 
 
 def ahead() -> int:
-    """Processes that read ahead on this machine: none on two cores."""
-    return 0 if _cores() <= 2 else min(8, _cores() - 1)
+    """Processes that read ahead for this one: none on two cores; the processes of DeACL share those of the machine."""
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torch.distributed.run
+    return 0 if _cores() <= 2 else min(8, (_cores() - 1) // sharing)
 
 
 def workers(subset: Subset) -> int:
@@ -396,22 +397,28 @@ def plainly(loader: torch.utils.data.DataLoader) -> Iterator[tuple[Tensor, Tenso
         raise BadInput(re.sub(r"^[\w.]*(BadInput|Unreadable): ", "", last)) from None
 
 
-def batches(subset: Subset, size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Batches of images of equal shape: (indices, images float (B, 3, H, W) in [0,1], targets (B, ...))."""
+def batches(subset: Subset, size: int, device: str = "cpu") -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Batches of images of equal shape: (indices, images float (B, 3, H, W) in [0,1], targets (B, ...)) on `device`."""
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor, Tensor]]] = {}
     for i, (image, target) in enumerate(_each(subset)):
         same = waiting.setdefault(tuple(image.shape), [])
         same.append((i, image, target))
         if len(same) == size:
-            yield _stack(waiting.pop(tuple(image.shape)))
+            yield _stack(waiting.pop(tuple(image.shape)), device)
     for same in waiting.values():
-        yield _stack(same)
+        yield _stack(same, device)
 
 
-def _stack(rows: list[tuple[int, Tensor, Tensor]]) -> tuple[list[int], Tensor, Tensor]:
-    indices, images, targets = zip(*rows, strict=True)
-    images = torch.stack([i.as_subclass(Tensor) for i in images]).float() / 255
-    return list(indices), images, torch.stack([t.as_subclass(Tensor) for t in targets])
+def _stack(rows: list[tuple[int, Tensor, Tensor]], device: str) -> tuple[list[int], Tensor, Tensor]:
+    indices, *parts = zip(*rows, strict=True)
+    images, targets = (torch.stack([one.as_subclass(Tensor) for one in part]) for part in parts)
+    return list(indices), pixels(images, device), targets.to(device)
+
+
+def pixels(images: Tensor, device: str | torch.device) -> Tensor:
+    """Images uint8 as floats in [0,1] on `device`, the same on all: they get there with a quarter of the bytes."""
+    whole = images.to(device, non_blocking=True).float()
+    return whole / torch.full((), 255.0, device=device)  # by a number, GPUs would multiply by a rounded 1 / 255
 
 
 def peek(task: str, name: str, settings: Settings, count: int, side: int = 64) -> tuple[Tensor, Tensor]:

@@ -15,16 +15,17 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import attacks, compute, datasets, encoders, records
 from .datasets import Subset
@@ -55,17 +56,6 @@ def loss_terms(student: Encoder, clean_target: Tensor, x: Tensor, x_adv: Tensor)
     return -F.cosine_similarity(clean, clean_target).sum(), -F.cosine_similarity(adversarial, clean).sum()
 
 
-class _LossTerms(nn.Module):
-    """`loss_terms` (2,) as one module: DistributedDataParallel wants one forward pass for each backward pass."""
-
-    def __init__(self, student: Encoder) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, clean_target: Tensor, x: Tensor, x_adv: Tensor) -> Tensor:
-        return torch.stack(loss_terms(self.student, clean_target, x, x_adv))
-
-
 def adversarial_images(
     attacked: Encoder, clean_target: Tensor, x: Tensor, ids: list[str], cfg: DeACL, seed: int, precision: str = "fp32",
     trace: attacks.Trace | None = None,
@@ -91,45 +81,61 @@ def learning_rate(epoch: float, cfg: DeACL) -> float:
 # --- training, as one of several processes or alone ---
 
 
-class _Tuning(NamedTuple):
+@dataclass
+class _Tuning:
     """What one process trains with; student and optimizer are the same in all of them at every step."""
 
     student: Encoder
     teacher: Encoder
-    terms: nn.Module  # of the student; it averages gradients over the processes, if there are several
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
     cfg: DeACL
     precision: str  # of attack steps and of the training step: 'fp32' or 'bf16'
+    size: int  # images of a batch at a time; halved where memory lacks
 
 
 def tuning(teacher: Encoder, accelerator: Accelerator, cfg: DeACL, precision: str) -> _Tuning:
     """A student that starts as the teacher, with the optimizer of its weights."""
-    teacher = teacher.to(accelerator.device)
+    teacher = copy.copy(teacher.to(accelerator.device))
     student = copy.deepcopy(teacher)
-    student.backbone.requires_grad_(True)  # before it is prepared: what is frozen then is never averaged
     optimizer = torch.optim.SGD(student.backbone.parameters(), cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
-    return _Tuning(student, teacher, accelerator.prepare(_LossTerms(student)), optimizer, accelerator, cfg, precision)
+    for encoder in (student, teacher) if cfg.compiled else ():
+        encoder.cls = torch.compile(encoder.cls)
+    return _Tuning(student, teacher, optimizer, accelerator, cfg, precision, cfg.batch)
 
 
 def train_step(run: _Tuning, x: Tensor, ids: list[str], counted: bool, batch: int, seed: int) -> Tensor:
     """One step of SGD on eq. 2, of which this process has the images x; returns its sums of the two terms (2,).
 
-    batch: images of all processes together. Images that are not `counted` take part with weight 0.
+    batch: images of all processes together, over which the gradient is the mean, in however many parts it is computed.
+    Images that are not `counted` take part with weight 0.
     """
+    run.optimizer.zero_grad()
+    weight = float(counted) / batch
+    terms, run.size = compute.in_parts(lambda rows: _part(run, x[rows], ids[rows], weight, seed), len(x), run.size)
+    used = [w for w in run.student.backbone.parameters() if w.grad is not None]
+    for w, whole in zip(used, run.accelerator.reduce([w.grad for w in used], "sum"), strict=True):
+        w.grad = whole
+    run.optimizer.step()
+    return terms.sum(0) * float(counted)
+
+
+def _part(run: _Tuning, x: Tensor, ids: list[str], weight: float, seed: int) -> Tensor:
+    """Adds the gradient of eq. 2 on images x, times `weight`, to the student's; their sums of the two terms (1, 2)."""
     with torch.no_grad(), compute.steps_in(run.precision, run.accelerator.device):
         clean_target = embed(run.teacher, x)
     run.student.backbone.requires_grad_(False)  # the attack needs no weight gradient
     attacked = run.student if run.cfg.attack_on == "trained" else run.teacher
     x_adv = adversarial_images(attacked, clean_target, x, ids, run.cfg, seed, run.precision)
-    run.student.backbone.requires_grad_(True)
+    weights = [*run.student.backbone.requires_grad_(True).parameters()]
     with compute.steps_in(run.precision, run.accelerator.device):
-        preserve, robust = run.terms(clean_target, x, x_adv) * float(counted)
-    run.optimizer.zero_grad()
-    # gradients are averaged over the processes, whose slices may differ in size: their sum / batch is the global mean
-    run.accelerator.backward((preserve + run.cfg.gamma * robust) * (run.accelerator.num_processes / batch))
-    run.optimizer.step()
-    return torch.stack([preserve, robust]).detach()
+        preserve, robust = loss_terms(run.student, clean_target, x, x_adv)
+    # not backward(): where memory ends within it, it leaves gradients of some weights
+    gradients = torch.autograd.grad((preserve + run.cfg.gamma * robust) * weight, weights, allow_unused=True)
+    for w, gradient in zip(weights, gradients, strict=True):
+        if gradient is not None:
+            w.grad = gradient if w.grad is None else w.grad.add_(gradient)
+    return torch.stack([preserve, robust]).detach()[None]
 
 
 def slices(order: Tensor, batch: int, process: int, processes: int) -> list[tuple[list[int], bool, int]]:
@@ -151,8 +157,7 @@ def _shared(
     mine, pinned = [indices for indices, *_ in parts], accelerator.device.type == "cuda"
     loader = torch.utils.data.DataLoader(subset, batch_sampler=mine, num_workers=count, pin_memory=pinned)
     for (images, _), (indices, *about) in zip(datasets.plainly(loader), parts, strict=True):
-        x = images.to(accelerator.device, non_blocking=True).float() / 255
-        yield x, [subset.ids[i] for i in indices], *about
+        yield datasets.pixels(images, accelerator.device), [subset.ids[i] for i in indices], *about
 
 
 def train_epoch(
@@ -195,11 +200,16 @@ def robustness(run: _Tuning, held_out: Subset, seed: int) -> float:
     run.student.backbone.requires_grad_(False)
     total = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
     for x, ids, counted, _ in _shared(run, held_out, torch.arange(len(held_out))):
-        with torch.no_grad():
-            clean = embed(run.student, x)
-        x_adv = adversarial_images(run.student, clean, x, ids, run.cfg, seed, run.precision)
-        with torch.no_grad():
-            total += F.cosine_similarity(embed(run.student, x_adv), clean).double().sum() * counted
+
+        def part(rows: slice, x: Tensor = x, ids: list[str] = ids) -> Tensor:
+            with torch.no_grad():
+                clean = embed(run.student, x[rows])
+            x_adv = adversarial_images(run.student, clean, x[rows], ids[rows], run.cfg, seed, run.precision)
+            with torch.no_grad():
+                return F.cosine_similarity(embed(run.student, x_adv), clean)
+
+        cosines, run.size = compute.in_parts(part, len(x), run.size)
+        total += cosines.double().sum() * counted
     return float(run.accelerator.reduce(total, "sum") / len(held_out))
 
 
@@ -297,11 +307,9 @@ def finetune(row: EncoderRow, teacher: Encoder, settings: Settings) -> Record:
 @contextmanager
 def _processes(settings: Settings) -> Iterator[Accelerator]:
     """This process alone, or as one of several, of which the BadInput of one ends all: the others would wait for it."""
-    # the same weights go unused in every step (of blocks that the CLS token needs no more); the main process may read
-    # a large data set while the others wait
-    parallel = [DistributedDataParallelKwargs(static_graph=True), InitProcessGroupKwargs(timeout=timedelta(hours=1))]
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # while the main process reads a large data set
     cpu = records.pick_device(settings.device) == "cpu"
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=parallel)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
     alone = accelerator.num_processes == 1
     try:
         yield accelerator
@@ -336,9 +344,11 @@ def kept(cfg: DeACL) -> list[int]:
 def made_from(teacher: Encoder, settings: Settings) -> records.Made:
     """What a DeACL run is made from; the number of processes decides nothing but rounding, nor does what is kept."""
     train, held_out = _images(settings, teacher)
+    aside = {"dataset", "n_train", "n_val", "checkpoints", "processes"}
+    aside |= {"compiled"} if not settings.deacl.compiled else set()  # keys are older than this choice
     return records.made_from(
         ["data", "encoders", "pgd", "deacl"],
-        settings=settings.deacl.model_dump(exclude={"dataset", "n_train", "n_val", "checkpoints", "processes"}),
+        settings=settings.deacl.model_dump(exclude=aside),
         seed=settings.seed,
         precision=compute.precision(settings.precision, records.pick_device(settings.device)),
         hashes={"weights": teacher.hash, "training data": train.hash, "held-out data": held_out.hash},

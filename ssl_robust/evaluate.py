@@ -51,10 +51,10 @@ def evaluate(
     rows, traces, wrong, largest, nonfinite = {}, [], [], 0.0, 0
     statistics = protocol.ask(model.protocol, "statistics", metrics.statistics, model.task, name)
     said = f"{attacks.title(model.task, name, kind)} on {model.encoder.name}, {test.name}"
-    size = at_once(model, test, batch, device)
-    parts = datasets.batches(test, size)
+    size = whole = at_once(model, test, batch, device)
+    parts = datasets.batches(test, size, device)
     for indices, x, target in track(parts, total=len(test), desc=said, size=lambda part: len(part[0])):
-        x, target, ids = x.to(device), target.to(device), [test.ids[i] for i in indices]
+        ids = [test.ids[i] for i in indices]
 
         def perturbed(rows: slice, x: Tensor = x, target: Tensor = target, ids: list[str] = ids) -> Tensor:
             traces.append([])
@@ -69,6 +69,7 @@ def evaluate(
         if model.task == "classification":
             wrong.append(stats[:, 0] == 0)
         rows.update(zip(indices, stats, strict=True))
+    model.fits = size if size < whole else model.fits
     stats = torch.stack([rows[i] for i in range(len(test))])
     return _Outcome(stats, largest, nonfinite, traces, torch.cat([torch.zeros(0).bool(), *wrong]), size)
 
@@ -79,13 +80,14 @@ def judged(name: str, model: TaskModel, adv: Tensor) -> Tensor:
 
 
 def at_once(model: TaskModel, test: Subset, setting: int | str, device: str) -> int:
-    """Images of `test` that are attacked at a time, see compute.batch_for."""
+    """Images of `test` that are attacked at a time, see compute.batch_for; no more than memory held before."""
     size, windows = tuple(test[0][0].shape[-2:]), 1
     if model.task == "segmentation":
         native = model.encoder.native
         windows = math.prod(len(heads.window_starts(side, native, model.stride)) for side in size)
         size = tuple(min(side, native) for side in size)
-    return compute.batch_for(compute.tokens_of(model.encoder.patch, size, windows), device, setting)
+    many = compute.batch_for(compute.tokens_of(model.encoder.patch, size, windows), device, setting)
+    return min(many, model.fits or many)
 
 
 def reduction(model: TaskModel, test: Subset) -> metrics.Reduction:

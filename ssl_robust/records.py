@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(os.environ.get("SSL_ROBUST_ROOT", Path(__file__).resolve().parents[1]))
 PACKAGE = Path(__file__).resolve().parent
 DECIDING = ("ssl_robust", "notebooks", "params")  # what numbers depend on; figures that a run rewrites are not among it
+CUDA = "SSL_ROBUST_CUDA"  # of a process and those it starts: why CUDA does not start, '' if it does
 SCHEMA = 2  # of records; 2: they carry a hash of their own content
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pyautoattack")
 # what decides in which order, with which instructions a CPU adds: set differently, last digits differ
@@ -36,7 +38,8 @@ VERSIONS = {
     "heads": 1,  # from tokens to predictions, the sliding window
     "training": 1,  # of heads
     "metrics": 1,
-    "pgd": 1,  # the loop of all attacks, the random start, the precision of steps
+    "pgd": 1,  # the loop of all attacks, the random start
+    "bf16": 1,  # what steps in that precision round, and how
     "embed": 1, "task": 1, "strong": 1,  # losses of EmbedAttack, of the tasks' own attacks; strong.py
     "deacl": 1,
     "released": 1,  # what the released code does differently
@@ -204,8 +207,12 @@ keeping = False  # 'make keep' sets it: a result that other versions of the code
 
 
 def made_from(loops: Iterable[str], **inputs: Any) -> Made:
-    """What a result is made from, as JSON reads it back: named inputs, and versions of the loops that compute it."""
-    return json.loads(json.dumps({"inputs": inputs, "loops": {name: VERSIONS[name] for name in loops}}))
+    """What a result is made from, as JSON reads it back: named inputs, and versions of the loops that compute it.
+
+    `bf16` is among the loops of all whose input `precision` it is.
+    """
+    names = [*loops, *["bf16"] * (inputs.get("precision") == "bf16")]
+    return json.loads(json.dumps({"inputs": inputs, "loops": {name: VERSIONS[name] for name in names}}))
 
 
 def place(folder: Path, name: str, made: Made, suffix: str) -> Path:
@@ -391,14 +398,38 @@ REVISION = _revision(PACKAGE.parent)
 
 
 def pick_device(device: str) -> str:
-    """'cpu' or 'cuda' for the setting 'auto', 'cpu' or 'cuda'; raises BadInput if a GPU is asked for in vain."""
+    """'cpu' or 'cuda' for the setting 'auto', 'cpu' or 'cuda'; raises BadInput if a GPU is asked for in vain.
+
+    A GPU on which CUDA does not start (its driver is older than this torch, say) is none for 'auto', which says so.
+    """
     import torch
 
-    # asked of the driver: CUDA must not be set up in a process that forks others for DeACL
+    # asked of the driver: CUDA must not be set up in a process that forks others
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("The setting device is 'cuda' but no CUDA GPU is usable here; write device: auto or cpu.")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cpu" or not torch.cuda.is_available():
+        if device == "cuda":
+            raise BadInput("The setting device is 'cuda' but no CUDA GPU is usable here; write device: auto or cpu.")
+        return "cpu"
+    asked = CUDA not in os.environ
+    why = os.environ[CUDA] = _cuda_fails() if asked else os.environ[CUDA]  # processes started from here know it, too
+    remedy = "update its driver, or install a torch for it (README, Installation)"
+    if why and device == "cuda":
+        raise BadInput(f"The setting device is 'cuda' but CUDA does not start here ({why}); {remedy}.")
+    if why and asked:
+        print(f"CUDA does not start on the GPU here ({why}), so the CPU computes; {remedy}.", file=sys.stderr)
+    return "cpu" if why else "cuda"
+
+
+def _cuda_fails() -> str:
+    """Why CUDA computes nothing on this machine, '' if it does; tried in a process of its own."""
+    code = "import torch; torch.ones(1, device='cuda').sum().item()"
+    try:
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.SubprocessError) as error:
+        return type(error).__name__
+    said = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
+    first = next((line for line in said if "Error: " in line), said[-1])  # what follows it is advice on debugging
+    return first.partition("Error: ")[2].partition(". ")[0].rstrip(".") or first if run.returncode else ""
 
 
 def notebook() -> str:

@@ -119,6 +119,9 @@ class TaskSettings(Strict):
     attack_batch: Literal["auto"] | Annotated[int, Field(ge=1, le=LONG)] = Field(
         "auto", description="images attacked at a time: as many as suit the device, or a number; halved if memory lacks"
     )
+    tokens: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32", description="precision of the tokens that heads are trained on; tf32 and bf16: faster on GPUs, rounded"
+    )
 
     @field_validator("size", mode="before")
     @classmethod
@@ -163,6 +166,7 @@ class DeACL(Strict):
     step: float = Field(2 / 255, ge=0, le=1)
     steps: int = Field(5, ge=1, le=10_000)
     attack_on: Literal["trained", "original"] = Field("trained", description="the encoder on which x' is made")
+    compiled: bool = Field(False, description="torch.compile of the encoders; faster on GPUs (unmeasured), rounded")
     checkpoints: list[int] = Field([], description="epochs kept for Figure 2, besides the last")
     processes: Literal["auto"] | Annotated[int, Field(ge=1, le=LONG)] = Field(
         "auto", description="processes that share each batch; auto: one for each GPU of this machine"

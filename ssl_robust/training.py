@@ -29,17 +29,19 @@ SIDES = 2  # an image and its mirror image: all there is where a flip is the onl
 Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # CLS (B, D), patches (B, D, h, w), targets (B, ...)
 
 
-def encoded(encoder: Encoder, subset: Subset, batch: int, device: str) -> Batches:
+def encoded(encoder: Encoder, subset: Subset, batch: int, device: str, precision: str = "fp32") -> Batches:
     """Frozen tokens batch by batch, in the order of the images: (CLS, patches, targets), as `tokens` of the task.
 
-    Where memory lacks, fewer images than `batch` are encoded at a time. Raises BadInput if the images differ in size
-    or a token is not finite.
+    They are computed in `precision`, see compute.steps_in, and are fp32. Where memory lacks, fewer images than `batch`
+    are encoded at a time. Raises BadInput if the images differ in size or a token is not finite.
     """
     shapes, size = set(), batch
-    for _, images, targets in datasets.batches(subset, batch):
+    for _, images, targets in datasets.batches(subset, batch, device):
 
         def part(rows: slice, images: Tensor = images) -> tuple[Tensor, Tensor]:
-            return tokens(encoder, images[rows].to(device), subset.task)
+            with compute.steps_in(precision, device):
+                cls, patches = tokens(encoder, images[rows], subset.task)
+            return cls.float(), patches.float()
 
         with torch.no_grad():
             made, size = compute.in_parts(part, len(images), size)
@@ -51,12 +53,14 @@ def encoded(encoder: Encoder, subset: Subset, batch: int, device: str) -> Batche
                 f"Encoder '{encoder.name}' gives tokens that are not finite on {subset.name}; check its weights and "
                 f"its normalisation."
             )
-        yield *made, targets.to(device)
+        yield *made, targets
 
 
-def features(encoder: Encoder, subset: Subset, batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def features(
+    encoder: Encoder, subset: Subset, batch: int, device: str, precision: str = "fp32"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Frozen tokens of all images in main memory: CLS (N, D), patches (N, D, h, w), targets (N, ...); see encoded."""
-    rows = ((part.cpu() for part in row) for row in encoded(encoder, subset, batch, device))
+    rows = ((part.cpu() for part in row) for row in encoded(encoder, subset, batch, device, precision))
     return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
 
@@ -133,10 +137,11 @@ def token_sources(
     """Where training and held-out tokens come from: memory if CACHE has room for them, else the encoder."""
     subsets = (train, val)
     keep = kept(*(token_bytes(encoder, subset, device) for subset in subsets), section)
-    return tuple(
-        (_kept if keeps else _streamed)(encoder, subset, _encoded_at_once(encoder, subset, section, device), device)
-        for subset, keeps in zip(subsets, keep, strict=True)
-    )
+    sources = []
+    for subset, keeps in zip(subsets, keep, strict=True):
+        about = _encoded_at_once(encoder, subset, section, device), device, section.tokens
+        sources.append((_kept if keeps else _streamed)(encoder, subset, *about))
+    return tuple(sources)
 
 
 def _encoded_at_once(encoder: Encoder, subset: Subset, section: TaskSettings, device: str) -> int:
@@ -145,14 +150,14 @@ def _encoded_at_once(encoder: Encoder, subset: Subset, section: TaskSettings, de
     return compute.batch_for(compute.tokens_of(encoder.patch, size), device, section.attack_batch)
 
 
-def _kept(encoder: Encoder, subset: Subset, batch: int, device: str) -> Source:
+def _kept(encoder: Encoder, subset: Subset, batch: int, device: str, precision: str = "fp32") -> Source:
     """Tokens of every view or of both sides, encoded `batch` images at a time when first asked for, in main memory."""
 
     @cache
     def made(view: int, flip: bool) -> tuple[Tensor, ...]:
         shown = copy.copy(subset)
         shown.view, shown.flip = view, flip
-        return features(encoder, shown, batch, device)
+        return features(encoder, shown, batch, device, precision)
 
     def source(order: list[int], size: int) -> Batches:
         drawn = subset.flip is None
@@ -167,9 +172,9 @@ def _kept(encoder: Encoder, subset: Subset, batch: int, device: str) -> Source:
     return source
 
 
-def _streamed(encoder: Encoder, subset: Subset, batch: int, device: str) -> Source:
+def _streamed(encoder: Encoder, subset: Subset, batch: int, device: str, precision: str = "fp32") -> Source:
     """Tokens encoded `batch` images at a time whenever they are asked for."""
-    return lambda order, size: _regrouped(encoded(encoder, _ordered(subset, order), batch, device), size)
+    return lambda order, size: _regrouped(encoded(encoder, _ordered(subset, order), batch, device, precision), size)
 
 
 def _regrouped(rows: Batches, size: int) -> Batches:
@@ -249,6 +254,7 @@ def sources(
     """
     settings = protocol.adjusted(settings, encoder.native)
     section, aside = settings.task(task), {"datasets", "n_train", "n_val", "n_test", "attack_batch", "stride", "crop"}
+    aside |= {"tokens"} if section.tokens == "fp32" else set()  # keys are older than this choice
     train, val = (datasets.load(task, dataset, split, settings, encoder.native) for split in ("train", "val"))
     made = records.made_from(
         ["data", "encoders", "heads", "training", "metrics"],

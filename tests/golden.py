@@ -17,7 +17,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ssl_robust import attacks, datasets, deacl, encoders, evaluate, heads, metrics, parts, records, training, vit
+from ssl_robust import (
+    attacks,
+    compute,
+    datasets,
+    deacl,
+    encoders,
+    evaluate,
+    heads,
+    metrics,
+    parts,
+    records,
+    training,
+    vit,
+)
 from ssl_robust.datasets import IGNORE, Item, Subset
 from ssl_robust.embedded import scenes
 from ssl_robust.encoders import Encoder
@@ -195,6 +208,16 @@ def _pgd() -> Numbers:
     return found
 
 
+def _bf16() -> Numbers:
+    own = encoders.random_init(EncoderRow(name="embedded_vit"), 0)
+    _filled(own.backbone, 0.2)
+    x = X.clone().requires_grad_(True)
+    with compute.steps_in("bf16", "cpu"):
+        tokens = own.cls(x)
+    (gradient,) = torch.autograd.grad(tokens.float().square().sum(), x)
+    return {"tokens": _of(tokens.float()), "gradient": _of(gradient / gradient.abs().max())}
+
+
 def _attacked(kinds: dict[str, tuple[str, ...]], steps: int, *protocol: str) -> Numbers:
     """The loss of images under attacks and how far these went, of the given kinds of each task."""
     found, attack = {}, Attack(eps=0.1, step=0.04, steps=steps)
@@ -263,7 +286,8 @@ def _leaves(content: object) -> list[float]:
 
 PROBES: dict[str, Callable[[], Numbers]] = {
     "scenes": _scenes, "data": _data, "encoders": _encoders, "heads": _heads, "training": _training,
-    "metrics": _metrics, "pgd": _pgd, "deacl": _deacl, "released": _released, "strong": _strong, "checks": _checks,
+    "metrics": _metrics, "pgd": _pgd, "bf16": _bf16, "deacl": _deacl, "released": _released, "strong": _strong,
+    "checks": _checks,
     "embed": lambda: _attacked(dict.fromkeys(TASKS, ("embed",)), 2),
     "task": lambda: _attacked(dict.fromkeys(TASKS, ("task",)), 2),
 }  # fmt: skip

@@ -13,8 +13,9 @@ from ssl_robust.tasks import TASKS
 def test_bf16_is_chosen_where_it_is_fast(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     assert compute.precision("auto", "cpu") == "bf16" and compute.precision("fp32", "cpu") == "fp32"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True}, raising=False)
-    assert compute.precision("auto", "cpu") == "fp32" and compute.precision("bf16", "cpu") == "bf16"
+    for slow in ("avx512_f", "arm_bf16"):  # the second one has not been measured
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda slow=slow: {slow: True}, raising=False)
+        assert compute.precision("auto", "cpu") == "fp32" and compute.precision("bf16", "cpu") == "bf16"
     for capability, expected in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
         assert compute.precision("auto", "cuda") == expected
@@ -34,6 +35,28 @@ def test_steps_in_bf16_stay_in_the_ball_and_predictions_stay_fp32():
     assert (adv - x).abs().max() <= Attack().eps + 1e-7 and planted(adv).dtype == torch.float32
     attacks.pgd(x, loss, Attack(steps=1), precision="fp32")
     assert seen[-1] == torch.float32
+
+
+def test_attention_is_explicit_in_bf16_on_cpus_and_the_same(monkeypatch):
+    asked, attention = [], torch.nn.functional.scaled_dot_product_attention
+    query, key, value = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    fused, causal = attention(query, key, value), attention(query, key, value, is_causal=True)
+    for precision in ("fp32", "bf16"):
+        with compute.steps_in(precision, "cpu"), torch.profiler.profile() as profile:
+            found = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+            masked = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        asked.append(sum("scaled_dot_product" in event.key for event in profile.key_averages()) > 0)
+        explicit = [event.count for event in profile.key_averages() if event.key == "aten::matmul"]
+        assert bool(explicit) == (precision == "bf16")
+        assert torch.allclose(found.float(), fused, atol=0.02) and torch.allclose(masked.float(), causal, atol=0.02)
+    assert asked == [True, True]  # the causal one
+
+
+def test_tf32_ends_where_it_began():
+    assert torch.get_float32_matmul_precision() == "highest"
+    with compute.steps_in("tf32", "cpu"):
+        assert torch.get_float32_matmul_precision() == "high" and not torch.is_autocast_enabled("cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("kind", ["embed", "task"])

@@ -123,6 +123,46 @@ def test_a_step_changes_the_student_and_never_the_teacher(monkeypatch):
     assert preserve == pytest.approx(-1, abs=1e-5) and -1 < robust < -0.2  # the student began as the teacher
 
 
+def test_a_batch_that_memory_does_not_hold_is_computed_in_parts(monkeypatch):
+    """The gradient is that of the whole batch, and what a failed part has added to none."""
+    cfg, original, asked = DeACL(eps=0.02, step=0.01, batch=4), torch.autograd.grad, []
+
+    def hungry(loss, inputs, *rest, **about):
+        if isinstance(inputs, list):  # weights, not the images of the attack
+            asked.append(run.size)
+            if len(asked) in (1, 2):
+                raise torch.OutOfMemoryError("x")
+        return original(loss, inputs, *rest, **about)
+
+    gradients = {}
+    for size in (4, 1):
+        run = _tuning(cfg)
+        with torch.no_grad():
+            run.student.backbone.proj.weight += 0.1
+        run.optimizer.param_groups[0]["lr"] = 0.1
+        if size == 1:
+            monkeypatch.setattr(torch.autograd, "grad", hungry)
+        for _ in range(2):
+            terms = deacl.train_step(run, planted.images(4), list("abcd"), True, 4, 0)
+        assert run.size == size
+        gradients[size] = [terms, *(p.grad for p in run.student.backbone.parameters())]
+    assert len(asked) == 2 + 4 + 4  # 4 and 2 images are too many, and are not tried again
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients[4], gradients[1], strict=True))
+
+
+def test_compiled_encoders_are_another_rounding_and_another_key(monkeypatch, toys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda cls: compiled.append(cls) or (lambda x: cls(x)))
+    found = [
+        deacl.train_step(_tuning(DeACL(compiled=c)), planted.images(4), list("abcd"), True, 4, 0) for c in (False, True)
+    ]
+    assert torch.equal(*found) and [cls.__name__ for cls in compiled] == ["cls", "cls"]
+    settings, teacher = planted.settings(), planted.encoder()
+    sections = [settings.deacl.model_copy(update={"compiled": c}) for c in (False, True)]
+    plain, other = (deacl.made_from(teacher, settings.model_copy(update={"deacl": section})) for section in sections)
+    assert "compiled" not in plain["inputs"]["settings"] and other["inputs"]["settings"]["compiled"] is True
+
+
 def test_gamma_weighs_the_robustness_term(monkeypatch):
     steps = {}
     for gamma in (0.0, 1.0, 2.0):

@@ -38,7 +38,8 @@ def given(root, monkeypatch):
     def finetune(profile, processes, **changes):
         rows = [{"name": "embedded_vit", "defenses": ["standard", "deacl"]}]
         section = {**DEACL, "processes": processes, **changes}
-        return deacl.finetune_all(check(profile=profile, device="cpu", encoders=rows, deacl=section))["embedded_vit"]
+        about = {"profile": profile, "device": "cpu", "precision": "fp32"}  # whatever this CPU computes fast
+        return deacl.finetune_all(check(**about, encoders=rows, deacl=section))["embedded_vit"]
 
     return finetune
 

@@ -282,6 +282,9 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(toys, monkeyp
     parts = evaluate.evaluate(model, test, "task", Attack(steps=2), 8, 0, "cpu")
     assert asked == [8, 4, 2, 2, 2, 2] and parts.batch == 2 and whole.batch == 8
     assert torch.allclose(whole.stats, parts.stats, rtol=1e-4)
+    asked.clear()
+    assert evaluate.evaluate(model, test, "task", Attack(steps=2), 8, 0, "cpu").batch == 2
+    assert asked == [2, 2, 2, 2]  # what was too much before is not tried again
 
 
 def test_seeds_are_repeated_beside_the_first_one(tuned):

@@ -80,6 +80,30 @@ def test_sliding_an_identity_returns_the_image(size, window, stride):
     assert torch.allclose(heads.slide(x, lambda crops: crops, window, stride), x, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(48, 70), (32, 32), (33, 40), (20, 50)])
+def test_gradient_through_windows_is_that_of_autograd_to_the_last_bit(size):
+    """The same sums written with slices, which autograd differentiates by itself."""
+
+    def by_slices(x):
+        corners = heads.crop_windows(x, 32, 21)[1]
+        crops = torch.cat([x[..., t : t + 32, left : left + 32] for t, left in corners])
+        parts = predict(crops).unflatten(0, (len(corners), len(x)))
+        total, count = parts.new_zeros(2, 5, *size), torch.zeros(size)
+        for part, (t, left) in zip(parts, corners, strict=True):
+            total[..., t : t + 32, left : left + 32] += part
+            count[t : t + 32, left : left + 32] += 1
+        return total / count
+
+    layer = torch.nn.Conv2d(3, 5, 5, padding=2).requires_grad_(False)
+    predict = lambda crops: layer(crops.sin())  # noqa: E731
+    x, found = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)), []
+    for way in (by_slices, lambda x: heads.slide(x, predict, 32, 21)):
+        leaf = x.clone().requires_grad_(True)
+        logits = way(leaf)
+        found.append((logits, *torch.autograd.grad(logits.softmax(1)[:, 3].log().mean(), leaf)))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_overlaps_are_averaged():
     x = torch.zeros(1, 1, 2, 6)
 
@@ -265,6 +289,22 @@ def test_streamed_tokens_train_the_same_head_as_kept_ones(task, toys, monkeypatc
     encodings.clear()
     assert _with_room_for(0, task, encoder, settings, monkeypatch) == whole
     assert sorted(n for n in encodings if n > 1) == [6, 6, 6, 12, 12, 12]  # all in every epoch
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tokens_of_another_precision_are_rounded_and_make_another_head(task, toys):
+    settings, encoder = planted.settings(), planted.encoder()
+    train = datasets.load(task, "toys", "train", settings, 16)
+    exact, rounded = (training.features(encoder, train, 4, "cpu", p) for p in ("fp32", "bf16"))
+    for a, b in zip(exact[:2], rounded[:2], strict=True):
+        assert b.dtype == torch.float32 and torch.allclose(a, b, atol=0.05)
+    assert any(not torch.equal(a, b) for a, b in zip(exact[:2], rounded[:2], strict=True))
+    section = settings.task(task)
+    other = settings.model_copy(update={task: section.model_copy(update={"tokens": "bf16"})})
+    made = [training.sources(task, "toys", encoder, s, "standard")[3]["inputs"]["settings"] for s in (settings, other)]
+    assert made[1] == made[0] | {"tokens": "bf16"} and "tokens" not in made[0]  # keys are older than the choice
+    model, _ = training.fitted(task, "toys", encoder, other)
+    assert model(planted.images(2)).isfinite().all()
 
 
 @pytest.mark.parametrize("task", ["classification", "depth"])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -247,6 +248,39 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     assert records.pick_device("auto") == records.pick_device("cpu") == "cpu"
     with pytest.raises(BadInput, match="no CUDA GPU"):
         records.pick_device("cuda")
+
+
+def test_a_gpu_on_which_cuda_does_not_start_is_none(monkeypatch, capsys):
+    """As with a driver older than torch's CUDA: the driver names a GPU, and whatever is computed on it fails."""
+    started = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv(records.CUDA, "to be restored as it was")
+    monkeypatch.delenv(records.CUDA)
+
+    def run(command, **about):
+        started.append(command[0])
+        return subprocess.CompletedProcess(command, 1, "", OLD_DRIVER)
+
+    monkeypatch.setattr(records.subprocess, "run", run)
+    assert records.pick_device("auto") == records.pick_device("auto") == "cpu"
+    assert started == [sys.executable]  # once, also for the processes that inherit the environment
+    why = r"CUDA does not start .*\(The NVIDIA driver on your system is too old \(found version 12020\)\)"
+    assert re.fullmatch(rf"{why}, so the CPU computes; update its driver.*\n", capsys.readouterr().err)
+    with pytest.raises(BadInput, match=rf"^The setting device is 'cuda' but {why}; update its driver"):
+        records.pick_device("cuda")
+    monkeypatch.setenv(records.CUDA, "")
+    assert records.pick_device("auto") == records.pick_device("cuda") == "cuda"
+
+
+def test_that_cuda_does_not_start_is_tried(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # also where there is a GPU
+    assert re.search("(?i)cuda|nvidia", records._cuda_fails())
+
+
+OLD_DRIVER = """Traceback (most recent call last):
+  File "<string>", line 1, in <module>
+RuntimeError: The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver
+"""
 
 
 def test_a_notebook_that_has_not_run_is_named(root):

@@ -65,7 +65,7 @@ def bench(model: TaskModel, test: Subset, defense: str, settings: Settings) -> B
     """
     device, section = records.pick_device(settings.device), settings.task(model.task)
     few = first(test, settings.sanity.n)
-    parts = [(x.to(device), y.to(device), [few.ids[i] for i in rows]) for rows, x, y in datasets.batches(few, len(few))]
+    parts = [(x, y, [few.ids[i] for i in rows]) for rows, x, y in datasets.batches(few, len(few), device)]
     reduce, chance = evaluate.reduction(model, test), evaluate.chance(model, test)
     batch = evaluate.at_once(model, few, section.attack_batch, device)
     precision = compute.precision(settings.precision, device)
