@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import re
+import types
 import warnings
 import zlib
 from dataclasses import replace
@@ -545,7 +546,12 @@ def test_few_images_and_rendered_ones_are_read_in_this_process(toys, tmp_path, m
     many = Subset("toys", "depth", [Item(str(i), tmp_path / "a.png", 0) for i in range(300)], toy.transform)
     assert (datasets.workers(toy), datasets.workers(many)) == (0, 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")  # of DeACL's processes each has its share of the cores
-    assert datasets.workers(many) == 3
+    assert datasets.workers(many) == 3 and not datasets.cramped()
+    small = types.SimpleNamespace(total=64 * 2**20)
+    with monkeypatch.context() as container:
+        container.setattr(datasets.shutil, "disk_usage", lambda path: small)
+        assert datasets.workers(many) == 0
+        assert re.fullmatch(r"/dev/shm has 67 MB, so no images are read ahead.*--shm-size=2g.", datasets.cramped())
     monkeypatch.setattr(datasets.os, "sched_getaffinity", lambda pid: range(2), raising=False)
     assert datasets.workers(many) == 0
 
