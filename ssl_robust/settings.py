@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .tasks import TASKS
 
@@ -30,8 +40,29 @@ class BadInput(ValueError):
     """Something the user gave cannot be used; the message is one sentence that names the thing and the remedy."""
 
 
+def _read_fraction(value: Any) -> Any:
+    """'8/255', as people write eps, as the number that Python makes of it; anything else as it is."""
+    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*/\s*([1-9]\d*)\s*", value) if isinstance(value, str) else None
+    return float(parts[1]) / int(parts[2]) if parts else value
+
+
+def written(pixels: float) -> str:
+    """A change of a pixel in [0,1] as people write it: 0.03137254901960784 -> '8/255'; 0.5/255 -> '0.5/255'."""
+    return f"{255 * pixels:.3g}/255"
+
+
+def _write_fraction(pixels: float, info: SerializationInfo) -> float | str:
+    """The number; with the context "written" its text, where that says the same to the last bit."""
+    text = written(pixels)
+    return text if info.context == "written" and pixels and _read_fraction(text) == pixels else pixels
+
+
+# a change of a pixel in [0,1]: a number, or text as '8/255'
+Pixels = Annotated[float, BeforeValidator(_read_fraction), PlainSerializer(_write_fraction, return_type=float | str)]
+
+
 class Strict(BaseModel):
-    # strict: "8/255" or "1e-3" given as text is refused instead of being guessed at
+    # strict: "1e-3" given as text is refused instead of being guessed at
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -85,8 +116,8 @@ class EncoderRow(Strict):
 class Attack(Strict):
     """L-infinity PGD in [0,1] pixel space (section 3.1): eps 8/255, step 2/255, 20 steps in the paper."""
 
-    eps: float = Field(8 / 255, ge=0, le=1, description="radius of the ball, in [0,1] pixel units")
-    step: float = Field(2 / 255, ge=0, le=1, description="step size, in [0,1] pixel units")
+    eps: Pixels = Field(8 / 255, ge=0, le=1, description="radius of the ball, in [0,1] pixel units")
+    step: Pixels = Field(2 / 255, ge=0, le=1, description="step size, in [0,1] pixel units")
     steps: int = Field(20, ge=1, le=10_000)
     best: bool = Field(False, description="return the iterate of the largest loss instead of the last")
     stop_when_broken: bool = Field(True, description="PGD on classes: images whose class is surely lost are finished")
@@ -162,8 +193,8 @@ class DeACL(Strict):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0, le=RATE)
     gamma: float = Field(2.0, ge=0, le=LONG, description="weight of the robustness term of eq. 2")
-    eps: float = Field(4 / 255, ge=0, le=1)
-    step: float = Field(2 / 255, ge=0, le=1)
+    eps: Pixels = Field(4 / 255, ge=0, le=1)
+    step: Pixels = Field(2 / 255, ge=0, le=1)
     steps: int = Field(5, ge=1, le=10_000)
     attack_on: Literal["trained", "original"] = Field("trained", description="the encoder on which x' is made")
     compiled: bool = Field(False, description="torch.compile of the encoders; faster on GPUs (unmeasured), rounded")
@@ -186,8 +217,8 @@ class Sanity(Strict):
     n: int = Field(16, ge=2, le=MANY, description="test images of each check")
     more_steps: int = Field(5, ge=1, le=1000, description="the task attack with so many times its steps")
     restarts: int = Field(2, ge=1, le=1000, description="the task attack from so many further random starts")
-    eps: list[Annotated[float, Field(ge=0, le=1)]] = Field(
-        [0, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 32 / 255, 64 / 255],
+    eps: list[Annotated[Pixels, Field(ge=0, le=1)]] = Field(
+        [0.0, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 32 / 255, 64 / 255],
         min_length=2, description="radii of the sweep, in [0,1] pixel units",
     )  # fmt: skip
 

@@ -112,7 +112,8 @@ def write(root, change):
 CASES = {
     "unknown parameter": ({"epsilon": 0.1}, CHECK, "Unknown parameter 'epsilon'"),
     "unknown value in a section": ({"attack": {"epss": 0.1}}, CHECK, "Unknown parameter 'attack.epss'"),
-    "fraction as text": ({"attack": {"eps": "8/255"}}, CHECK, "write 0.031372549 instead"),
+    "no fraction": ({"attack": {"eps": "8/0"}}, CHECK, "is the text '8/0'; write it as a plain decimal"),
+    "fraction of no pixels": ({"deacl": {"lr": "1/20"}}, CHECK, "is the text '1/20'; write 0.05 instead"),
     "negative radius": ({"attack": {"eps": -0.1}}, CHECK, "'attack.eps' is -0.1"),
     "radius in 0..255": ({"attack": {"eps": 8}}, CHECK, "'attack.eps' is 8"),
     "no number": ({"attack": {"eps": float("nan")}}, CHECK, "'attack.eps' is nan"),

@@ -135,7 +135,7 @@ def test_failure_is_one_sentence_and_keeps_records(failure: str, project: Path, 
     ("change", "arguments", "words"),
     [
         ({"epsilon": 0.1}, (), ["Unknown parameter 'epsilon'"]),
-        ({"attack": {"eps": "8/255"}}, (), ["attack.eps", "text '8/255'", "0.0313725"]),
+        ({"attack": {"eps": "8/0"}}, (), ["attack.eps", "text '8/0'", "as a plain decimal"]),
         ({}, ("--profile", "nope"), ["no profile 'nope'", "choose one of: tiny"]),
         ({}, ("--data", "not/there"), ["data folder 'not/there' does not exist", "DATA=FOLDER"]),
         ({"data_root": "not/there"}, (), ["data folder 'not/there' does not exist"]),
@@ -268,7 +268,7 @@ def test_check_lists_all_missing_things(
 
 
 def test_check_lists_parameters_of_every_section(project: Path, capfd: pytest.CaptureFixture) -> None:
-    wrong = {"attack": {"eps": "8/255"}, "seed": -1, "epsilon": 0.1, "encoders": [{"name": "a/b"}]}
+    wrong = {"attack": {"eps": "300/255"}, "seed": -1, "epsilon": 0.1, "encoders": [{"name": "a/b"}]}
     write_profile(project, PROFILE | wrong)
     for flag in ("--check", "--plan"):
         code, out, err = outcome(capfd, flag, "--profile", "tiny")

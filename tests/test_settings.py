@@ -13,7 +13,11 @@ PARAMS = sorted((Path(__file__).parents[1] / "params").glob("*.yaml"))
 REFUSED = [
     ({"epz": 1}, "Unknown parameter 'epz'"),
     ({"attack": {"epss": 0.1}}, "Unknown parameter 'attack.epss'"),
-    ({"attack": {"eps": "8/255"}}, "'attack.eps' must be a number but is the text '8/255'; write 0.031372549 instead"),
+    ({"attack": {"eps": "300/255"}}, "'attack.eps' is 1.176"),
+    (
+        {"attack": {"eps": "-8/255"}},
+        "'attack.eps' must be a number but is the text '-8/255'; write -0.031372549 instead",
+    ),
     ({"deacl": {"lr": "1e-3"}}, "'deacl.lr' must be a number but is the text '1e-3'; write 0.001 instead"),
     ({"attack": {"eps": "8/0"}}, "'attack.eps' must be a number but is the text '8/0'; write it as a plain decimal"),
     ({"attack": {"eps": -0.1}}, "'attack.eps' is -0.1"),
@@ -69,6 +73,24 @@ REFUSED = [
     ({"deacl": {"gamma": 1e308}}, "'deacl.gamma' is 1e+308"),
     ({"deacl": {"lr": 1e12}}, "'deacl.lr' is 1"),
 ]
+
+
+@pytest.mark.parametrize("text", ["8/255", " 8 / 255 ", "0.5/255", "1/32", "0/255"])
+def test_pixels_are_read_as_people_write_them_to_the_last_bit(text):
+    top, bottom = map(float, text.split("/"))
+    settings = check(
+        profile="x", encoders=[{"name": "a"}], attack={"eps": text}, deacl={"step": text}, sanity={"eps": [0.0, text]}
+    )
+    assert settings.attack.eps == settings.deacl.step == settings.sanity.eps[1] == top / bottom
+
+
+def test_pixels_are_written_so_where_that_says_the_same():
+    exact = check(
+        profile="x", encoders=[{"name": "a"}], attack={"eps": 8 / 255, "step": 0.01}, sanity={"eps": [0.0, 2.5 / 255]}
+    )
+    numbers, texts = exact.model_dump(), exact.model_dump(context="written")
+    assert numbers["attack"]["eps"] == 8 / 255 and texts["attack"] == numbers["attack"] | {"eps": "8/255"}
+    assert texts["sanity"]["eps"] == [0.0, "2.5/255"] and check(**texts) == exact
 
 
 @pytest.mark.parametrize(("change", "words"), REFUSED, ids=[w for _, w in REFUSED])

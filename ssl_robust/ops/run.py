@@ -149,7 +149,7 @@ def _assigned(statement: ast.stmt) -> list[str]:
 
 def parameters_for(notebook: str, settings: Settings) -> dict[str, object]:
     """What the notebook declares of `settings`, defaults written out; raises BadInput if a section is not set."""
-    values = settings.model_dump()
+    values = settings.model_dump(context="written")
     chosen = {name: values[name] for name in declared(NOTEBOOKS / f"{notebook}.ipynb") if name in values}
     missing = [name for name, value in chosen.items() if value is None]
     if missing:  # the notebook's own default, the demo's, must not slip into another profile
