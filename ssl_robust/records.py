@@ -412,7 +412,7 @@ def pick_device(device: str) -> str:
         return "cpu"
     asked = CUDA not in os.environ
     why = os.environ[CUDA] = _cuda_fails() if asked else os.environ[CUDA]  # processes started from here know it, too
-    remedy = "update its driver, or install a torch for it (README, Installation)"
+    remedy = "update its driver, or use an environment whose torch fits it (docs/profiles.md)"
     if why and device == "cuda":
         raise BadInput(f"The setting device is 'cuda' but CUDA does not start here ({why}); {remedy}.")
     if why and asked:
