@@ -15,6 +15,8 @@ torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: by default GPUs woul
 
 # Tokens that fill a device; more at a time take more memory and are no faster (make bench shows it for this machine).
 TOKENS = {"cpu": 2048, "cuda": 65536}
+# Logits that take as much memory of a GPU as a token of a ViT-B does: with the 150 classes of ADE20k they are the most.
+LOGITS = 10_000
 
 
 def precision(setting: str, device: str) -> str:
@@ -61,12 +63,13 @@ class _ExplicitAttention(TorchFunctionMode):
         return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1) @ value
 
 
-def batch_for(tokens: int, device: str, setting: str | int = "auto") -> int:
-    """Images at a time: the setting, or for 'auto' as many as fill the device with their `tokens` each.
+def batch_for(tokens: int, device: str, setting: str | int = "auto", logits: int = 0) -> int:
+    """Images at a time: the setting, or for 'auto' as many as fill the device with their `tokens` and `logits` each.
 
     A rule instead of a measurement, because the rounding of results, and so the same tables for the same seed, depends
     on it; where memory lacks, `in_parts` goes below it.
     """
+    tokens += logits // LOGITS if device == "cuda" else 0
     return max(1, TOKENS[device] // tokens) if setting == "auto" else setting
 
 

@@ -81,12 +81,12 @@ def judged(name: str, model: TaskModel, adv: Tensor) -> Tensor:
 
 def at_once(model: TaskModel, test: Subset, setting: int | str, device: str) -> int:
     """Images of `test` that are attacked at a time, see compute.batch_for; no more than memory held before."""
-    size, windows = tuple(test[0][0].shape[-2:]), 1
+    size, windows, logits = tuple(test[0][0].shape[-2:]), 1, 0
     if model.task == "segmentation":
-        native = model.encoder.native
+        native, logits = model.encoder.native, len(test.classes) * math.prod(size)
         windows = math.prod(len(heads.window_starts(side, native, model.stride)) for side in size)
         size = tuple(min(side, native) for side in size)
-    many = compute.batch_for(compute.tokens_of(model.encoder.patch, size, windows), device, setting)
+    many = compute.batch_for(compute.tokens_of(model.encoder.patch, size, windows), device, setting, logits)
     return min(many, model.fits or many)
 
 

@@ -110,6 +110,9 @@ def test_a_batch_fills_the_device_unless_a_number_is_given():
     assert compute.batch_for(65, "cpu") * 65 <= compute.TOKENS["cpu"] < (compute.batch_for(65, "cpu") + 1) * 65
     assert compute.batch_for(10**9, "cpu") == 1 and compute.batch_for(65, "cpu", 7) == 7
     assert compute.batch_for(257, "cuda") > compute.batch_for(257, "cpu")
+    ade20k = 150 * 512 * 683  # logits of an image: on GPUs they take more memory than its tokens
+    assert compute.batch_for(2955, "cuda", logits=ade20k) == 7 and compute.batch_for(2955, "cuda") == 22
+    assert compute.batch_for(65, "cpu", logits=ade20k) == compute.batch_for(65, "cpu")
 
 
 MEMORY = (
