@@ -227,8 +227,8 @@ def finetune_all(settings: Settings, only: str = "") -> dict[str, Record]:
     if only and only not in [row.name for row in rows]:
         known = ", ".join(row.name for row in rows) or "none"
         raise BadInput(f"There is no encoder '{only}' with the defense deacl in the profile; choose one of: {known}.")
-    if settings.deacl is None and not all(row.deacl_checkpoint for row in rows):
-        raise BadInput("The settings have no section 'deacl'; add one (params/demo.yaml shows how).")
+    if not all(row.deacl_checkpoint for row in rows):
+        settings.section("deacl")
     runs: dict[str, Record] = {}
     before = records.read_skipped(records.skipped_path(settings.profile, "deacl")) if only else []
     lost = [entry for entry in before if entry["encoder"] != only]

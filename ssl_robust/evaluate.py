@@ -19,7 +19,7 @@ from .encoders import Encoder
 from .heads import TaskModel
 from .parts import part
 from .progress import track
-from .settings import Attack, BadInput, EncoderRow, Settings, skipping
+from .settings import Attack, EncoderRow, Settings, skipping
 from .tasks import TASKS
 
 WORST = "worst"  # the worst case of a row, see trust/worst.py
@@ -131,7 +131,7 @@ class Cell:
         model, settings, task, kind = self.model, self.settings, self.model.task, self.kind
         attack, precision = None, "fp32"
         if self.attack != "clean":
-            attack = _demand_attack(settings).model_dump()
+            attack = settings.section("attack").model_dump()
             precision = "fp32" if kind.fp32 else compute.precision(settings.precision, self.device)
         section, label = protocol.adjusted(settings, model.encoder.native).task(task), protocol.label(model.protocol)
         hashes = {
@@ -234,12 +234,6 @@ class Cell:
         return record, stats
 
 
-def _demand_attack(settings: Settings) -> Attack:
-    if settings.attack is None:
-        raise BadInput("The settings have no section 'attack'; add one (params/demo.yaml shows how).")
-    return settings.attack
-
-
 def checks_place(profile: str, about: dict[str, Any], suffix: str = ".json") -> Path:
     """Where the sanity checks of a row are stored, or the statistics of their images."""
     name = "__".join(about[key] for key in PLACE)
@@ -295,7 +289,7 @@ def cells(task: str, settings: Settings) -> Iterator[Cell]:
     last cell results/<profile> shows these cells and no others; what is taken out of it stays stored. With missing:
     skip, rows whose data, weights or DeACL are missing are left out, see records.read_skipped; else BadInput.
     """
-    _demand_attack(settings)
+    settings.section("attack")
     records.pick_device(settings.device)
     yield from _of_seed(task, settings, settings.profile)
     for seed in settings.more_seeds:

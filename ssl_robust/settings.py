@@ -294,12 +294,16 @@ class Settings(Strict):
         place = {"profile": f"{self.profile}/seeds/{seed}", "seed": seed}
         return self.model_copy(update=place | {"data_seed": self.seed if self.data_seed is None else self.data_seed})
 
-    def task(self, name: str) -> TaskSettings:
-        """Section of the task `name`; raises BadInput if this notebook did not set it."""
-        section = getattr(self, name, None) if name in TASKS else None
-        if section is None:
+    def section(self, name: str) -> Any:
+        """The section `name`: a task's, 'attack', 'deacl' or 'sanity'; raises BadInput if it is not set."""
+        found = getattr(self, name, None)
+        if found is None:
             raise BadInput(f"The settings have no section '{name}'; add one (params/demo.yaml shows how).")
-        return section
+        return found
+
+    def task(self, name: str) -> TaskSettings:
+        """The section of a task; raises BadInput if it is not set."""
+        return self.section(name)
 
 
 @contextmanager
