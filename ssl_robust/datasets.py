@@ -32,6 +32,7 @@ MAX_DEPTH = 10.0  # metres; the depth heads predict 0.001 .. 10 m (section 4.1)
 SPLITS = ("train", "val", "test")
 SAMPLE = 2000  # images of a large subset that are read through before long work
 SHARED = 2**30  # bytes of shared memory: 8 processes hold 0.3 GB of images ahead for DeACL at 224 px, or of Cityscapes
+ENLARGED = 3 * 384 * 384  # values of an image from which resizing a tensor (0.6 ms to 518 px) is worth a process
 FLIPPED = ("classification", "depth")  # tasks whose only augmentation is a flip, left to right
 EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)  # rows and columns of the crop by Eigen et al., as fractions
 
@@ -386,8 +387,8 @@ def cramped() -> str:
 
 
 def workers(subset: Subset) -> int:
-    """Processes that read a subset's images ahead: none for a few images, for tensors or on two cores."""
-    few = len(subset) < 200 or isinstance(subset.items[0].image, Tensor)
+    """Processes that read a subset's images ahead: none for a few, for tensors that stay small, or on two cores."""
+    few = len(subset) < 200 or (isinstance(subset.items[0].image, Tensor) and subset[0][0].numel() < ENLARGED)
     return 0 if few else ahead()
 
 

@@ -547,9 +547,13 @@ def test_few_images_and_rendered_ones_are_read_in_this_process(toys, tmp_path, m
     assert (datasets.workers(toy), datasets.workers(many)) == (0, 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")  # of DeACL's processes each has its share of the cores
     assert datasets.workers(many) == 3 and not datasets.cramped()
-    small = types.SimpleNamespace(total=64 * 2**20)
+    small = [Item(str(i), toy.items[0].image, 0) for i in range(300)]  # as CIFAR-10 is, which DINOv2 sees at 518 px
+    for side, expected in ((224, 0), (518, 3)):
+        resized = datasets.transform("classification", "test", side, side)
+        assert datasets.workers(Subset("toys", "classification", small, resized)) == expected
+    container_has = types.SimpleNamespace(total=64 * 2**20)
     with monkeypatch.context() as container:
-        container.setattr(datasets.shutil, "disk_usage", lambda path: small)
+        container.setattr(datasets.shutil, "disk_usage", lambda path: container_has)
         assert datasets.workers(many) == 0
         assert re.fullmatch(r"/dev/shm has 67 MB, so no images are read ahead.*--shm-size=2g.", datasets.cramped())
     monkeypatch.setattr(datasets.os, "sched_getaffinity", lambda pid: range(2), raising=False)
