@@ -135,11 +135,12 @@ class Subset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, name: str, task: str, items: list[Item], transform: v2.Transform, seed: int = 0, root: str = ""
-    ) -> None:
+        self, name: str, task: str, items: list[Item], transform: v2.Transform, seed: int = 0, root: str = "",
+        classes: tuple[str, ...] | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.task, self.items, self.transform, self.seed = name, task, items, transform, seed
         self.ids = [item.id for item in items]
-        self.classes = class_names(name, task, root)
+        self.classes = class_names(name, task, root) if classes is None else classes
         self.view = 0
         self.flip: bool | None = False
         self.damaged: list[str] = []

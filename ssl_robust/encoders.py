@@ -141,7 +141,7 @@ def load(row: EncoderRow, data_root: str = "", weights: Path | None = None) -> E
     Raises BadInput if the model is unknown or gives no tokens, or if its weights are not to be had.
     """
     if row.call:
-        return _load_own(row)
+        return own(row, part("formats.callables").find(row))
     known, name = describe(row), row.timm or row.name
     path = weights or _file(row, known, data_root)
     if path is None:
@@ -292,10 +292,15 @@ def _measure(row: EncoderRow, backbone: nn.Module) -> tuple[int, int]:
     return patch, patches.shape[1]
 
 
-def _load_own(row: EncoderRow) -> Encoder:
-    """The encoder that the row's `call` names; its patch and D are found by one forward pass at the native size."""
+def own(row: EncoderRow, backbone: nn.Module) -> Encoder:
+    """The encoder of a callable, as formats.callables finds it, or of a module: normalised images -> (cls, patches).
+
+    Its patch and D are found by one forward pass at the native size; BadInput if it is no encoder.
+    """
     callables, native = part("formats.callables"), row.native or 224
-    own, (mean, std) = callables.find(row), _known.normalisation(row, Known("", native, *_known.NORMALISE["none"]))
-    encoder = Encoder(own, row.name, native, mean, std, 1, 1, f"callable {row.call}")
-    encoder.patch, encoder.dim = callables.measure(row, own, encoder.mean, encoder.std, native)
+    if not isinstance(backbone, callables.Own):
+        backbone = callables.Own(backbone.eval(), row.call, [])
+    mean, std = _known.normalisation(row, Known("", native, *_known.NORMALISE["none"]))
+    encoder = Encoder(backbone, row.name, native, mean, std, 1, 1, f"callable {row.call}")
+    encoder.patch, encoder.dim = callables.measure(row, backbone, encoder.mean, encoder.std, native)
     return encoder

@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +24,7 @@ class Own(nn.Module):
     """A callable in the place of a timm model. The modules that it is or uses are part of it: frozen, moved, hashed."""
 
     own = True  # which encoders ask
-    computes = ""  # what it gives, as identity says; measure finds it
+    answers: tuple[str, tuple[Tensor, ...]]  # its name, and tokens that it gave; see measure
 
     def __init__(self, function: Callable[..., tuple[Tensor, Tensor]], call: str, uses: list[nn.Module]) -> None:
         super().__init__()
@@ -41,6 +42,11 @@ class Own(nn.Module):
             said = f"{' and '.join(map(str, shapes))} for images {tuple(x.shape)}"
             raise BadInput(f"{self.call} must give cls and patches of shapes {wanted} but gives {said}; correct it.")
         return tuple(given)
+
+    @cached_property
+    def computes(self) -> str:
+        """What it gives, as identity says."""
+        return identity(*self.answers)
 
 
 def find(row: EncoderRow) -> Own:
@@ -118,7 +124,7 @@ def measure(row: EncoderRow, own: Own, mean: Tensor, std: Tensor, native: int) -
         if not fine:
             raise BadInput(f"{who}{row.call} {problem}.")
     patch = native // down
-    own.computes = identity(row.name, (*given, *_elsewhere(own, native + patch, native + 2 * patch)))
+    own.answers = row.name, tuple(t.detach() for t in (*given, *_elsewhere(own, native + patch, native + 2 * patch)))
     return patch, given[1].shape[1]
 
 
