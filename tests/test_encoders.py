@@ -579,14 +579,15 @@ def test_a_callable_has_no_random_version():
         encoders.random_init(EncoderRow(name="mine", call="my_encoder:encode"))
 
 
-def test_the_example_callable_sees_colours_and_slopes():
+def test_the_example_callable_sees_colours_slopes_and_places():
     row = EncoderRow(name="mine", call="my_encoder:encode", native=64)
     encoder = encoders.load(row)
-    assert (encoder.native, encoder.patch, encoder.dim) == (64, 8, 14)
+    assert (encoder.native, encoder.patch, encoder.dim) == (64, 8, 114)
     ramp = torch.linspace(0, 1, 64).expand(1, 3, 64, 64)  # brighter to the right
     cls, patches = encoder(ramp)
-    right, down = patches[0, 6, 3, 3], patches[0, 7, 3, 3]
-    assert right > 0.1 and abs(float(down)) < 1e-5  # 8 times the slope a pixel
+    right, down = patches[0, 51, 3, 3], patches[0, 52, 3, 3]
+    assert right > 0.1 and down < 0.011  # 8 times the slope a pixel; the root of 1e-4
+    assert torch.equal(patches[0, 110, :, 5], torch.linspace(-1, 1, 8))  # from the upper row to the lower one
     assert torch.allclose(patches[0, 0, 0], ramp[0, 0, 0].unflatten(0, (8, 8)).mean(1), atol=1e-5)
-    assert torch.allclose(cls, patches.mean((2, 3)))
+    assert torch.allclose(cls, patches.amax((2, 3)) - patches.mean((2, 3)))
     assert records.ROOT.joinpath("notebooks/my_encoder.py").is_file()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_robust import attack, attacks, fit_head, load_encoder, metrics, score
-from ssl_robust.settings import Attack, BadInput
+from ssl_robust import attack, attacks, encoders, fit_head, load_encoder, metrics, score
+from ssl_robust.embedded import scenes
+from ssl_robust.settings import Attack, BadInput, EncoderRow
 from ssl_robust.tasks import TASKS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -98,3 +99,14 @@ def test_the_script_in_the_readme_runs(capsys, root):
     exec(compile(script, str(README), "exec"), found := {})  # noqa: S102
     assert found["adversarial"].shape == (8, 3, 64, 64)
     assert re.findall(r"(\w+): accuracy \d\.\d\d ± \d\.\d\d", capsys.readouterr().out) == ["clean", "embed", "task"]
+
+
+@pytest.mark.parametrize(
+    ("task", "field"), [("classification", "labels"), ("segmentation", "masks"), ("depth", "depths")]
+)
+def test_the_example_of_an_own_encoder_is_worth_looking_at(task, field):
+    """On scenes it is clearly better than a constant prediction, in every table."""
+    train, test = scenes.render(range(250), "train", 64), scenes.render(range(60), "test", 64)
+    example = encoders.load(EncoderRow(name="filters", call="my_encoder:encode", native=64))
+    found = score(fit_head(example, (train.images, getattr(train, field)), task), (test.images, getattr(test, field)))
+    assert TASKS[task].sign * (found["value"] - found["chance"]) > 3 * found["se"]
