@@ -106,7 +106,7 @@ def test_the_script_in_the_readme_runs(capsys, root):
 )
 def test_the_example_of_an_own_encoder_is_worth_looking_at(task, field):
     """On scenes it is clearly better than a constant prediction, in every table."""
-    train, test = scenes.render(range(250), "train", 64), scenes.render(range(60), "test", 64)
+    train, test = scenes.render(range(150), "train", 64), scenes.render(range(40), "test", 64)
     example = encoders.load(EncoderRow(name="filters", call="my_encoder:encode", native=64))
     found = score(fit_head(example, (train.images, getattr(train, field)), task), (test.images, getattr(test, field)))
     assert TASKS[task].sign * (found["value"] - found["chance"]) > 3 * found["se"]
