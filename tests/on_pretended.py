@@ -250,21 +250,23 @@ def _checked() -> object:
 
 
 BREAKS = {
-    "the start stays on the CPU": (attacks, "random_start", ".to(x)", "", _cell("classification")),
+    "the start stays on the CPU": (
+        attacks, "random_start", "noise.to(x, non_blocking=True)", "noise", _cell("classification"),
+    ),
     "the start is drawn on the device": (
-        attacks, "random_start", "x.shape[1:], ", "x.shape[1:], device=x.device, ", _cell("depth"),
+        attacks, "random_start", "pin_memory=x.is_cuda", "device=x.device", _cell("depth"),
     ),
     "PGD counts its images on the CPU": (attacks, "pgd", ", device=x.device", "", _cell("classification")),
-    "targets stay on the CPU": (evaluate, "evaluate", "target.to(device)", "target", _cell("segmentation")),
-    "images stay on the CPU": (evaluate, "evaluate", "x.to(device)", "x", _cell("depth", "embed")),
+    "targets stay on the CPU": (datasets, "_stack", "targets.to(device)", "targets", _cell("segmentation")),
+    "images stay on the CPU": (evaluate, "evaluate", "(test, size, device)", "(test, size)", _cell("depth", "embed")),
     "statistics stay on the device": (metrics, "depth_statistics", ".cpu()", "", _cell("depth", "clean")),
     "interpolation is made on the CPU": (heads, "upsample", ", device=x.device", "", _cell("segmentation", "sea")),
-    "tokens of heads": (training, "encoded", "images[rows].to(device)", "images[rows]", _head),
+    "tokens of heads": (training, "encoded", "(subset, batch, device)", "(subset, batch)", _head),
     "targets of heads": (training, "_kept", "column.to(device)", "column", _head),
-    "DeACL's images": (deacl, "_shared", "images.to(accelerator.device, non_blocking=True)", "images", _tuned),
+    "DeACL's images": (deacl, "_shared", "(images, accelerator.device)", "(images, 'cpu')", _tuned),
     "DeACL's sum": (deacl, "robustness", ", device=run.accelerator.device", "", _tuned),
     "the hash of weights": (records, "state_hash", ".detach().cpu()", ".detach()", _cell("depth")),
-    "the images of checks": (sanity, "bench", "x.to(device)", "x", _checked),
+    "the images of checks": (sanity, "bench", "len(few), device)", "len(few))", _checked),
 }  # fmt: skip
 
 
