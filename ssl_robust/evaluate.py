@@ -81,13 +81,18 @@ def judged(name: str, model: TaskModel, adv: Tensor) -> Tensor:
 
 def at_once(model: TaskModel, test: Subset, setting: int | str, device: str) -> int:
     """Images of `test` that are attacked at a time, see compute.batch_for; no more than memory held before."""
-    size, windows, logits = tuple(test[0][0].shape[-2:]), 1, 0
+    many = batch_of(model, tuple(test[0][0].shape[-2:]), len(test.classes), setting, device)
+    return min(many, model.fits or many)
+
+
+def batch_of(model: TaskModel, size: tuple[int, int], classes: int, setting: int | str, device: str) -> int:
+    """Images of `size` (H, W) that are attacked at a time where memory suffices."""
+    windows, logits = 1, 0
     if model.task == "segmentation":
-        native, logits = model.encoder.native, len(test.classes) * math.prod(size)
+        native, logits = model.encoder.native, classes * math.prod(size)
         windows = math.prod(len(heads.window_starts(side, native, model.stride)) for side in size)
         size = tuple(min(side, native) for side in size)
-    many = compute.batch_for(compute.tokens_of(model.encoder.patch, size, windows), device, setting, logits)
-    return min(many, model.fits or many)
+    return compute.batch_for(compute.tokens_of(model.encoder.patch, size, windows), device, setting, logits)
 
 
 def reduction(model: TaskModel, test: Subset) -> metrics.Reduction:

@@ -87,6 +87,7 @@ class Dataset:
     classes: dict[str, tuple[str, ...]] | Callable[[Path, str], tuple[str, ...]]  # of a task
     own_val: bool = False
     counts: dict[str, tuple[int, ...]] = field(default_factory=dict)  # split -> official numbers of images
+    many: int = 0  # classes, where their names stand in its files
     shape: tuple[int, int] = (375, 500)  # (H, W) of its images, as far as one is typical
     gigabytes: float = 0  # on disk, unpacked
     archives: tuple[Archive, ...] = ()  # what is fetched; none if it must be obtained by hand

@@ -271,8 +271,8 @@ def test_keep_takes_nothing_that_differs_in_more_than_a_version(made, monkeypatc
 def test_what_is_there_needs_no_room_on_the_disk(made, monkeypatch):
     disk = namedtuple("disk", "total used free")
     free = {"bytes": 11e6}
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: disk(0, 0, free["bytes"]))
-    monkeypatch.setattr(plan, "_bytes", lambda module: 20e6 * isinstance(module, encoders.Encoder))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: disk(1e12, 0, free["bytes"]))
+    monkeypatch.setattr(plan, "bytes_of", lambda module: 20e6 * isinstance(module, encoders.Encoder))
     assert plan._disk_problems(_settings()) == []  # everything is there
     for run_ in (records.runs_dir("toy") / "deacl" / "planted").iterdir():
         (run_ / "deacl.json").unlink()

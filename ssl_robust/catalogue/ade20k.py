@@ -30,7 +30,7 @@ def _ade20k_classes(root: Path, task: str) -> tuple[str, ...]:
 DATASETS = {
     "ade20k": Dataset(
         ("segmentation", "deacl"), "ADEChallengeData2016/{images,annotations}/{training,validation}", _ade20k,
-        _ade20k_classes, counts={"train": (20_210,), "test": (2_000,)}, shape=(512, 683), gigabytes=1.2,
+        _ade20k_classes, counts={"train": (20_210,), "test": (2_000,)}, many=150, shape=(512, 683), gigabytes=1.2,
         archives=(Archive(
             "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip", "ADEChallengeData2016",
             967_000_000, "sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7",

@@ -106,7 +106,8 @@ def _classes(name: str, root: Path, task: str) -> tuple[str, ...]:
 DATASETS = {
     name: Dataset(
         ("classification", "deacl"), f"{archive.place} (or {name}/{{train,test}}/CLASS/*.png)", partial(_items, name),
-        partial(_classes, name), counts={"train": (50_000,), "test": (10_000,)}, shape=(32, 32), gigabytes=0.2,
+        partial(_classes, name), counts={"train": (50_000,), "test": (10_000,)}, many=int(name[5:]), shape=(32, 32),
+        gigabytes=0.2,
         archives=(archive,), md5={f"{archive.place}/{file}": md5 for file, md5 in files.items()},
     )
     for name, (archive, _, files) in CIFAR.items()

@@ -76,7 +76,8 @@ def _tiny_classes(root: Path, task: str) -> tuple[str, ...]:
 DATASETS = {
     "tiny_imagenet": Dataset(
         ("classification", "deacl"), "tiny-imagenet-200/{train,val,wnids.txt,words.txt}, unpacked or as zip archives",
-        _tiny_imagenet, _tiny_classes, counts={"train": (100_000,), "test": (10_000,)}, shape=(64, 64), gigabytes=0.3,
+        _tiny_imagenet, _tiny_classes, counts={"train": (100_000,), "test": (10_000,)}, many=200, shape=(64, 64),
+        gigabytes=0.3,
         archives=(Archive(  # read as it is
             "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "tiny-imagenet-200/tiny-imagenet-200.zip", 248_100_043,
             "md5:90528d7ca1a48142e341f4ef8d21d0de",

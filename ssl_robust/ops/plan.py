@@ -1,7 +1,8 @@
 """What a profile will do before it does it: rows, FLOPs, time, disk, and what is missing.
 
-FLOPs are counted, one image through one step of each row on torch's meta device, which computes shapes only. Their rate
-is measured on this machine by such steps; those of GPUs that one does not have are data-sheet numbers, see ASSUMED.
+FLOPs are counted, one image through one step of each row on torch's meta device, which computes shapes only (of a
+callable, really). Their rate is measured on this machine by such steps; those of GPUs that one does not have are
+data-sheet numbers, see ASSUMED.
 """
 
 import math
@@ -40,7 +41,8 @@ ASSUMED = {"H100": (297.0, 33.5), "RTX 4090": (49.5, 41.3), "L4": (36.3, 15.2)}
 PATIENCE = 3.0  # seconds for the hub to answer
 OWN = 20  # classes of a folder whose own are not known yet
 PHOTOGRAPH = (375, 500)  # height and width of one whose data set is not known
-Rate = Callable[[str, str], float]  # (task or 'deacl', 'attack' or 'head') -> FLOPs a second
+Price = dict[tuple[str, str], float]  # FLOPs by the rate that they have: (task or 'deacl', 'attack' or 'head')
+Rate = Callable[[str, str], float]  # of these two -> FLOPs a second
 
 
 # --- one image through one step ---
@@ -54,14 +56,16 @@ class Step(NamedTuple):
 
 
 @cache
-def _architecture(name: str, model: str, native: int | None) -> encoders.Encoder:
+def _architecture(name: str, model: str, call: str, native: int | None) -> encoders.Encoder:
+    if call:
+        return encoders.load(EncoderRow(name=name, call=call, native=native))
     with torch.device("meta"):
         return encoders.random_init(EncoderRow(name=name, timm=model, native=native))
 
 
 def meta(row: EncoderRow) -> encoders.Encoder:
-    """The encoder of a row as shapes without numbers; one of the user's own counts as a ViT-B/16."""
-    return _architecture(row.name, "vit_base_patch16_224" if row.call else row.timm, row.native)
+    """The encoder of a row as shapes without numbers; a callable itself. BadInput if there is none."""
+    return _architecture(row.name, row.timm, row.call, row.native)
 
 
 def _counted(loss: Callable[[], Tensor]) -> Step:
@@ -76,7 +80,7 @@ def _counted(loss: Callable[[], Tensor]) -> Step:
 @cache
 def attack_step(encoder: encoders.Encoder, task: str, size: tuple[int, int], classes: int, stride: float) -> Step:
     """One image of `size` (H, W) through a step of the task's own attack; the forward pass is a prediction."""
-    with torch.device("meta"):
+    with encoder.mean.device:
         model = heads.TaskModel(task, encoder, heads.HEADS[task](encoder.dim, classes), stride)
         x = torch.zeros(1, 3, *size, requires_grad=True)
     return _counted(lambda: model(x).sum())
@@ -85,7 +89,7 @@ def attack_step(encoder: encoders.Encoder, task: str, size: tuple[int, int], cla
 @cache
 def head_step(encoder: encoders.Encoder, task: str, size: tuple[int, int], classes: int) -> Step:
     """One training step of a head on the tokens of one image; the loss itself costs next to nothing."""
-    with torch.device("meta"):
+    with encoder.mean.device:
         head, grid = heads.HEADS[task](encoder.dim, classes), [-(-side // encoder.patch) for side in size]
         cls, patches = torch.zeros(1, encoder.dim), torch.zeros(1, encoder.dim, *grid)
     return _counted(lambda: heads.predict(head.eval(), encoder, cls, patches, size).sum())
@@ -137,9 +141,11 @@ class Place:
     def __init__(self, task: str, name: str, row: EncoderRow, settings: Settings) -> None:
         self.task, self.name, self.encoder = task, name, meta(row)
         self.section = protocol.adjusted(settings, self.encoder.native).task(task)
-        self.counts, self.classes = counts(task, name, settings), OWN
-        with suppress(BadInput):
+        self.counts = counts(task, name, settings)
+        try:
             self.classes = len(datasets.class_names(name, task, settings.data_root))
+        except BadInput:  # it is not here
+            self.classes = (name in datasets.DATASETS and datasets.DATASETS[name].many) or OWN
 
     def size(self, split: str) -> tuple[int, int]:
         """(H, W) of an image of 'train' or 'test' as the encoder gets it; see datasets.transform."""
@@ -154,10 +160,13 @@ class Place:
         goal = {"native": native, "original": max(small, native)}.get(size, size)
         return round(height * goal / small), round(width * goal / small)
 
+    @property
+    def stride(self) -> float:
+        return getattr(self.section, "stride", 1.0)
+
     def attack(self) -> Step:
         """One test image in one step of an attack."""
-        stride = getattr(self.section, "stride", 1.0)
-        return attack_step(self.encoder, self.task, self.size("test"), self.classes, stride)
+        return attack_step(self.encoder, self.task, self.size("test"), self.classes, self.stride)
 
     def training(self) -> tuple[float, float]:
         """FLOPs of encoding the images of a head, once a copy if tokens fit in memory, else in every epoch; and of its
@@ -214,8 +223,8 @@ def place_of(job: Job, settings: Settings) -> Place:
     return Place(task, job.get("dataset", settings.task(task).datasets[0]), _row(job, settings), settings)
 
 
-def price(job: Job, settings: Settings) -> dict[tuple[str, str], float]:
-    """FLOPs of a job by the rate that they have: (task or 'deacl', 'attack' or 'head')."""
+def price(job: Job, settings: Settings) -> Price:
+    """What a job costs."""
     step = job["step"]
     if step == "deacl":
         cfg, (attack, train) = settings.deacl, tuning_step(meta(_row(job, settings)))
@@ -240,25 +249,26 @@ def price(job: Job, settings: Settings) -> dict[tuple[str, str], float]:
     return {(place.task, "attack"): test * (one.forward + (kind != "clean") * (steps * one.whole + one.forward))}
 
 
-def flops(jobs: list[Job], settings: Settings) -> float:
-    """FLOPs of these jobs."""
-    return sum(sum(price(job, settings).values()) for job in jobs)
+def flops(prices: list[Price]) -> float:
+    """FLOPs of jobs."""
+    return sum(sum(each.values()) for each in prices)
 
 
-def seconds(jobs: list[Job], rate: Rate, settings: Settings) -> float:
-    """Expected seconds of these jobs."""
-    return sum(cost / rate(*what) for job in jobs for what, cost in price(job, settings).items())
+def seconds(prices: list[Price], rate: Rate) -> float:
+    """Expected seconds of jobs."""
+    return sum(cost / rate(*what) for each in prices for what, cost in each.items())
 
 
 def notebooks(stages: list[str], settings: Settings) -> float:
-    """Seconds of these notebooks besides their jobs: 00_data reads every image once, and renders the scenes."""
+    """Seconds of these notebooks besides their jobs: 00_data looks through the images, and renders the scenes."""
     fixed = START * len(stages) + DRAW * ("06_figures" in stages)
     if "00_data" not in stages:
         return fixed
     used = [(name, counts(task, name, settings)) for task, name in datasets.wanted(settings)]
     scenes = [n for name, n in used if name == "scenes"]  # which tasks share
     rendered = sum(map(max, zip(*scenes, strict=True))) / SCENES_PER_SECOND if scenes else 0.0
-    return fixed + rendered + sum(READ * sum(n) * math.prod(_shape(name)) for name, n in used)
+    looked_at = [(name, sum(len(datasets.spread(range(int(k)))) for k in n)) for name, n in used]
+    return fixed + rendered + sum(READ * n * math.prod(_shape(name)) for name, n in looked_at)
 
 
 def assumed(gpu: str) -> Rate:
@@ -271,17 +281,16 @@ def here(settings: Settings) -> Rate:
     """The rates of this machine: an attack step and a head step of the first encoder, timed when they are asked for."""
     # a GPU that is asked for and not there is said by `problems`
     row, device = settings.encoders[0], records.pick_device("cpu" if settings.device == "cpu" else "auto")
-    given = EncoderRow(name="like_it", timm="vit_base_patch16_224") if row.call else row
     precision = compute.precision(settings.precision, device)
 
     @cache
     def rate(task: str, what: str) -> float:
         task = "classification" if task == "deacl" else task
-        encoder, stride = encoders.random_init(given).to(device), 1.0
+        encoder, stride = (encoders.load if row.call else encoders.random_init)(row).to(device), 1.0
         size = (encoder.native, encoder.native)
         if getattr(settings, task):
             place = Place(task, settings.task(task).datasets[0], row, settings)
-            size, stride = place.size("test"), getattr(place.section, "stride", 1.0)
+            size, stride = place.size("test"), place.stride
         head = heads.HEADS[task](encoder.dim, OWN).to(device)
         if what == "head":
             with torch.no_grad():
@@ -315,7 +324,7 @@ def _timed(step: Callable[[], None], device: str) -> float:
 
 def remaining(settings: Settings, jobs: list[Job], stages: list[str]) -> float:
     """Expected seconds on this machine for these jobs and for running the notebooks of these stages."""
-    return seconds(jobs, here(settings), settings) + notebooks(stages, settings)
+    return seconds([price(job, settings) for job in jobs], here(settings)) + notebooks(stages, settings)
 
 
 # --- the plan in words ---
@@ -323,10 +332,14 @@ def remaining(settings: Settings, jobs: list[Job], stages: list[str]) -> float:
 
 def text(settings: Settings, missing: list[str]) -> str:
     """The whole plan in words; `missing`: sentences that say what is wrong or not there."""
-    parts = [f"Plan of profile {settings.profile}; nothing is run.", _rows_text(settings), _stage_text(settings)]
+    from . import memory  # here, as it stands above this module
+
+    work = [(job, price(job, settings)) for job in jobs_of(settings)]
+    parts = [f"Plan of profile {settings.profile}; nothing is run.", _rows_text(settings, work)]
+    parts += [_stage_text(settings, work), memory.text(settings)]
     names = {name for _, name in datasets.wanted(settings)}
-    public = sum(_bytes(meta(row)) for row in fetched(settings))
-    made = sum(_written(job, settings) for job in jobs_of(settings))
+    public = sum(bytes_of(meta(row)) for row in fetched(settings))
+    made = sum(_written(job, settings) for job, _ in work)
     stored = records.size(sum(data.bytes_of(name, settings) for name in names))
     parts.append(f"Disk: {stored} of data sets, {records.size(public + made)} of weights, heads and checkpoints.")
     parts.append("Missing:\n" + "\n".join(f"- {m}" for m in missing) if missing else "Nothing is missing.")
@@ -352,14 +365,15 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
-def _rows_text(settings: Settings) -> str:
+def _rows_text(settings: Settings, work: list[tuple[Job, Price]]) -> str:
     """The rows of the tables with their attacks, images and FLOPs, and DeACL."""
     rows = [["task", "data set", "encoder", "defense", "attacks", "images", "px", "PFLOP"]]
-    mine: dict[tuple[str, ...], list[Job]] = {}
-    for job in jobs_of(settings):
-        mine.setdefault(tuple(job.get(name, "") for name in ("task", "dataset", "encoder", "defense")), []).append(job)
-    for place, jobs in mine.items():
-        cost = _number(flops(jobs, settings) / 1e15)
+    mine: dict[tuple[str, ...], list[tuple[Job, Price]]] = {}
+    for job, cost in work:
+        place = tuple(job.get(name, "") for name in ("task", "dataset", "encoder", "defense"))
+        mine.setdefault(place, []).append((job, cost))
+    for place, row in mine.items():
+        jobs, cost = [job for job, _ in row], _number(flops([each for _, each in row]) / 1e15)
         if jobs[0]["step"] == "deacl":
             images = str(counts("deacl", settings.deacl.dataset, settings)[0])
             rows.append(["DeACL", settings.deacl.dataset, place[2], "", "", images, "", cost])
@@ -370,50 +384,48 @@ def _rows_text(settings: Settings) -> str:
     return _columns(rows)
 
 
-def _stage_text(settings: Settings) -> str:
+def _stage_text(settings: Settings, work: list[tuple[Job, Price]]) -> str:
     """Expected time of each stage here and on some GPUs, and the measured one if the stage has been run."""
     from . import stages  # here, as it stands above this module
 
     rates = {"here": here(settings), **{f"{gpu} (assumed)": assumed(gpu) for gpu in ASSUMED}}
-    rows, jobs = [["stage", "PFLOP", *rates, "measured here"]], jobs_of(settings)
+    rows = [["stage", "PFLOP", *rates, "measured here"]]
     for stage in (*STAGES, "total"):
-        mine = [job for job in jobs if stage in (stages.stage_of(job), "total")]
+        mine = [cost for job, cost in work if stage in (stages.stage_of(job), "total")]
         fixed = notebooks([*STAGES] if stage == "total" else [stage], settings)
-        times = [duration(seconds(mine, rate, settings) + fixed) for rate in rates.values()]
+        times = [duration(seconds(mine, rate) + fixed) for rate in rates.values()]
         path = records.runs_dir(settings.profile) / f"{stage}.time.json"
         measured = duration(records.read_json(path)["seconds"]) if path.is_file() else ""
-        rows.append([stage, _number(flops(mine, settings) / 1e15), *times, measured])
+        rows.append([stage, _number(flops(mine) / 1e15), *times, measured])
     return _columns(rows)
 
 
 # --- disk ---
 
 
-def _bytes(module: torch.nn.Module) -> int:
+def bytes_of(module: torch.nn.Module) -> int:
+    """Bytes of its weights."""
     return sum(p.nbytes for p in module.parameters())
 
 
 def _written(job: Job, settings: Settings) -> float:
     """Bytes that a job leaves in runs/, and of DeACL's state while a new one is written beside the old one."""
     if job["step"] == "deacl":
-        return (len(deacl.kept(settings.deacl)) + 4) * _bytes(meta(_row(job, settings)))
+        return (len(deacl.kept(settings.deacl)) + 4) * bytes_of(meta(_row(job, settings)))
     if job["step"] != "head":
         return 0.0
     place = place_of(job, settings)
     with torch.device("meta"):
-        return _bytes(heads.HEADS[place.task](place.encoder.dim, place.classes))
+        return bytes_of(heads.HEADS[place.task](place.encoder.dim, place.classes))
 
 
 def _disk_problems(settings: Settings) -> list[str]:
     """What does not fit on the disk, of that which is still to be written: what is there already needs no more room."""
-    free, jobs, found = shutil.disk_usage(records.ROOT).free, [], None
+    free = shutil.disk_usage(records.ROOT).free
     with suppress(BadInput):  # an unknown encoder, which encoders.check has named
-        jobs = jobs_of(settings)
-        if sum(_written(job, settings) for job in jobs) > free:
-            found = looked_for(settings)
-    absent = jobs if found is None else [w.job for w in found if not w.there]
-    with suppress(BadInput):
-        need = sum(_written(job, settings) for job in absent)
+        need = sum(_written(job, settings) for job in jobs_of(settings))
+        if need > free and (found := looked_for(settings)) is not None:
+            need = sum(_written(w.job, settings) for w in found if not w.there)
         if need > free:
             return [f"The disk of {records.ROOT} has {records.size(free)} free but weights and checkpoints still need "
                     f"about {records.size(need)}; free some space."]  # fmt: skip
@@ -433,6 +445,7 @@ def problems(settings: Settings) -> tuple[list[str], list[str]]:
     stop, warn = ([], absent) if settings.missing == "skip" else (absent, [])
     wrong, remarks = data.look(settings)
     stop, warn = stop + [w for w in wrong if w not in absent], warn + remarks + data.shortages(settings)
+    warn += [cramped] if (cramped := datasets.cramped()) else []
     tasks = [task for task in TASKS if getattr(settings, task)]
     for look in (*(lambda task=task: attacks.kinds(task, settings) for task in tasks),
                  lambda: records.pick_device(settings.device)):  # fmt: skip
