@@ -38,6 +38,7 @@ TAKEN = {"standard": 0.15, "deacl": 0.45}  # share of its steps until PGD on cla
 STRONG = 5  # times the steps of the profile's attack, and so many losses at most
 # TFLOP/s of attack steps and of heads: 30 % of the data sheet's bf16 and 50 % of its fp32; assumed, not measured
 ASSUMED = {"H100": (297.0, 33.5), "RTX 4090": (49.5, 41.3), "L4": (36.3, 15.2)}
+SLOW = 4e11  # FLOPs of a dense image's step from which a CPU is timed on images of the native size instead
 PATIENCE = 3.0  # seconds for the hub to answer
 OWN = 20  # classes of a folder whose own are not known yet
 PHOTOGRAPH = (375, 500)  # height and width of one whose data set is not known
@@ -293,11 +294,13 @@ def here(settings: Settings) -> Rate:
             size, stride = place.size("test"), place.stride
         head = heads.HEADS[task](encoder.dim, OWN).to(device)
         if what == "head":
-            with torch.no_grad():
-                cls, patches = encoder(torch.rand(8, 3, *size, device=device))
+            grid = [-(-side // encoder.patch) for side in size]
+            cls, patches = (torch.rand(8, encoder.dim, *more, device=device) for more in ((), grid))
             spent = _timed(lambda: heads.predict(head, encoder, cls, patches, size).sum().backward(), device)
             return 8 * head_step(meta(row), task, size, OWN).whole / spent
         model, one = heads.TaskModel(task, encoder, head, stride), attack_step(meta(row), task, size, OWN, stride).whole
+        if device == "cpu" and one > SLOW and task != "classification":
+            return rate("classification", what)
         batch = int(max(1, min(16, 4e10 // one))) if device == "cpu" else 32
         x = torch.rand(batch, 3, *size, device=device, requires_grad=True)
 
