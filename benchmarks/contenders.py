@@ -13,10 +13,12 @@ import gc
 import importlib
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ import pandas as pd
 import psutil
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,6 +66,7 @@ class Case(NamedTuple):
     name: str
     model: TaskModel
     x: Tensor  # (n, 3, size, size) in [0,1]
+    start: Tensor  # of EmbedAttack, drawn once: the noise comes from the CPU, which must not be timed
     label: Tensor  # (n,) the clean prediction, so that accuracy starts at 1
     ids: list[str]
     attack: Attack
@@ -101,7 +105,8 @@ def case(settings: Settings, bench: Bench, name: str) -> Case:
     with torch.no_grad():
         label = model(x).argmax(1)
     precision = compute.precision(settings.precision, device)
-    return Case(name, model, x, label, ids, ball, batch, settings.seed, precision)
+    start = attacks.random_start(x, ball.eps, ids, settings.seed)
+    return Case(name, model, x, start, label, ids, ball, batch, settings.seed, precision)
 
 
 def _encoder(settings: Settings, bench: Bench, name: str) -> Encoder:
@@ -236,10 +241,20 @@ def _library(name: str) -> ModuleType:
         ) from None
 
 
-def contenders(precision: str) -> dict[str, Contender]:
+def fused(model: TaskModel, x: Tensor, label: Tensor | None, start: Tensor, attack: Attack) -> Tensor:
+    """`ours` in bf16 with torch's fused attention on the CPU, too, which the package computes as matrix products."""
+    explicit, compute.ExplicitAttention = compute.ExplicitAttention, nullcontext
+    try:
+        return ours(model, x, label, start, attack, "bf16")
+    finally:
+        compute.ExplicitAttention = explicit
+
+
+def contenders(precision: str, device: str = "cpu") -> dict[str, Contender]:
     """All contenders of PGD by name; `precision`: what `ours` computes its steps in."""
     return {
         "ours": partial(ours, precision=precision),
+        **({"ours, fused attention": fused} if (precision, device) == ("bf16", "cpu") else {}),
         "ours fp32": ours,
         "torchattacks": torchattacks_pgd,
         "foolbox": foolbox_pgd,
@@ -247,9 +262,9 @@ def contenders(precision: str) -> dict[str, Contender]:
     }
 
 
-def able(kind: str, precision: str) -> dict[str, Contender]:
+def able(kind: str, precision: str, device: str = "cpu") -> dict[str, Contender]:
     """The contenders that have the loss of the attack `kind`, 'task' or 'embed'."""
-    everyone = contenders(precision)
+    everyone = contenders(precision, device)
     return everyone if kind == "task" else {n: f for n, f in everyone.items() if n not in ("torchattacks", "foolbox")}
 
 
@@ -374,7 +389,7 @@ def _start(case: Case, kind: str) -> Tensor:
 
     EmbedAttack starts inside the ball: at x its distance is 0 and has no direction.
     """
-    return case.x if kind == "task" else attacks.random_start(case.x, case.attack.eps, case.ids, case.seed)
+    return case.x if kind == "task" else case.start
 
 
 def attack_case(
@@ -422,13 +437,28 @@ def run(settings: Settings, bench: Bench) -> pd.DataFrame:
     work, rows, cases = [(name, kind) for name in bench.encoders for kind in ATTACK], [], {}
     for name, kind in track(work, desc="contenders"):
         cases = cases if name in cases else {name: case(settings, bench, name)}
-        rows += compare(cases[name], kind, bench.repeats)
+        while not (found := _fitting(cases[name], kind, bench.repeats)):
+            fewer = cases[name].batch // 2
+            print(f"{name}: memory lacks for {2 * fewer} images at a time; {fewer} are timed (--images)", flush=True)
+            cases = {name: case(settings, bench._replace(images=fewer), name)}
+        rows += found
     return pd.DataFrame(rows)
+
+
+def _fitting(case: Case, kind: str, repeats: int) -> list[Row]:
+    """The rows of `compare`; none if memory lacks for the case, and would suffice for fewer images."""
+    try:
+        return compare(case, kind, repeats)
+    except RuntimeError as error:
+        if case.batch == 1 or not compute.memory_lacks(error):
+            raise
+    clear_device_cache(garbage_collection=True)
+    return []
 
 
 def compare(case: Case, kind: str, repeats: int) -> list[Row]:
     """The rows of one encoder and attack, 'task' or 'embed'."""
-    everyone = able(kind, case.precision)
+    everyone = able(kind, case.precision, case.device)
     images, memory = {}, {}
     for name, contender in everyone.items():  # also the round that is dropped
         attack_case(case, contender, kind, slice(0, 1), 1)  # a first call keeps buffers, which are not its need
@@ -436,7 +466,7 @@ def compare(case: Case, kind: str, repeats: int) -> list[Row]:
             lambda f=contender, n=name: images.update({n: attack_case(case, f, kind)}), case.device
         )
     against = "torchattacks" if kind == "task" else "plain loop"
-    precisions = {name: case.precision if name == "ours" else "fp32" for name in everyone}
+    precisions = {name: case.precision if name in ("ours", "ours, fused attention") else "fp32" for name in everyone}
     ceilings = {p: products(case, p) for p in set(precisions.values())}
     for piece, _ in ceilings.values():
         piece()
@@ -452,7 +482,7 @@ def compare(case: Case, kind: str, repeats: int) -> list[Row]:
                 "attack": ATTACK[kind], "contender": name, "precision": precision,
                 "speed": rates[name].mean(), "speed_sd": rates[name].std(), "against": against,
                 **paired(rates, name, against), "memory_mb": memory[name], "gflop": cost / 1e9,
-                "ceiling_gflops": ceiling.mean() / 1e9, "ceiling_share": (rates[name] * cost / ceiling).mean(),
+                "ceiling_tflops": ceiling.mean() / 1e12, "ceiling_share": (rates[name] * cost / ceiling).mean(),
                 **strength(case, images[name], kind, images[against]), "seconds": times[name].tolist(),
             }
         )  # fmt: skip
@@ -462,12 +492,23 @@ def compare(case: Case, kind: str, repeats: int) -> list[Row]:
 def _about(case: Case) -> Row:
     return {
         "encoder": case.name, "weights": case.model.encoder.origin, "device": case.device, "size": case.size,
-        "images": len(case.x), "steps": case.attack.steps, "batch": case.batch,
+        "images": len(case.x), "steps": case.attack.steps, "batch": case.batch, "gpu": gpu(case.device),
     }  # fmt: skip
 
 
+def gpu(device: str) -> str:
+    """Name, driver, power limit and clocks (now, at most) of the GPU: pieces on a card that is throttled differ."""
+    if device != "cuda":
+        return ""
+    asked = "--query-gpu=name,driver_version,power.limit,clocks.sm,clocks.max.sm"
+    with suppress(OSError, IndexError):
+        said = subprocess.run(["nvidia-smi", asked, "--format=csv,noheader"], capture_output=True, text=True)
+        return said.stdout.strip().splitlines()[torch.cuda.current_device()]
+    return torch.cuda.get_device_name()
+
+
 SHOWN = ["encoder", "attack", "contender", "precision", "speed", "ratio", "ratio_sd", "memory_mb", "accuracy"]
-SHOWN += ["loss", "near"]
+SHOWN += ["loss", "near", "ceiling_tflops", "ceiling_share"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -477,18 +518,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--encoders", nargs="+", default=Bench().encoders, help="names or timm models")
     parser.add_argument("--steps", type=int, default=Bench().steps)
     parser.add_argument("--repeats", type=int, default=Bench().repeats, help="rounds of everything")
+    parser.add_argument(
+        "--images", type=int, default=0, help="at most so many at a time; 0: as many as the package takes"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of our attack steps")
     asked = parser.parse_args(argv)
     rows = [{"name": "embedded_vit"}]
     try:
         given = check(profile="bench", device=asked.device, precision=asked.precision, encoders=rows, attack={})
-        found = run(given, Bench(encoders=tuple(asked.encoders), steps=asked.steps, repeats=asked.repeats))
+        about = {"encoders": tuple(asked.encoders), "steps": asked.steps, "repeats": asked.repeats}
+        found = run(given, Bench(**about, images=asked.images or "auto"))
     except BadInput as problem:
         print(problem, file=sys.stderr)
         return 2
     notes = {"": ["speed: images times steps a second; ratio: to torchattacks (PGD) or the plain loop (EmbedAttack), "
-                  "paired within each round, ± its spread; near: share of values within 1e-6 of theirs."]}  # fmt: skip
+                  "paired within each round, ± its spread; near: share of values within 1e-6 of theirs; ceiling: large "
+                  "matrix products in the same precision and rounds, TFLOP/s, and our share of it.",
+                  *filter(None, found["gpu"].unique())]}  # fmt: skip
     text = layout.markdown("Attack steps beside other implementations", found[SHOWN].round(3), notes)
     folder = records.figures_dir("bench")
     records.write_bytes(text.encode(), folder / "contenders.md")

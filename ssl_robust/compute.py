@@ -41,7 +41,7 @@ def steps_in(precision: str, device: str | torch.device) -> Iterator[None]:
     Weights and images stay fp32, and so do heads and losses (see heads.TaskModel). Predictions are made outside.
     """
     kind, matmul = torch.device(device).type, torch.get_float32_matmul_precision()
-    attention = _ExplicitAttention() if (precision, kind) == ("bf16", "cpu") else nullcontext()
+    attention = ExplicitAttention() if (precision, kind) == ("bf16", "cpu") else nullcontext()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else matmul)
     try:
         with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"), attention:
@@ -50,7 +50,7 @@ def steps_in(precision: str, device: str | torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(matmul)
 
 
-class _ExplicitAttention(TorchFunctionMode):
+class ExplicitAttention(TorchFunctionMode):
     """Attention as two matrix products and a softmax, which in bf16 on CPUs is faster than torch's fused kernel.
 
     A step on the embedded encoder takes half the time, on ViT-S/14 four fifths; in fp32 it makes no difference.
@@ -92,7 +92,7 @@ def in_parts(work: Callable[[slice], Rows], count: int, size: int) -> tuple[Rows
         try:
             part = work(rows)
         except RuntimeError as error:
-            if size == 1 or not _memory_lacks(error):
+            if size == 1 or not memory_lacks(error):
                 raise
             part = None
         if part is None:  # outside of the block, where the failed call's tensors are no longer held
@@ -105,7 +105,7 @@ def in_parts(work: Callable[[slice], Rows], count: int, size: int) -> tuple[Rows
     return whole, size
 
 
-def _memory_lacks(error: RuntimeError) -> bool:
+def memory_lacks(error: RuntimeError) -> bool:
     """Libraries of a GPU have words of their own for it."""
     said = any(words in str(error) for words in ("ALLOC_FAILED", "CUDA error: out of memory"))
     return said or isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

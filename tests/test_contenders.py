@@ -10,7 +10,7 @@ import planted
 import pytest
 import torch
 
-from ssl_robust import encoders, records
+from ssl_robust import attacks, compute, encoders, records
 from ssl_robust.heads import ClassificationHead, TaskModel
 from ssl_robust.settings import Attack, BadInput, EncoderRow, check
 
@@ -22,7 +22,8 @@ def planted_case(count: int = 4) -> bench.Case:
     with torch.no_grad():
         label = model(x).argmax(1)
     ids = [str(i) for i in range(count)]
-    return bench.Case("planted", model, x, label, ids, ATTACK, count, 0, "fp32")
+    start = attacks.random_start(x, ATTACK.eps, ids, 0)
+    return bench.Case("planted", model, x, start, label, ids, ATTACK, count, 0, "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,42 @@ def test_rates_are_image_steps_a_second(monkeypatch: pytest.MonkeyPatch) -> None
     assert (rows["ours"]["ratio"], rows["ours"]["ratio_min"], rows["ours"]["ratio_max"]) == (3, 2, 4)
     assert rows["ours"]["ceiling_share"] == pytest.approx(12 * rows["ours"]["gflop"])  # of 1 GFLOP/s
     assert rows["foolbox"]["seconds"] == [1.0, 1.0]
+
+
+def test_noise_is_drawn_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = planted_case()
+    monkeypatch.setattr(attacks, "random_start", lambda *args: pytest.fail("drawn while it is timed"))
+    adv = bench.attack_case(case, bench.ours, "embed")
+    assert (adv - case.x).abs().max() <= case.attack.eps + 1e-6 and not torch.equal(case.start, case.x)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_table_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    original, asked = bench.compare, []
+
+    def hungry(case: bench.Case, kind: str, repeats: int) -> list[bench.Row]:
+        asked.append(case.batch)
+        if case.batch > 2:
+            raise torch.OutOfMemoryError("x")
+        return original(case, kind, repeats)
+
+    monkeypatch.setitem(bench.compute.TOKENS, "cpu", 100)  # 5 images
+    monkeypatch.setattr(bench, "compare", hungry)
+    found = bench.run(settings(), SMALL._replace(images="auto", encoders=("embedded_vit",), repeats=1))
+    assert set(found["batch"]) == {2} and asked == [5, 2, 2]  # what was too much is not tried again
+    assert "memory lacks for 4 images at a time; 2 are timed (--images)" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "compare", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
+    with pytest.raises(torch.OutOfMemoryError):  # not a single image fits
+        bench.run(settings(), SMALL._replace(encoders=("embedded_vit",)))
+
+
+def test_fused_attention_has_a_row_where_the_package_avoids_it() -> None:
+    assert "ours, fused attention" in bench.contenders("bf16", "cpu")
+    assert not {"ours, fused attention"} & {*bench.contenders("fp32", "cpu"), *bench.contenders("bf16", "cuda")}
+    explicit, case = compute.ExplicitAttention, planted_case()
+    adv = bench.attack_case(case, bench.fused, "task")
+    assert compute.ExplicitAttention is explicit and adv.shape == case.x.shape
 
 
 def test_strength_counts_images_values_and_differences() -> None:
