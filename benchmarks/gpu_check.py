@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -76,34 +77,35 @@ class Check(NamedTuple):
 # --- unit tests, and golden numbers on the GPU ---
 
 
-def unit_tests(c: Check) -> list[Point]:
+def unit_tests(c: Check) -> Iterator[Point]:
     """The unit tests of all that computes, on this machine's CPU with its versions of torch and all else."""
     names = ("vit",) if c.small else TESTS
     what, expected = f"unit tests beside the GPU ({', '.join(names)})", "none fails"
     if importlib.util.find_spec("pytest") is None:
-        return [Point(what, expected, "pytest is not installed", None)]
+        yield Point(what, expected, "pytest is not installed", None)
+        return
     files = [f"tests/test_{name}.py" for name in names]
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), kept.get("PYTHONPATH")]))
     done = subprocess.run(run, capture_output=True, text=True, cwd=PROJECT, env=kept)
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return [Point(what, expected, "; ".join([*lines[-1:], *failed[:5]]), done.returncode == 0)]
+    yield Point(what, expected, "; ".join([*lines[-1:], *failed[:5]]), done.returncode == 0)
 
 
-def golden_numbers(c: Check) -> list[Point]:
+def golden_numbers(c: Check) -> Iterator[Point]:
     """The golden numbers of every loop that computes with a model, computed on the GPU."""
     import golden
 
-    stored, points = golden.golden(), []
+    stored = golden.golden()
     with _golden_on(golden, c.device):
         for name in PROBES[:2] if c.small else PROBES:
             now = golden.probe(name)
             far = {entry: _farthest(now[entry], numbers) for entry, numbers in stored[name]["numbers"].items()}
             worst = max(far, key=far.get)
             said = f"{far[worst]:.2g} ({worst})"
-            points.append(Point(f"golden numbers of '{name}'", f"within {GOLDEN:g}", said, far[worst] <= GOLDEN))
-    return points
+            yield Point(f"golden numbers of '{name}'", f"within {GOLDEN:g}", said, far[worst] <= GOLDEN)
 
 
 def _farthest(now: list[float], stored: list[float]) -> float:
@@ -139,9 +141,9 @@ def _golden_on(golden: Any, device: str) -> Iterator[None]:
 # --- the profile `test`, GPU against CPU ---
 
 
-def test_profile(c: Check) -> list[Point]:
+def test_profile(c: Check) -> Iterator[Point]:
     """Heads, DeACL, attacks and checks of params/test.yaml: the GPU in fp32, again, and in bf16 against the CPU."""
-    points, seconds = [], []
+    seconds = []
 
     def values(name: str, device: str, precision: str) -> Values:
         began = time.perf_counter()
@@ -151,11 +153,11 @@ def test_profile(c: Check) -> list[Point]:
 
     for precision, bound in VALUES.items():
         gpu, cpu = values("gpu", c.device, precision), values("cpu", "cpu", precision)
-        points.append(_apart(f"{precision}: values on the GPU against this CPU's", gpu, cpu, bound))
+        yield _apart(f"{precision}: values on the GPU against this CPU's", gpu, cpu, bound)
         if precision == "fp32":
             again = values("gpu_again", c.device, precision)
-            points.append(_apart("fp32: values of a second run on the GPU", gpu, again, 0.0))
-    return [*points, Point("seconds of these runs (what was kept is not repeated)", "", ", ".join(seconds), None)]
+            yield _apart("fp32: values of a second run on the GPU", gpu, again, 0.0)
+    yield Point("seconds of these runs (what was kept is not repeated)", "", ", ".join(seconds), None)
 
 
 def _values(c: Check, name: str, device: str, precision: str) -> Values:
@@ -193,67 +195,70 @@ def _apart(what: str, one: Values, other: Values, bound: float) -> Point:
 # --- speed ---
 
 
-def bench(c: Check) -> list[Point]:
+def bench(c: Check) -> Iterator[Point]:
     """A short form of make bench: PGD and EmbedAttack beside other implementations, a small and a large encoder."""
     names = ("embedded_vit",) if c.small else ("embedded_vit", "dinov2_vits14")
     given = {"profile": "bench", "encoders": [{"name": names[0]}], "attack": {}}
     s = _settings(given, device=c.device, precision="fp32" if c.small else "auto")
     asked = contenders.Bench(names, 32, 2, 1, 1) if c.small else contenders.Bench(names, repeats=2)
-    absent = [name for name in ("torchattacks", "foolbox") if importlib.util.find_spec(name) is None]
-    kinds, rows = ["embed"] if absent else ["embed", "task"], []
-    for name in names:
-        case = contenders.case(s, asked, name)
-        rows += [row for kind in kinds for row in contenders.compare(case, kind, asked.repeats)]
+    kinds, rows = ["embed", "task"], []
+    if absent := [name for name in ("torchattacks", "foolbox") if importlib.util.find_spec(name) is None]:
+        kinds = ["embed"]
+        yield Point("other implementations of PGD", "installed", f"{' and '.join(absent)} not installed", None)
+    for case in (contenders.case(s, asked, name) for name in names):
+        for row in (row for kind in kinds for row in contenders.compare(case, kind, asked.repeats)):
+            rows.append(row)
+            if row["contender"] in ("ours", "ours fp32"):
+                yield from _contender(c, row)
     records.write_bytes(pd.DataFrame(rows).to_csv(index=False).encode(), records.runs_dir(HOME) / "contenders.csv")
-    points = [Point("other implementations", "installed", f"{' and '.join(absent)} not installed", None)] * bool(absent)
-    for row in (row for row in rows if row["contender"] in ("ours", "ours fp32")):
-        name = f"{row['attack']} on {row['encoder']}, {row['contender']} ({row['precision']}, {row['images']} images)"
-        said = f"{row['ratio']:.2f} ± {row['ratio_sd']:.2f}, {row['speed']:.0f} image steps/s"
-        quick = None if c.small else row["ratio"] >= 1
-        points.append(Point(f"{name}: speed", f"at least that of {row['against']}", said, quick))
-        if row["contender"] == "ours fp32" and row["attack"] == "PGD":
-            expected = f"at least {SAME_IMAGES:g} of the values within 1e-6 of torchattacks'"
-            points.append(Point(f"{name}: images", expected, f"{row['near']:.4f}", row["near"] >= SAME_IMAGES))
-    return points
+
+
+def _contender(c: Check, row: dict[str, Any]) -> Iterator[Point]:
+    """What a row of the bench, one of ours, says."""
+    name = f"{row['attack']} on {row['encoder']}, {row['contender']} ({row['precision']}, {row['images']} images)"
+    said = f"{row['ratio']:.2f} ± {row['ratio_sd']:.2f}, {row['speed']:.0f} image steps/s"
+    quick = None if c.small else row["ratio"] >= 1
+    yield Point(f"{name}: speed", f"at least that of {row['against']}", said, quick)
+    if row["contender"] == "ours fp32" and row["attack"] == "PGD":
+        expected = f"at least {SAME_IMAGES:g} of the values within 1e-6 of torchattacks'"
+        yield Point(f"{name}: images", expected, f"{row['near']:.4f}", row["near"] >= SAME_IMAGES)
 
 
 # --- one row of the profile `quick` ---
 
 
-def quick_row(c: Check) -> list[Point]:
+def quick_row(c: Check) -> Iterator[Point]:
     """The first row of params/quick.yaml, or where its data or weights are missing random ones on rendered scenes."""
     given = read_params(PARAMS / "quick.yaml") | {"data_root": c.data, "sanity": None, "deacl": None}
     given["encoders"] = given["encoders"][:1]
     s = _settings(given, device=c.device, profile=f"{HOME}/row")
     absent = [*trusted.check(s), *plan.missing_weights(s)]
-    points = [Point("data sets and weights of profile quick", "there", "there" if not absent else absent[0], None)]
+    yield Point("data sets and weights of profile quick", "there", absent[0] if absent else "there", None)
     if absent:
         s = _stand_in(c, given)
     size, used = encoders.describe(s.encoders[0]).native, [s.task(task).datasets[0] for task in TASKS]
-    points.append(Point("the row", "", f"{s.encoders[0].name}, {size} px, on {', '.join(dict.fromkeys(used))}", None))
+    yield Point("the row", "", f"{s.encoders[0].name}, {size} px, on {', '.join(dict.fromkeys(used))}", None)
     for task in TASKS:  # scenes are rendered before anything is timed
         for split in ("train", "val", "test"):
             datasets.load(task, s.task(task).datasets[0], split, s, size)
     jobs, rate = plan.jobs_of(s), plan.here(s)
-    heads_expected, expected = (
-        plan.seconds([job for job in jobs if job["step"] == step], rate, s) for step in ("head", "cell")
-    )
+    expected = [plan.seconds([job for job in jobs if job["step"] == step], rate, s) for step in ("head", "cell")]
     _reset_peak(c.device)
     began = time.perf_counter()
     training.fit_all(s)
-    trained = f"{time.perf_counter() - began:.0f} s (what was kept is not repeated)"
+    said = f"{time.perf_counter() - began:.0f} s (what was kept is not repeated)"
+    yield Point("heads: time", f"{expected[0]:.0f} s by the plan without reading images", said, None)
     found = [record for task in TASKS for record in evaluate.run_task(task, s)]
     spent, peak = sum(record["seconds"] for record in found), _peak_gb(c.device)
+    within = None if c.small else expected[1] / TIMES <= spent <= expected[1] * TIMES
+    said = f"{expected[1]:.0f} s by the plan, times or divided by {TIMES:g}"
+    yield Point("attacks: time", said, f"{spent:.0f} s", within)
+    said = f"at most {QUICK_GB:g} GB, as params/quick.yaml says"
+    yield Point("heads and attacks: memory peak", said, _said(peak), None if peak is None else peak <= QUICK_GB)
     inside = all(r["max_perturbation"] <= s.attack.eps + 1e-6 and not r["nonfinite"] for r in found)
-    points += [
-        Point("heads: time", f"{heads_expected:.0f} s by the plan without reading images", trained, None),
-        Point("attacks: time", f"{expected:.0f} s by the plan, times or divided by {TIMES:g}", f"{spent:.0f} s",
-              None if c.small else expected / TIMES <= spent <= expected * TIMES),
-        Point("heads and attacks: memory peak", f"at most {QUICK_GB:g} GB, as params/quick.yaml says", _said(peak),
-              None if peak is None else peak <= QUICK_GB),
-        Point("images stay in the ball, predictions are finite", "all", "all" if inside else "not all", inside),
-    ]  # fmt: skip
-    return points + ([] if absent else _against_paper(found))
+    yield Point("images stay in the ball, predictions are finite", "all", "all" if inside else "not all", inside)
+    if not absent:
+        yield from _against_paper(found)
 
 
 def _stand_in(c: Check, given: dict[str, Any]) -> Settings:
@@ -272,17 +277,15 @@ def _stand_in(c: Check, given: dict[str, Any]) -> Settings:
     return _settings(given | changes | {"encoders": rows}, device=c.device, profile=f"{HOME}/row")
 
 
-def _against_paper(found: list[dict[str, Any]]) -> list[Point]:
+def _against_paper(found: list[dict[str, Any]]) -> Iterator[Point]:
     """Clean values beside those that the paper reports."""
     table = pd.read_csv(records.PACKAGE / "show" / "reported.csv").set_index(list(evaluate.PLACE))
-    points = []
     for record in (r for r in found if r["attack"] == "clean"):
         reported = table.loc[tuple(record[key] for key in evaluate.PLACE), "reported_clean"]
         bound = REPORTED[record["task"]]
         what = f"clean {record['metric']} of {record['encoder']} on {record['dataset']}"
         held = abs(record["value"] - reported) <= bound
-        points.append(Point(what, f"{reported:g} (paper), within {bound:g}", f"{record['value']:.3f}", bool(held)))
-    return points
+        yield Point(what, f"{reported:g} (paper), within {bound:g}", f"{record['value']:.3f}", bool(held))
 
 
 # --- memory ---
@@ -296,26 +299,22 @@ class Need(NamedTuple):
     work: Callable[[str], Callable[[], Any]]  # device -> what is measured
 
 
-def memory(c: Check) -> list[Point]:
+def memory(c: Check) -> Iterator[Point]:
     """Peaks of the largest steps of the profiles beside those that were traced from shapes alone."""
-    points = []
     for need in SMALL if c.small else NEEDS:
-        expected, limit = f"traced {need.traced:g} GB, at most {ROOM:g} x + {MORE:g} GB", ROOM * need.traced + MORE
+        limit = ROOM * need.traced + MORE
+        expected = f"traced {need.traced:g} GB; at most {limit:.1f} GB"
         if c.device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 1e9 * limit:
-            points.append(Point(need.what, expected, "not run: this GPU has less memory", None))
+            yield Point(need.what, expected, "not run: this GPU has less memory", None)
             continue
-        work = need.work(c.device)
         _reset_peak(c.device)
         try:
-            work()
+            need.work(c.device)()
         except torch.OutOfMemoryError:
-            points.append(Point(need.what, expected, "out of memory", False))
+            yield Point(need.what, expected, "out of memory", False)
             continue
-        finally:
-            work = None  # what it holds is not the next one's need
         peak = _peak_gb(c.device)
-        points.append(Point(need.what, expected, _said(peak), None if peak is None else peak <= limit))
-    return points
+        yield Point(need.what, expected, _said(peak), None if peak is None else peak <= limit)
 
 
 def _reset_peak(device: str) -> None:
@@ -383,16 +382,16 @@ SMALL = (
 
 class Step(NamedTuple):
     title: str
-    work: Callable[[Check], list[Point]]
+    work: Callable[[Check], Iterator[Point]]
     minutes: float  # until it is given up
 
 
 STEPS = {
-    "unit_tests": Step("Unit tests", unit_tests, 10),
+    "unit_tests": Step("Unit tests", unit_tests, 8),
     "golden": Step("Golden numbers on the GPU", golden_numbers, 3),
-    "test_profile": Step("Profile test, GPU against CPU", test_profile, 15),
+    "test_profile": Step("Profile test, GPU against CPU", test_profile, 20),
     "bench": Step("Speed beside other implementations", bench, 8),
-    "quick_row": Step("One row of profile quick", quick_row, 17),
+    "quick_row": Step("One row of profile quick", quick_row, 15),
     "memory": Step("Memory peaks", memory, 5),
 }
 Result = dict[str, Any]  # {"key", "points": [Point], "seconds", "failed": '' or why}
@@ -409,43 +408,49 @@ def key(c: Check) -> str:
 
 
 def take(name: str, c: Check) -> Result:
-    """One step in this process, its result written whatever becomes of it."""
+    """One step in this process, its result written point by point and whatever becomes of it."""
     began, points, failed = time.perf_counter(), [], ""
     try:
-        points = STEPS[name].work(c)
+        for point in STEPS[name].work(c):
+            points.append(point._asdict())
+            _write(name, c, points, time.perf_counter() - began, "it was ended")
     except Exception as error:  # a step that fails is a result
         failed = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
     return _write(name, c, points, time.perf_counter() - began, failed)
 
 
-def _write(name: str, c: Check, points: list[Point], seconds: float, failed: str) -> Result:
-    result = {"key": key(c), "points": [p._asdict() for p in points], "seconds": round(seconds, 1), "failed": failed}
+def _write(name: str, c: Check, points: list[dict[str, Any]], seconds: float, failed: str) -> Result:
+    result = {"key": key(c), "points": points, "seconds": round(seconds, 1), "failed": failed}
     records.write_json(result, result_path(name))
     return result
 
 
-def stored(name: str, c: Check) -> Result | None:
-    """The result of a step that is done: of this code and device, and it did not fail."""
+def stored(name: str, c: Check, unfinished: bool = False) -> Result | None:
+    """The result of a step that is done, or all that there is of it; None if it is of other code or another device."""
     try:
         found = records.read_json(result_path(name))
     except BadInput:
         return None
-    return found if found["key"] == key(c) and not found["failed"] else None
+    return found if found["key"] == key(c) and (unfinished or not found["failed"]) else None
 
 
 def in_process(name: str, c: Check) -> Result:
     """One step in a process of its own, so that no crash and no time limit of it ends the others."""
     run = [sys.executable, __file__, "--step", name, "--device", c.device, "--data", c.data, *["--small"] * c.small]
     result_path(name).unlink(missing_ok=True)
-    began, limit = time.perf_counter(), 60 * STEPS[name].minutes
+    began, why = time.perf_counter(), ""
+    child = subprocess.Popen(run, start_new_session=True)
     try:
-        code = subprocess.run(run, timeout=limit).returncode
+        code = child.wait(60 * STEPS[name].minutes)
+        why = f"its process ended with code {code}" if code < 0 or not result_path(name).is_file() else ""
     except subprocess.TimeoutExpired:
-        return _write(name, c, [], time.perf_counter() - began, f"not done after {STEPS[name].minutes:g} minutes")
-    try:
-        return records.read_json(result_path(name))
-    except BadInput:
-        return _write(name, c, [], time.perf_counter() - began, f"its process ended with code {code}")
+        why = f"not done after {STEPS[name].minutes:g} minutes"
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)  # with what it has started
+            child.wait()
+    result = stored(name, c, unfinished=True) or {"points": []}
+    return _write(name, c, result["points"], time.perf_counter() - began, why) if why else result
 
 
 def machine(c: Check) -> dict[str, str]:
