@@ -10,8 +10,9 @@ import shutil
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
+import gpu_check
 import planted
 import pretended
 import pytest
@@ -139,6 +140,11 @@ def test_the_chain_was_computed_on_the_device_and_is_whole(both):
     assert "deacl.json" in names and any(name.startswith("toys__vit__standard-released") for name in names)
 
 
+def test_golden_numbers_of_every_probe_are_the_stored_ones(device):
+    points = list(gpu_check.golden_numbers(gpu_check.Check(pretended.NAME)))
+    assert len(points) == len(gpu_check.PROBES) and [p for p in points if not p.held] == []
+
+
 # --- what the device refuses, and what it allows ---
 
 X = torch.arange(6.0).reshape(2, 3)
@@ -219,9 +225,9 @@ def broken(patch: pytest.MonkeyPatch, module: ModuleType, name: str, old: str, n
     owner = module if owner == module.__name__ else getattr(module, owner.rpartition(".")[2])
     source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
     assert source.count(old) == 1, f"{name} has changed: {old} stands there {source.count(old)} times"
-    scope = SimpleNamespace(found={})
-    exec(compile(source.replace(old, new), module.__file__, "exec"), vars(module), scope.found)
-    patch.setattr(owner, name, scope.found[name])
+    made: dict[str, object] = {}
+    exec(compile(source.replace(old, new), module.__file__, "exec"), vars(module), made)
+    patch.setattr(owner, name, made[name])
 
 
 def _cell(task: str, kind: str = "task") -> Callable[[], object]:
