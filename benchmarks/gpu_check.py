@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,8 +111,12 @@ def golden_numbers(c: Check) -> Iterator[Point]:
 
 def _farthest(now: list[float], stored: list[float]) -> float:
     """Largest difference of two lists of numbers, relative where they are not small."""
-    pairs = zip(now, stored, strict=True)
-    return max((abs(a - b) / max(abs(b), 0.1) for a, b in pairs if not (math.isinf(a) and a == b)), default=0.0)
+    return max((_gap(a, b) / max(abs(b), 0.1) for a, b in zip(now, stored, strict=True)), default=0.0)
+
+
+def _gap(one: float, other: float) -> float:
+    """Difference of two numbers; what is no number is infinitely far from every other."""
+    return 0.0 if one == other else math.inf if math.isnan(one - other) else abs(one - other)
 
 
 @contextmanager
@@ -185,7 +190,7 @@ def _settings(given: dict[str, Any], **changes: Any) -> Settings:
 
 def _apart(what: str, one: Values, other: Values, bound: float) -> Point:
     """Whether two runs have the same values within the bound."""
-    far = {name: abs(value - other[name]) for name, value in one.items()}
+    far = {name: _gap(value, other[name]) for name, value in one.items()}
     worst = max(far, key=far.get)
     where = f" ({worst})" if far[worst] else ""
     expected = f"{len(one)} values, none differs by more than {bound:g}"
@@ -304,7 +309,7 @@ def memory(c: Check) -> Iterator[Point]:
     for need in SMALL if c.small else NEEDS:
         limit = ROOM * need.traced + MORE
         expected = f"traced {need.traced:g} GB; at most {limit:.1f} GB"
-        if c.device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 1e9 * limit:
+        if c.device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 1e9 * need.traced:
             yield Point(need.what, expected, "not run: this GPU has less memory", None)
             continue
         _reset_peak(c.device)
@@ -404,7 +409,14 @@ def result_path(name: str) -> Path:
 def key(c: Check) -> str:
     """What results of steps are valid for: code, versions, device and data."""
     name = torch.cuda.get_device_name() if c.device == "cuda" else platform.machine()
-    return records.digest([records.REVISION, torch.__version__, name, *c])
+    return records.digest([_code(), torch.__version__, name, *c])
+
+
+@cache
+def _code() -> str:
+    """Short hash of the package, of the tests that are used and of this file, committed or not."""
+    files = [p for folder in (records.PACKAGE, PROJECT / "tests", PROJECT / "benchmarks") for p in folder.rglob("*.py")]
+    return records.digest([path.read_bytes().hex() for path in sorted(files)])
 
 
 def take(name: str, c: Check) -> Result:
@@ -535,8 +547,11 @@ def main(argv: list[str] | None = None) -> int:
             return int(bool(take(asked.step, c)["failed"]))
         results = run(c, asked.again)
     except BadInput as problem:
-        print(f"{problem} The check of a GPU needs one." if asked.device == "cuda" else problem, file=sys.stderr)
+        print(problem, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted; what is done is kept, and the same command goes on.", file=sys.stderr)
+        return 130
     print((records.runs_dir(HOME) / "report.md").read_text(encoding="utf-8"))
     return int(not fine(results))
 

@@ -1,5 +1,6 @@
 """The first hour on a GPU, with the CPU in the place of the GPU: every step is tried, and what did not hold is said."""
 
+import math
 from collections.abc import Iterator
 
 import gpu_check
@@ -59,6 +60,8 @@ def test_another_run_of_the_gpu_that_differs_is_a_point_that_did_not_hold():
     point = gpu_check._apart("again", {"a": 0.5, "b": 0.25}, {"a": 0.5, "b": 0.251}, 0.0)
     assert point.held is False and point.seen == "largest difference 0.001 (b)"
     assert gpu_check._apart("fp32", {"a": 0.5}, {"a": 0.501}, 0.002).held
+    assert not gpu_check._apart("no number", {"a": 0.5, "b": math.nan}, {"a": 0.5, "b": 0.5}, 0.002).held
+    assert gpu_check._farthest([1.0, math.nan], [1.0, 2.0]) == math.inf
 
 
 def test_a_machine_without_a_gpu_is_told_so(root, monkeypatch, capsys):
