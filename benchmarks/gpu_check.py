@@ -529,6 +529,16 @@ def fine(results: dict[str, Result]) -> bool:
     return all(not r["failed"] and all(p["held"] is not False for p in r["points"]) for r in results.values())
 
 
+def need_gpu() -> None:
+    """BadInput unless CUDA really starts: a driver that is too old is there all the same."""
+    try:
+        torch.zeros(1, device="cuda")
+    except (RuntimeError, AssertionError) as error:  # the latter: a torch without CUDA
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        remedy = "look at nvidia-smi, update the driver, or install a torch for it"
+        raise BadInput(f"No CUDA GPU is usable here ({why}), and this check is of one; {remedy}.") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns 0 if all held, 1 if not, 2 without a GPU."""
     any_terminal()
@@ -541,7 +551,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     try:
         if asked.device == "cuda":
-            records.pick_device("cuda")
+            need_gpu()
         c = Check(asked.device, str(Path(asked.data).expanduser().resolve()) if asked.data else "", asked.small)
         if asked.step:
             return int(bool(take(asked.step, c)["failed"]))

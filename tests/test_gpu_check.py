@@ -65,10 +65,13 @@ def test_another_run_of_the_gpu_that_differs_is_a_point_that_did_not_hold():
 
 
 def test_a_machine_without_a_gpu_is_told_so(root, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    def start(*_: object, **__: object) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
+
+    monkeypatch.setattr(torch, "zeros", start)
     assert gpu_check.main([]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "no CUDA GPU is usable here" in said
+    assert said.count("\n") == 1 and said.startswith("No CUDA GPU is usable here (The NVIDIA driver on your system is")
     assert not records.runs_dir(gpu_check.HOME).exists()
 
 
