@@ -52,11 +52,11 @@ made     = +@stale="$$($(PY) -m ssl_robust.ops.stages --profile $(PROFILE) --dat
 STALE   ?= $(STAGES)
 
 .DELETE_ON_ERROR:
-.PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook explain keep bench example lab test reference
-.PHONY: encoder house lock clean check $(STAGES:%=run-%)
+.PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook explain keep bench gpu-check example lab test
+.PHONY: reference encoder house lock clean check $(STAGES:%=run-%)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9 ]+:.*## / { printf "make %-26s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / { printf "make %-26s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PROFILE=$(PROFILE) (a file in params/), DATA=$$DATA (folder of real images), PYTHON=$(PYTHON),"
 	@echo '           AT_ONCE=$(AT_ONCE) (notebooks side by side), EXECUTOR=$(EXECUTOR) (of paper: local or slurm, jobs in place of'
 	@echo '           notebooks), CLUSTER='"$$CLUSTER (a file in params/cluster/)"
@@ -104,6 +104,9 @@ keep: $(STAMP) ## keep results that other versions of the code made from the sam
 
 bench: $(STAMP) ## speed and strength of the attacks beside other implementations, in figures/bench
 	@$(PY) benchmarks/contenders.py
+
+gpu-check: $(STAMP) ## the first hour on a GPU: what is expected of it and what is seen (AGAIN=1: keep nothing of before)
+	@$(PY) benchmarks/gpu_check.py --data "$$DATA" $(if $(AGAIN),--again)
 
 example: $(STAMP) ## for maintainers: what the last run of PROFILE made becomes the committed example
 	@$(PY) -m ssl_robust.show.committed $(PROFILE)

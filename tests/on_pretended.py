@@ -10,8 +10,9 @@ import shutil
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
+import gpu_check
 import planted
 import pretended
 import pytest
@@ -58,14 +59,11 @@ def device(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(**changes: object) -> Settings:
-    """Everything, as small as it can be: a vision transformer with DeACL and a callable."""
-    rows = [
-        {"name": "vit", "timm": "embedded_vit", "native": 16, "defenses": ["standard", "deacl"]},
-        {"name": "filters", "call": "my_encoder:encode", "native": 16},
-    ]
-    own = [name for task in TASKS for name in planted.strong_attacks(task)]
+    """Everything that a vision transformer can be asked for, as small as it can be."""
+    rows = [{"name": "vit", "timm": "embedded_vit", "native": 16, "defenses": ["standard", "deacl"]}]
+    strong = [name for task in TASKS for name in planted.strong_attacks(task)]
     base = {
-        "encoders": rows, "attacks": ["embed", "task", *dict.fromkeys(own)],
+        "encoders": rows, "attacks": ["embed", "task", *dict.fromkeys(strong)],
         "classification": FEW, "segmentation": {**FEW, "size": 20, "views": 2}, "depth": {**FEW, "size": 20},
         "attack": {"steps": 1}, "sanity": Sanity(n=2, more_steps=2, restarts=1, eps=[0.0, 0.1]),
         "deacl": {"n_train": 4, "n_val": 2, "epochs": 1, "warmup_epochs": 0.5, "batch": 2, "steps": 1},
@@ -76,15 +74,19 @@ def settings(**changes: object) -> Settings:
 # --- the whole chain ---
 
 
-def chain(s: Settings) -> None:
-    """What the notebooks of `make paper` compute, in their order, and the appendix on protocols."""
+def chain() -> None:
+    """What the notebooks of `make paper` compute, in their order, and the appendices on protocols and own encoders."""
+    s = settings()
     training.fit_all(s)
     deacl.finetune_all(s)
     for task in TASKS:
         examples.make(task, s, count=2)
         evaluate.run_task(task, s)
     sanity.run_all(s)
-    effects.effects(s.model_copy(update={"encoders": s.encoders[:1]}))
+    effects.effects(s)
+    callable_ = [{"name": "filters", "call": "my_encoder:encode", "native": 16}]
+    for task in TASKS:
+        evaluate.run_task(task, settings(encoders=callable_, attacks=["embed", "task"], profile="own"))
 
 
 def content(root: Path) -> dict[str, object]:
@@ -115,7 +117,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object
             patch.setattr(autoattack, "QUERIES", 3)
             if name != "cpu":
                 place(patch)
-            chain(settings())
+            chain()
         found[name] = content(root)
     return found
 
@@ -132,11 +134,17 @@ def test_the_chain_was_computed_on_the_device_and_is_whole(both):
     wanted = ("convolution", "_scaled_dot_product_flash_attention_for_cpu_backward", "native_batch_norm", "sign", "bmm")
     assert [name for name in wanted if not any(f"aten::{name}" in one for one in made)] == []
     names = [Path(name).name for name in both[pretended.NAME]]
-    for task in TASKS:
-        for kind in ("clean", "embed", "task", "worst", *planted.strong_attacks(task)):
-            for row in ("vit__standard", "vit__deacl", "filters__standard"):
-                assert f"toys__{row}__{kind}.json" in names, (task, row, kind)
+    paper = ("clean", "embed", "task", "worst")
+    cells = {f"toys__filters__standard__{kind}.json" for kind in paper}
+    for kind in (*paper, *(name for task in TASKS for name in planted.strong_attacks(task))):
+        cells |= {f"toys__vit__{defense}__{kind}.json" for defense in ("standard", "deacl")}
+    assert cells <= {*names}
     assert "deacl.json" in names and any(name.startswith("toys__vit__standard-released") for name in names)
+
+
+def test_golden_numbers_of_every_probe_are_the_stored_ones(device):
+    points = list(gpu_check.golden_numbers(gpu_check.Check(pretended.NAME)))
+    assert len(points) == len(gpu_check.PROBES) and [p for p in points if not p.held] == []
 
 
 # --- what the device refuses, and what it allows ---
@@ -219,9 +227,9 @@ def broken(patch: pytest.MonkeyPatch, module: ModuleType, name: str, old: str, n
     owner = module if owner == module.__name__ else getattr(module, owner.rpartition(".")[2])
     source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
     assert source.count(old) == 1, f"{name} has changed: {old} stands there {source.count(old)} times"
-    scope = SimpleNamespace(found={})
-    exec(compile(source.replace(old, new), module.__file__, "exec"), vars(module), scope.found)
-    patch.setattr(owner, name, scope.found[name])
+    made: dict[str, object] = {}
+    exec(compile(source.replace(old, new), module.__file__, "exec"), vars(module), made)
+    patch.setattr(owner, name, made[name])
 
 
 def _cell(task: str, kind: str = "task") -> Callable[[], object]:
@@ -240,7 +248,7 @@ def _head() -> object:
 
 
 def _tuned() -> object:
-    return deacl.finetune_all(settings(encoders=settings().model_dump()["encoders"][:1]))
+    return deacl.finetune_all(settings())
 
 
 def _checked() -> object:

@@ -207,5 +207,8 @@ def register() -> torch.device:
         library = torch.library.Library("aten", "IMPL")
         for name in FACTORIES:
             library.impl(name, _made(name), "PrivateUse1")
-        _kept.append(library)
+        # nothing is cast: asked for bf16 the device computes in fp32
+        casts = torch.library.Library("_", "IMPL")
+        casts.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+        _kept.extend([library, casts])
     return torch.device(NAME, 0)
