@@ -83,6 +83,13 @@ def test_what_one_of_them_refuses_is_refused(given):
         given("diverged", 2, lr=1000.0, warmup_epochs=0, momentum=0.99, gamma=1e6)
 
 
+def test_a_gpu_on_which_cuda_does_not_start_gets_no_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv(records.CUDA, "its driver is too old")
+    assert launch.processes(planted.settings(deacl={"processes": "auto"}, device="auto")) == 1
+
+
 @pytest.mark.parametrize(
     ("gpus", "setting", "device", "expected"),
     [(0, "auto", "cpu", 1), (0, 3, "cpu", 3), (4, "auto", "auto", 4), (4, "auto", "cpu", 1), (4, 2, "cuda", 2),
@@ -90,6 +97,8 @@ def test_what_one_of_them_refuses_is_refused(given):
 )  # fmt: skip
 def test_how_many_processes(gpus, setting, device, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setenv(records.CUDA, "")
     settings = planted.settings(deacl={"processes": setting}, device=device)
     if isinstance(expected, int):
         assert launch.processes(settings) == expected

@@ -45,7 +45,7 @@ def project(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the profile 'tiny' and the cluster files 'local' and 'slurm'."""
     monkeypatch.setattr(run, "PARAMS", root / "params")
     for name in ("OMP_NUM_THREADS", "SSL_ROBUST_HEADLESS", *run.CHILDREN):  # main sets them; put back afterwards
-        monkeypatch.setenv(name, "1")
+        monkeypatch.setenv(name, run.CHILDREN.get(name, "1"))
     (root / "params" / "cluster").mkdir(parents=True)
     (root / "params" / "tiny.yaml").write_text(yaml.safe_dump(PROFILE))
     write_cluster(root, "slurm", FIELDS)
@@ -154,6 +154,7 @@ def test_killed_job_is_a_failed_one_and_jobs_end_with_their_caller(project: Path
 def test_no_gpu_is_given_to_two_jobs(gpus, given, seen, project, wanted, capfd, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     monkeypatch.setattr(grid.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(records, "pick_device", lambda device: "cuda" if gpus else "cpu")
     process, used, running = grid._process, [], []
 
     def seeing(job: dict, settings: object, own: list[str], log: Path) -> int:

@@ -205,8 +205,10 @@ def _process(job: Job, settings: Settings, gpus: list[str], log: Path) -> int:
 
 def _gpus(device: str) -> list[str]:
     """The GPUs that jobs of this machine may use, by the names that they were given."""
+    if records.pick_device(device) == "cpu":
+        return []
     given = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    return [] if device == "cpu" else given or [str(n) for n in range(torch.cuda.device_count())]
+    return given or [str(n) for n in range(torch.cuda.device_count())]
 
 
 # --- jobs of a Slurm cluster ---

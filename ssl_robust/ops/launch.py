@@ -15,7 +15,6 @@ import torch
 from .. import deacl, records
 from ..progress import any_terminal
 from ..settings import BadInput, Settings, check
-from . import run
 
 ENDED = "A process of DeACL of '{}' ended ({}); repeat, and it goes on from the last stored state."
 
@@ -27,7 +26,8 @@ def processes(settings: Settings) -> int:
     """
     if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):
         return 1
-    wanted, gpus = settings.deacl.processes, 0 if settings.device == "cpu" else torch.cuda.device_count()
+    wanted = settings.deacl.processes
+    gpus = torch.cuda.device_count() if records.pick_device(settings.device) == "cuda" else 0
     if wanted == "auto":
         return max(1, gpus)
     if gpus and wanted > gpus:
@@ -81,6 +81,8 @@ def _reason(said: list[str], encoder: str, code: int) -> Exception:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line, also under accelerate launch; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    from . import run  # here, so that fine-tuning alone needs no papermill
+
     any_terminal()
     parser = argparse.ArgumentParser(
         prog="python -m ssl_robust.ops.launch", description="DeACL of a profile's encoders."

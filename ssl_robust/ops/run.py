@@ -45,6 +45,8 @@ MEMORY = ("OutOfMemoryError", "MemoryError", "failed to map segment", "allocate 
 QUIET_END = "__import__('logging').getLogger('tornado').setLevel(60)"
 LEFT_BEHIND = 3600  # seconds after which an unfinished file belongs to a process that was killed
 CHILDREN = {
+    # Images of many sizes leave gaps in a GPU's memory that no tensor fits; segments that grow have none.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     # Idle threads spin a little and then sleep. Endless spinning makes small steps many times slower on a machine with
     # other work; no spinning at all (OMP_WAIT_POLICY=PASSIVE) made them twice as slow on one without.
     "GOMP_SPINCOUNT": "1000",
