@@ -69,9 +69,8 @@ def replace(profile: str) -> str:
     Pages that show images of others stay out. Raises BadInput without a run, or if changed code made its records.
     """
     source, target = disk.figures_dir(profile), disk.committed_dir(profile)
-    params = disk.ROOT / "params" / f"{profile}.yaml"
+    params, found = disk.ROOT / "params" / f"{profile}.yaml", disk.read_records(source / "records")
     read_params(params)  # for what it raises
-    found = disk.read_records(source / "records")
     if not source.is_dir():
         raise BadInput(f"There is nothing in figures/{profile}; run 'make paper PROFILE={profile}' first.")
     if vague := sorted({r["git"] for r in found if r["git"].endswith("+") or r["git"] == "unknown"}):
@@ -87,16 +86,9 @@ def replace(profile: str) -> str:
     return f"{target.relative_to(disk.ROOT).as_posix()} is now what the last run made{kept}; look at it and commit it."
 
 
-def main(profile: str) -> int:
-    """Command line; returns the exit code."""
+if __name__ == "__main__":
     any_terminal()
     try:
-        print(replace(profile))
+        print(replace(sys.argv[1] if len(sys.argv) > 1 else "demo"))
     except BadInput as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "demo"))
+        sys.exit(str(error))
