@@ -957,7 +957,7 @@ def test_damage_stops_the_look_unless_it_is_skipped(tmp_path, root):
 
 def test_rendered_scenes_are_not_looked_at(root, monkeypatch):
     monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("they are as they should be"))
-    assert data._remarks("depth", "scenes", planted.settings()) == []
+    assert data.remarks("depth", "scenes", planted.settings()) == []
 
 
 def test_pictures_are_looked_at_before_anything_long(tmp_path, root):

@@ -132,13 +132,6 @@ def test_learning_curves_have_a_panel_for_each_column():
     assert fig.axes[0].lines[0].get_xydata().tolist() == [[1, 3], [2, 2], [3, 1]]
 
 
-def test_perturbation_is_grey_for_nothing_and_spans_black_to_white_at_eps():
-    clean = np.full((3, 1, 3), 0.5)
-    attacked = clean + EPS * np.array([-1, 0, 1])
-    assert plots.perturbation(clean, attacked, 0.5 / EPS)[0, 0].tolist() == pytest.approx([0, 0.5, 1])
-    assert plots.perturbation(clean, clean + 1, 16).max() == 1
-
-
 @pytest.mark.parametrize(
     ("task", "said"),
     [

@@ -21,6 +21,7 @@ METRIC = {"classification": "accuracy", "segmentation": "mIoU", "depth": "RMSE"}
 CHANCE = {"classification": 0.1, "segmentation": 0.06, "depth": 1.3}
 NAMES = {"task": "task attack", "embed": "EmbedAttack", "clean": "none", "worst": "worst case"}
 HOSTILE = '<script>alert("x")</script>'
+WEAK, SAID = {"nonfinite": 1}, "the predictions of 1 image are not finite"  # a health record, and what is said of it
 
 
 def entries(value, metric, n=200):
@@ -488,7 +489,7 @@ def test_notes_name_budget_sample_size_and_every_claim(project):
     assert "- Majority baseline (one class everywhere), of the training images: 0.06 on scenes.\n" in text
     blocks = re.findall(r"^(\w.*):$", text, re.M)
     assert blocks == ["How it was measured", "What it says of the claims", "DeACL against Standard"]
-    flagged = rows((0.5,), health={"flags": ["weak"]})
+    flagged = rows((0.5,), health=WEAK)
     assert list(tables.notes("classification", flagged))[0] == "Flagged values"
     assert all(f"- ({letter}) " in text for letter in "abcde")
     bad = [record(0.5), record(0.1, "embed", nonfinite=3)]
@@ -716,13 +717,14 @@ def test_flagged_values_have_numbered_daggers_and_reasons():
 def test_flags_of_records_and_of_the_sanity_checks_are_read_and_copied(project, monkeypatch):
     places = {"checked": ["five times the steps take 0.1 more"]}
     path = records.record_path("test", "classification", "scenes", "embedded_vit", "deacl", "task")
-    health = {"rising": 3, "flags": ["the loss still rises"]}
+    health = {"images": 4, "rising": 3, "missed": 0}
     records.write_json({**records.read_json(path), "key": "checked", "health": health}, path)
     records.write_json({}, project / "results/test/sanity/classification/scenes.json")
     monkeypatch.setattr(evidence, "sanity_flags", lambda folder: places if (folder / "sanity").is_dir() else {})
     write_table(1, "test")
     text = plain((project / "figures/test/table1.md").read_text())
-    said = "- †1 scenes/embedded_vit DeACL, PGD: the loss still rises; five times the steps take 0.1 more."
+    own = "the loss of 75 % of the images still rises at the last step (not converged)"
+    said = f"- †1 scenes/embedded_vit DeACL, PGD: {own}; five times the steps take 0.1 more."
     assert said in text and "0.03 ± 0.02 †1" in text and text.count("†1") == 2
     assert report.copy_records("test") == 21
     assert (project / "figures/test/records/sanity/classification/scenes.json").is_file()
@@ -737,8 +739,8 @@ def test_flags_of_records_and_of_the_sanity_checks_are_read_and_copied(project, 
 
 def test_records_that_were_just_made_are_flagged_by_their_own_health():
     found = rows((0.8, 0.2, 0.1))
-    found[1]["health"] = {"flags": ["zero"]}
-    assert all_notes("classification", found)[0] == "†1 scenes/embedded_vit Standard, EmbedAttack: zero."
+    found[1]["health"] = WEAK
+    assert all_notes("classification", found)[0] == f"†1 scenes/embedded_vit Standard, EmbedAttack: {SAID}."
     assert report.figure2_table(rows((0.8,), (0.7, 0.5)) + [{**found[1], "epoch": 4, "defense": "deacl-epoch4"}])[
         "flagged"
     ].tolist() == [False, False, True, False]
@@ -751,10 +753,10 @@ def test_without_sanity_checks_there_are_no_such_flags(project):
 
 def test_captions_say_why_points_are_flagged_that_stand_in_no_table(project):
     assert report.captions("test") == ""
-    for defense, words in (("deacl-epoch4", "between <i>"), ("standard", "at the start")):
+    for defense in ("deacl-epoch4", "standard"):
         path = records.record_path("test", "depth", "scenes", "embedded_vit", defense, "embed")
-        records.write_json({**records.read_json(path), "health": {"flags": [words]}}, path)
-    assert report.captions("test") == "- †: scenes/embedded_vit, EmbedAttack at epoch 4: between <i>."
+        records.write_json({**records.read_json(path), "health": WEAK}, path)
+    assert report.captions("test") == f"- †: scenes/embedded_vit, EmbedAttack at epoch 4: {SAID}."
 
 
 def test_figure_1_is_drawn_with_the_daggers_of_its_attacks(project, monkeypatch, undrawn):
@@ -770,7 +772,7 @@ def test_figure_1_is_drawn_with_the_daggers_of_its_attacks(project, monkeypatch,
     records.write_json("segmentation__0.safetensors", records.examples_path("test", "segmentation"))
     for defense, attack in (("standard", "task"), ("standard", "clean"), ("deacl", "embed")):
         path = records.record_path("test", "segmentation", "scenes", "embedded_vit", defense, attack)
-        records.write_json({**records.read_json(path), "health": {"flags": ["weak"]}}, path)
+        records.write_json({**records.read_json(path), "health": WEAK}, path)
     report.main("test")
     assert drawn == [[("segmentation", "task")]]  # what is not in the picture needs no dagger there
     first = (project / "figures/test/fig1.png").read_bytes()
@@ -988,7 +990,7 @@ def test_hostile_names_are_escaped_wherever_they_stand(project, undrawn):
     place = {"encoder": HOSTILE, "dataset": HOSTILE}
     found = with_worst(rows((0.8, 0.1, 0.0), (0.7, 0.5, 0.1), 0.4, **place))
     for i, r in enumerate(found):
-        r |= {"health": {"flags": [HOSTILE]}, "statistics": [0, 1, i % 2]}
+        r |= {"health": WEAK, "statistics": [0, 1, i % 2]}
         path = project / f"results/hostile/classification/x__y__{r['defense']}__{r['attack']}.json"
         records.write_json({**r, "git": HOSTILE}, path)
     timed("hostile", _00_data=1.0)

@@ -226,10 +226,13 @@ def test_the_worst_case_has_what_the_checks_found(tuned, monkeypatch):
     assert all(r.get("checked", 0) == 0 for r in evaluate.run_task("classification", other))
 
 
-def test_statistics_of_the_checks_are_in_the_order_of_the_test_set(toys):
-    test = datasets.load("depth", "toys", "test", planted.settings(), 16)
-    parts = [(None, None, [test.ids[2], test.ids[0]]), (None, None, [test.ids[1]])]  # two shapes
-    assert sanity.places(parts, sanity.first(test, 3)).tolist() == [2, 0, 1]
+def test_statistics_of_the_checks_are_in_the_order_of_the_test_set(toys, monkeypatch):
+    settings = _settings().model_copy(update={"sanity": QUICK})
+    test, x = datasets.load("depth", "toys", "test", settings, 16), torch.zeros(2, 3, 16, 16)
+    shapes = [([2, 0], x, x[:, 0]), ([1], x[:1], x[:1, 0])]  # parts are by shape
+    monkeypatch.setattr(datasets, "batches", lambda *_: iter(shapes))
+    b = sanity.bench(planted.model("depth"), test, "standard", settings)
+    assert b.order.tolist() == [2, 0, 1] and [ids for *_, ids in b.parts] == [[test.ids[2], test.ids[0]], [test.ids[1]]]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])

@@ -36,31 +36,30 @@ def _apart(pair: Pair) -> float:
 
 
 def verdict(profile: str) -> str:
-    """How the tables' values agree with those of the committed run of `profile`; empty where there is no such run."""
+    """How the tables' values agree with those of the committed run of `profile`, which do so least, and why; empty
+    where there is no such run.
+    """
     here, there = _cells(disk.results_dir(profile)), _cells(disk.committed_dir(profile) / "records")
     if not here or not there:
         return ""
     pairs = [(here[place], there[place]) for place in here if place in there]
     came = disk.committed_dir(profile).relative_to(disk.ROOT).as_posix()
-    lines = [f"Beside the committed run of this profile ({came}):", *_agreement(pairs)]
+    lines = [f"Beside the committed run of this profile ({came}):"]
+    changed = any(map(_apart, pairs))
+    if changed:
+        near, far = sum(_apart(pair) <= 2 for pair in pairs), max(pairs, key=_apart)
+        numbers = " here, ".join(f"{r['value']:.3f} ± {r['se']:.3f}" for r in far)
+        most = f"{_apart(far):.1f} standard errors: {'/'.join(place_of(far[0]))}, {numbers} there"
+        lines.append(f"{near} of {len(pairs)} values of the tables lie within two standard errors of the difference.")
+        lines.append(f"The largest difference, {most}.")
+    elif pairs:
+        lines.append(f"{len(pairs)} of {len(pairs)} values of the tables are the same.")
     if alone := len(here.keys() ^ there.keys()):
         lines.append(f"Values in one of the two runs only: {alone}.")
     causes = dict.fromkeys(name for pair in pairs for name in differ.differing(*pair))
-    if causes and any(map(_apart, pairs)):
+    if causes and changed:
         lines.append(f"The records differ in {', '.join(causes)}.")
     return "\n  ".join(lines)
-
-
-def _agreement(pairs: list[Pair]) -> list[str]:
-    """How many pairs of values agree, and which do so least."""
-    if not any(map(_apart, pairs)):
-        return [f"{len(pairs)} of {len(pairs)} values of the tables are the same."] if pairs else []
-    near, far = sum(_apart(pair) <= 2 for pair in pairs), max(pairs, key=_apart)
-    numbers = " here, ".join(f"{r['value']:.3f} ± {r['se']:.3f}" for r in far)
-    return [
-        f"{near} of {len(pairs)} values of the tables lie within two standard errors of the difference.",
-        f"The largest difference, {_apart(far):.1f} standard errors: {'/'.join(place_of(far[0]))}, {numbers} there.",
-    ]
 
 
 def replace(profile: str) -> str:

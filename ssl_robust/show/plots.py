@@ -33,6 +33,7 @@ MARKERS = {"clean": "o", "embed": "s", "task": "^"}
 # Paul Tol's muted scheme for the first classes; further ones walk round the hue circle by the golden angle
 CLASSES = ["#CC6677", "#DDCC77", "#332288", "#44AA99", "#882255", "#88CCEE", "#117733", "#AA4499", "#EE7733", "#DDDDDD"]
 DEPTHS = "viridis_r"  # near is bright
+SIDE = 1.1  # inches of a tile
 STYLE = {
     **sns.axes_style("ticks"),
     "font.size": 10,
@@ -74,15 +75,13 @@ def _axes(rows: int, columns: int, width: float, height: float, **look: Any) -> 
     return fig, axes
 
 
-def _tiles(
-    shapes: Sequence[Sequence[int]], columns: int, side: float = 1.1, least: float = 0
-) -> tuple[Figure, np.ndarray]:
-    """A figure of empty tiles, a row for each of the picture shapes (..., H, W), `side` inches wide.
+def _tiles(shapes: Sequence[Sequence[int]], columns: int, least: float = 0) -> tuple[Figure, np.ndarray]:
+    """A figure of empty tiles, a row for each of the picture shapes (..., H, W), SIDE inches wide.
 
     `least` is the smallest height of a row in inches, where a heading at its left needs room.
     """
-    heights = [max(side * shape[-2] / shape[-1], least) + 0.22 for shape in shapes]
-    fig, axes = _axes(len(shapes), columns, side * columns, sum(heights), height_ratios=heights)
+    heights = [max(SIDE * shape[-2] / shape[-1], least) + 0.22 for shape in shapes]
+    fig, axes = _axes(len(shapes), columns, SIDE * columns, sum(heights), height_ratios=heights)
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], frame_on=False)
@@ -211,11 +210,6 @@ def load_example(path: Path) -> Example:
     return {**tensors, **about, "classes": json.loads(about["classes"]), "eps": float(about["eps"])}
 
 
-def perturbation(clean: Array, attacked: Array, amplification: float) -> np.ndarray:
-    """What an attack added, 0.5 (grey) for nothing: 0.5 + amplification * (attacked - clean), clipped to [0, 1]."""
-    return np.clip(0.5 + amplification * (np.asarray(attacked) - np.asarray(clean)), 0, 1)
-
-
 def _amplification(example: Example) -> float:
     """The factor that spreads -eps..eps over black..white."""
     return 0.5 / example["eps"] if example["eps"] else 1.0
@@ -273,10 +267,10 @@ def _key(example: Example, masks: list[Array], drawn: AxesImage | None, axes: np
 
 def _attack_row(example: Example, attack: str, index: int, axes: Sequence[Axes]) -> AxesImage | None:
     """Image, amplified perturbation, clean and attacked prediction of one image, in four tiles."""
-    image, attacked = example["images"][index], example[f"adv_{attack}"][index]
+    image, attacked = np.asarray(example["images"][index]), np.asarray(example[f"adv_{attack}"][index])
     name = example["classes"][int(example["target"][index])] if _task(example) == "classification" else ""
     _show_image(image, axes[0], name)
-    _show_image(perturbation(image, attacked, _amplification(example)), axes[1])
+    _show_image(0.5 + _amplification(example) * (attacked - image), axes[1])  # 0.5, grey, for nothing
     _show(example, "clean", index, axes[2])
     return _show(example, attack, index, axes[3])
 

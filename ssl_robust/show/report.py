@@ -181,8 +181,7 @@ def copy_records(profile: str) -> int:
     """
     source, target = disk.results_dir(profile), disk.figures_dir(profile) / "records"
     records, _ = read(profile)
-    paths = {p.relative_to(source) for task in TASKS for p in source.glob(f"{task}/*__*__*__*.json")}
-    paths |= {p.relative_to(source) for p in [*evidence.skipped_paths(source), *evidence.evidence_paths(source)]}
+    paths = {p.relative_to(source) for p in evidence.paths(source)}
     for path in paths:
         disk.write_bytes((source / path).read_bytes(), target / path)
     for stale in {p.relative_to(target) for p in target.rglob("*.json")} - paths:
@@ -203,7 +202,7 @@ def draw_figure1(profile: str) -> "Figure":
         raise BadInput(f"There are no images for Figure 1 in runs/{profile}/examples; 'make paper' makes them.")
     places = {(task, shown["dataset"], shown["encoder"], "standard") for task, shown in examples.items()}
     rows = [r for r in read(profile)[0] if (*_curve(r), r["defense"]) in places and r["reasons"]]
-    figure = plots.figure1(examples, [(r["task"], r["attack"]) for r in rows])
+    figure = plots.figure1(examples, [(r["task"], r["attack"]) for r in rows if r["attack"] in ("embed", "task")])
     plots.save(figure, disk.figures_dir(profile) / "fig1")
     return figure
 

@@ -11,7 +11,7 @@ from ..settings import BadInput
 from ..tasks import TASKS
 from ..trust import paired
 from ..trust.claims import claims, sentence
-from ..trust.evidence import reasons, seed_values
+from ..trust.evidence import reasons
 from . import layout
 
 Record = dict[str, Any]
@@ -67,7 +67,7 @@ COLUMNS = _columns((), seeds=False)
 
 def _add(row: Record, record: Record) -> None:
     """Put what one record says into its row."""
-    kind, values = record["attack"], pd.Series(seed_values(record))
+    kind, values = record["attack"], pd.Series([r["value"] for r in (record, *record.get("over_seeds", ()))])
     row |= {kind: record["value"], f"{kind}_se": record["se"], "n": min(record["n"], row.get("n", record["n"]))}
     row["seeds"] = max(len(values), row.get("seeds", 1))
     if len(values) > 1:

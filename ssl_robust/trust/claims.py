@@ -289,8 +289,7 @@ def matrix(judged: Judged) -> pd.DataFrame:
 
 
 def _cell(claim: Claim) -> str:
-    """The verdict, and of one or two cases their numbers, without the name where they are of one row; Worst if it differs.
-    """
+    """The verdict, and of one or two cases their numbers, without the name of their row if it is one for all."""
     one = len({row.name.partition(" ")[0] for row in claim.rows}) == 1
     lines = [(row.name.partition(" ")[2] if one else row.name) + row.words for row in claim.rows]
     lines = [line.lstrip(" :") for line in lines] if len(lines) <= 2 else []

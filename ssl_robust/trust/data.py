@@ -85,10 +85,6 @@ def _absent(task: str, name: str, settings: Settings) -> str:
     return next(iter(problems(task, name, settings)), "") if settings.missing == "skip" else ""
 
 
-def _splits(task: str) -> tuple[str, ...]:
-    return SPLITS[:2] if task == "deacl" else SPLITS
-
-
 def overview(settings: Settings) -> pd.DataFrame:
     """What each task uses: images, classes and hash of every data set and split.
 
@@ -107,7 +103,7 @@ def overview(settings: Settings) -> pd.DataFrame:
         if settings.counts == "official":
             verify(name, settings.data_root)
         held = {}
-        for split in _splits(task):
+        for split in SPLITS[:2] if task == "deacl" else SPLITS:
             subset = load(task, name, split, settings, native=8)  # files are read as they are, so any size will do
             indices = track(spread(range(len(subset))), desc=f"reading {name} ({split})")
             held[split] = [_held(subset.read(i)[1], task) for i in indices]
@@ -124,12 +120,11 @@ def hashes(settings: Settings) -> dict[str, str]:
 
     Raises BadInput as `load` does.
     """
-    found = {}
-    for task, name in wanted(settings):
-        absent = _absent(task, name, settings)
-        for split in _splits(task):
-            found[f"{task} {name} {split}"] = absent or load(task, name, split, settings, native=8).hash
-    return found
+    return {
+        f"{task} {name} {split}": _absent(task, name, settings) or load(task, name, split, settings, native=8).hash
+        for task, name in wanted(settings)
+        for split in (SPLITS[:2] if task == "deacl" else SPLITS)
+    }
 
 
 def _held(target: int | Tensor, task: str) -> Tensor:
@@ -184,7 +179,7 @@ def _judge_depths(name: str, classes: Sequence[str], held: dict[str, Tensor]) ->
     return [f"{few}: {100 * valid:.2g} % of the map in the middle."] if valid < 0.01 else []
 
 
-def _remarks(task: str, name: str, settings: Settings) -> list[str]:
+def remarks(task: str, name: str, settings: Settings) -> list[str]:
     """What `_judged` says of a few evenly spread images of each split, read before any long work; more if in doubt."""
     if entry(name, task).own_val:
         return []
@@ -213,21 +208,21 @@ def _sample(subset: Subset, skip: bool) -> list[Tensor]:
 
 def _enough(rows: list[Tensor], task: str, classes: int) -> bool:
     """Whether as many classes occur, or a depth is valid."""
-    if task not in ("segmentation", "depth"):
-        return True
-    seen = torch.stack(rows).sum(0) if rows else torch.zeros(IGNORE)
-    return bool(seen[1] > 0) if task == "depth" else int((seen[:IGNORE] > 0).sum()) >= classes
+    seen = sum(rows, torch.zeros(1))
+    if task == "segmentation":
+        return int((seen[:IGNORE] > 0).sum()) >= classes
+    return task != "depth" or bool(seen[-1] > 0)
 
 
 def look(settings: Settings) -> tuple[list[str], list[str]]:
     """Sentences on the content of the data sets that `settings` asks for: what cannot be used, and remarks."""
-    wrong, said = [], []
+    wrong, said = {}, {}  # each is said once
     for task, name in wanted(settings):
         try:
-            said += _remarks(task, name, settings)
+            said |= dict.fromkeys(remarks(task, name, settings))
         except BadInput as problem:
-            wrong.append(str(problem))
-    return list(dict.fromkeys(wrong)), list(dict.fromkeys(said))
+            wrong[str(problem)] = None
+    return list(wrong), list(said)
 
 
 def verify(name: str, root: str) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .. import attacks, compute, datasets, deacl, encoders, evaluate, metrics, protocol, records
 from ..datasets import Subset
-from ..encoders import Encoder
 from ..heads import TaskModel
 from ..progress import track
 from ..settings import Attack, BadInput, EncoderRow, Settings, skipping
@@ -32,7 +31,7 @@ SLACK = 0.02  # of the sweep's whole range: a curve that turns back by less is s
 
 Result = dict[str, Any]
 Known = Mapping[str, Tensor]  # attack of the table: statistics (N, ..) of its cell, of all test images
-Maker = Callable[..., Tensor]  # (model, images, targets, ids) -> images under attack
+Maker = Callable[[Tensor, Tensor, list[str]], Tensor]  # (images, targets, ids) -> images under attack
 Source = tuple[str, str, TaskModel]  # where transferred images come from: its name, the attack on it, the model
 
 
@@ -49,7 +48,7 @@ class Bench(NamedTuple):
     seed: int
     precision: str
     known: Known = MappingProxyType({})
-    order: Tensor | None = None  # (n,) where in the test set the checked images are; given if anything is known
+    order: Tensor | None = None  # (n,) where in the test set the checked images are, which come by shape
 
 
 def first(test: Subset, n: int) -> Subset:
@@ -66,46 +65,31 @@ def bench(model: TaskModel, test: Subset, defense: str, settings: Settings) -> B
     """
     device, section = records.pick_device(settings.device), settings.task(model.task)
     few = first(test, settings.sanity.n)
-    parts = [(x.to(device), y.to(device), [few.ids[i] for i in rows]) for rows, x, y in datasets.batches(few, len(few))]
-    reduce, chance = evaluate.reduction(model, test), evaluate.chance(model, test)
-    batch = evaluate.at_once(model, few, section.attack_batch, device)
-    precision = compute.precision(settings.precision, device)
+    found = list(datasets.batches(few, len(few)))
+    parts = [(x.to(device), y.to(device), [few.ids[i] for i in rows]) for rows, x, y in found]
+    order = torch.tensor([i for rows, *_ in found for i in rows])
     row = evaluate.Cell(model, test, "task", settings, defense)
     cells = {kind: row.of(kind).stored() for kind in ("task", "embed")}
-    known, order = {kind: found[1] for kind, found in cells.items() if found}, places(parts, few)
     return Bench(
-        model, parts, len(test.classes), reduce, chance, batch, settings.attack, settings.seed, precision, known, order
-    )
-
-
-def places(parts: list[tuple[Tensor, Tensor, list[str]]], few: Subset) -> Tensor:
-    """Where in `few` the images of the statistics' rows are, (n,): parts are by shape, the data set is not."""
-    where = {name: i for i, name in enumerate(few.ids)}
-    return torch.tensor([where[name] for *_, ids in parts for name in ids])
+        model, parts, len(test.classes), evaluate.reduction(model, test), evaluate.chance(model, test),
+        evaluate.at_once(model, few, section.attack_batch, device), settings.attack, settings.seed,
+        compute.precision(settings.precision, device), {k: cell[1] for k, cell in cells.items() if cell}, order,
+    )  # fmt: skip
 
 
 # --- attacks, and what they leave of the images ---
 
 
-def clean(model: TaskModel, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
-    """The images themselves."""
-    return x
-
-
 def attacking(b: Bench, kind: str = "task", seed: int = 0, source: TaskModel | None = None, **changes: Any) -> Maker:
     """The table's attack `kind` with some settings changed, `seed` added to its own, made on `source` if given."""
-    attack, shifted = b.attack.model_copy(update=changes), b.seed + seed
-
-    def make(model: TaskModel, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
-        return attacks.attacked(kind, source or model, x, target, ids, attack, shifted, b.precision)
-
-    return make
+    attack, model = b.attack.model_copy(update=changes), source or b.model
+    return lambda x, target, ids: attacks.attacked(kind, model, x, target, ids, attack, b.seed + seed, b.precision)
 
 
 def noise(b: Bench, signs: bool) -> Maker:
     """Noise in place of an attack: uniform in the ball, or at its corners."""
 
-    def make(model: TaskModel, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
+    def make(x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
         names = [f"noise/{i}" for i in ids]  # not the noise that attacks start from
         if not signs:
             return attacks.random_start(x, b.attack.eps, names, b.seed)
@@ -121,7 +105,7 @@ def statistics(b: Bench, make: Maker) -> Tensor:
     judge = protocol.ask(b.model.protocol, "statistics", metrics.statistics, task, "task")
 
     def part(rows: slice, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
-        adv = make(b.model, x[rows], target[rows], ids[rows])
+        adv = make(x[rows], target[rows], ids[rows])
         with torch.no_grad():
             return judge(task, b.model(adv), target[rows], b.classes)
 
@@ -187,7 +171,7 @@ def checks(b: Bench, source: Source | None, settings: Settings) -> tuple[Result,
     (n, ..) of each image under that of the checks' attacks inside the table's ball that hurts it most.
     """
     name, kind, other = source or ("", "", None)
-    untouched, attacked, embed = statistics(b, clean), _of_table(b, "task"), _of_table(b, "embed")
+    untouched, attacked, embed = statistics(b, lambda x, *_: x), _of_table(b, "task"), _of_table(b, "embed")
     more, count = b.attack.steps * settings.sanity.more_steps, 1 + settings.sanity.restarts
     starts = [statistics(b, attacking(b, seed=k)) for k in range(1, count)]
     tried = {
@@ -196,7 +180,7 @@ def checks(b: Bench, source: Source | None, settings: Settings) -> tuple[Result,
         "more_steps": statistics(b, attacking(b, steps=more)),
         **({"transfer": statistics(b, attacking(b, kind, source=other))} if source else {}),
     }
-    inside = [tried["noise"], tried["signs"], *starts, *list(tried.values())[2:]]
+    inside = [tried["noise"], tried["signs"], *starts, *(tried[k] for k in ("more_steps", "transfer") if k in tried)]
     tried |= {"restarts": worst(b, [attacked, *starts]), "embed": embed}
 
     values = {check: numbers(b, stats) for check, stats in tried.items()}
@@ -209,18 +193,16 @@ def checks(b: Bench, source: Source | None, settings: Settings) -> tuple[Result,
         "restarts": values["restarts"] | gains["restarts"] | {"starts": count}, **swept,
         "transfer": values["transfer"] | {"from": name} if source else None, "embed": values["embed"],
     }  # fmt: skip
-    words = {"attack": TASKS[b.model.task].attack, "more": more, "steps": b.attack.steps, "starts": count}
-
-    def failed(*checks: str) -> list[str]:
-        pairs = {check: (tried[check], attacked) for check in checks if check in tried}
-        if len(b.known) == 2 and "embed" in pairs:
-            pairs["embed"] = b.known["embed"], b.known["task"]  # on all images
-        taken = max(0.0, gain(b, untouched, attacked)[0])
-        bad = {check: pair for check, pair in pairs.items() if _fails(b, check, *pair, taken)}
-        return [FAILED[check].format(pair=_pair(b, *pair), source=name, **words) for check, pair in bad.items()]
-
-    said = [*failed("noise", "signs", "more_steps", "restarts"), *turned, *failed("transfer", "embed")]
-    return found, said, worst(b, inside)
+    words = {"attack": TASKS[b.model.task].attack, "source": name}
+    words |= {"more": more, "steps": b.attack.steps, "starts": count}
+    pairs = {check: (stats, attacked) for check, stats in tried.items()}
+    if len(b.known) == 2:
+        pairs["embed"] = b.known["embed"], b.known["task"]  # on all images
+    taken = max(0.0, gain(b, untouched, attacked)[0])
+    bad = {check: pair for check, pair in pairs.items() if _fails(b, check, *pair, taken)}
+    said = {check: [FAILED[check].format(pair=_pair(b, *pair), **words)] for check, pair in bad.items()}
+    said["sweep"] = turned
+    return found, [flag for check in found for flag in said.get(check, ())], worst(b, inside)
 
 
 def _fails(b: Bench, check: str, stats: Tensor, attacked: Tensor, taken: float) -> bool:
@@ -308,12 +290,7 @@ def sources(row: EncoderRow, settings: Settings) -> list[EncoderRow]:
 
 
 def source_of(
-    task: str,
-    dataset: str,
-    row: EncoderRow,
-    model: TaskModel,
-    settings: Settings,
-    load: Callable[[EncoderRow, str], Encoder] | None = None,
+    task: str, dataset: str, row: EncoderRow, model: TaskModel, settings: Settings, load: evaluate.Loader | None = None
 ) -> Source | None:
     """Where images for `row` are transferred from: another row's Standard encoder and head, under the task attack.
 
@@ -348,12 +325,14 @@ def run_all(settings: Settings) -> list[Result]:
         for row in settings.encoders
         for defense in DEFENSE if defense in row.defenses
     ]  # fmt: skip
-    found, lost = [], []
+    found, lost, shown = [], [], set()
     for task, dataset, row, defense in track(rows, desc="sanity checks"):
         place = {"task": task, "dataset": dataset, "encoder": row.name, "defense": defense}
         with skipping(settings, lost, [place]):
             found.append(check(task, dataset, row, defense, settings))
-    _show_only(found, settings.profile)
+            shown.add(records.checks_path(settings.profile, *place.values()))
+    for path in set((records.results_dir(settings.profile) / "sanity").glob("*/*.json")) - shown:
+        path.unlink()  # the settings no longer ask for it; it stays where it is stored
     records.write_skipped(settings.profile, "sanity", lost)
     return found
 
@@ -392,14 +371,6 @@ def _make(
     records.write_tensors(records.packed(ordered), records.about(known["made_from"]), place)
     records.write_record(made, evaluate.checks_place(settings.profile, known))
     return made
-
-
-def _show_only(shown: list[Result], profile: str) -> None:
-    """Take rows that the settings no longer ask for out of results/<profile>; they stay where they are stored."""
-    names = [records.checks_path(profile, *(result[key] for key in KEYS)) for result in shown]
-    for path in (records.results_dir(profile) / "sanity").glob("*/*.json"):
-        if path not in names:
-            path.unlink()
 
 
 # --- for the notebook and for the tables ---
