@@ -12,6 +12,7 @@ from make_reference import PROJECT
 from test_explain import record, write
 
 from ssl_robust import records, settings
+from ssl_robust.settings import BadInput
 from ssl_robust.show import committed, report
 from ssl_robust.tasks import TASKS
 from ssl_robust.trust import evidence
@@ -168,10 +169,10 @@ def run_of(root, *found, profile="demo"):
     return folder
 
 
-def test_a_run_takes_the_place_of_the_committed_one(root, capsys):
+def test_a_run_takes_the_place_of_the_committed_one(root):
     run_of(root, record())
     commit(root, record(attack="old"))
-    assert committed.main("demo") == 0 and "figures/committed/demo is now what the last run" in capsys.readouterr().out
+    assert committed.replace("demo").startswith("figures/committed/demo is now what the last run made; look")
     folder = records.committed_dir("demo")
     names = sorted(p.name for p in folder.iterdir())
     assert names == ["fig1.png", "index.html", "params.yaml", "records", "table1.md", "times.json"]
@@ -187,14 +188,16 @@ def test_pages_with_images_of_others_are_not_committed(root):
     assert names == ["params.yaml", "records", "table1.md", "times.json"]
 
 
-def test_records_of_changed_code_are_not_committed(root, capsys):
+def test_records_of_changed_code_are_not_committed(root):
     commit(root, record())
-    assert committed.main("demo") == 2 and "There is no profile 'demo'" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="There is no profile 'demo'"):
+        committed.replace("demo")
     demo_params(root)
-    assert committed.main("demo") == 2 and "There is nothing in figures/demo" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="There is nothing in figures/demo"):
+        committed.replace("demo")
     run_of(root, record(), record(attack="clean", git="abc+"))
-    assert committed.main("demo") == 2
-    assert "made by code that no commit has (abc+); commit it, then repeat 'make clean" in capsys.readouterr().err
+    with pytest.raises(BadInput, match=r"code that no commit has \(abc\+\); commit it, then repeat 'make clean"):
+        committed.replace("demo")
     assert [p.name for p in records.committed_dir("demo").iterdir()] == ["records"]
 
 

@@ -33,7 +33,7 @@ def write(r, profile="demo"):
 @pytest.fixture
 def project(root):
     write(record(0.0, defense="standard"))
-    write(record(health={"rising": 3, "flags": ["the loss still rises"]}))
+    write(record(health={"images": 8, "rising": 3, "missed": 0}))
     write(record(0.5, attack="clean"))
     write(record(task="depth", dataset="nyuv2", metric="RMSE"))
     lost = [{"dataset": "voc2012", "encoder": "embedded_vit", "defense": "standard", "why": "voc2012 is not there."}]

@@ -39,7 +39,7 @@ def _tables(changes=()):
     records.need(s.profile, "02_deacl")
     examples.make("depth", s)
     found = evaluate.run_task("depth", s)
-    report.write_table(3, s.profile)
+    report.shown(3, s.profile)
     records.finish(s.profile, "05_attack_depth", records=len(found))
     return s, found
 

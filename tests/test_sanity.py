@@ -112,17 +112,18 @@ def test_the_tables_own_radius_is_attacked_once(monkeypatch):
     assert sum(a == b.attack for a in made) == 3  # the attack, one restart, EmbedAttack
     assert [a.steps for a in made if a.eps == 0] == [1]
     assert [a.step for a in made if a.eps == RADII[-1]] == [pytest.approx(16 / 255)]
-    # the tables' own two come from their cells, and the transfer is not made here
-    assert sanity.steps(b.attack, FEW.sanity) == sum(a.steps for a in made) - 2 * 20 + 20
+    # the tables' own two come from their cells, radius 0 costs a step, and the transfer is not made here
+    assert FEW.sanity.rounds(b.attack) * 20 == sum(a.steps for a in made) - 2 * 20 + 20 - 1
 
 
 def test_embed_attack_is_judged_on_all_images_of_the_tables():
     right, wrong = torch.ones(24, 1).double(), torch.zeros(24, 1).double()
     task, embed = torch.cat([wrong[:4], right[:20]]), torch.cat([wrong[:4], right[:4], wrong[:16]])
     few = bench()._replace(parts=[tuple(part[:4] for part in bench().parts[0])], order=torch.arange(4))
-    found, said = {}, sanity._embedding(few._replace(known={"task": task, "embed": embed}), task[:4], {})
-    assert len(said) == 1 and "EmbedAttack harms more than PGD (accuracy 0.17 against 0.83)" in said[0]
-    assert sanity._embedding(few._replace(known={"task": embed, "embed": task}), embed[:4], found) == []
+    _, said, _ = sanity.checks(few._replace(known={"task": task, "embed": embed}), None, FEW)
+    assert "EmbedAttack harms more than PGD (accuracy 0.17 against 0.83)" in said[-1]
+    found, said, _ = sanity.checks(few._replace(known={"task": embed, "embed": task}), None, FEW)
+    assert not any("EmbedAttack" in flag for flag in said)
     assert found["embed"]["value"] == 0  # of the images that are checked, as everything else in the table
 
 
@@ -225,10 +226,13 @@ def test_the_worst_case_has_what_the_checks_found(tuned, monkeypatch):
     assert all(r.get("checked", 0) == 0 for r in evaluate.run_task("classification", other))
 
 
-def test_statistics_of_the_checks_are_in_the_order_of_the_test_set(toys):
-    test = datasets.load("depth", "toys", "test", planted.settings(), 16)
-    parts = [(None, None, [test.ids[2], test.ids[0]]), (None, None, [test.ids[1]])]  # two shapes
-    assert sanity.places(parts, sanity.first(test, 3)).tolist() == [2, 0, 1]
+def test_statistics_of_the_checks_are_in_the_order_of_the_test_set(toys, monkeypatch):
+    settings = _settings().model_copy(update={"sanity": QUICK})
+    test, x = datasets.load("depth", "toys", "test", settings, 16), torch.zeros(2, 3, 16, 16)
+    shapes = [([2, 0], x, x[:, 0]), ([1], x[:1], x[:1, 0])]  # parts are by shape
+    monkeypatch.setattr(datasets, "batches", lambda *_: iter(shapes))
+    b = sanity.bench(planted.model("depth"), test, "standard", settings)
+    assert b.order.tolist() == [2, 0, 1] and [ids for *_, ids in b.parts] == [[test.ids[2], test.ids[0]], [test.ids[1]]]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
@@ -317,8 +321,6 @@ def test_the_table_has_a_row_for_each_result():
 
 def test_the_picture_shows_every_curve_and_marks_flagged_rows(root):
     results = [_result(), _result(defense="deacl", flags=["bad"]), _result("depth")]
-    curves = plots.eps_curves(results)
-    assert len(curves) == 3 * len(RADII) and set(curves["flagged"]) == {True, False}
     fig = plots.sanity(results, "toy")
     assert sorted(path.name for path in records.figures_dir("toy").iterdir()) == ["sanity.pdf", "sanity.png"]
     labels = [text.get_text() for text in fig.legends[0].get_texts()]
@@ -326,8 +328,8 @@ def test_the_picture_shows_every_curve_and_marks_flagged_rows(root):
     assert [ax.get_title() for ax in fig.axes] == ["Classification\ntoys", "Depth\ntoys"]
     assert not plt.get_fignums()
     four = [_result(task) for task in TASKS] + [_result() | {"dataset": "more"}]
-    assert sum(ax.axison for ax in plots.sanity_figure(plots.eps_curves(four)).axes) == 4
-    assert plots.sanity_figure(plots.eps_curves([])).axes
+    assert sum(ax.axison for ax in plots.sanity_figure(four).axes) == 4
+    assert plots.sanity_figure([]).axes
 
 
 def test_the_first_images_are_those_of_the_test_set(toys):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .. import attacks, deacl, encoders, evaluate, records, training
 from ..encoders import Encoder
-from ..settings import BadInput, EncoderRow, Settings, skipping
+from ..settings import EncoderRow, Settings, skipping
 from ..show import examples
 from ..tasks import TASKS
 from ..trust import differ, sanity
@@ -66,8 +66,8 @@ def results(settings: Settings) -> tuple[list[Wanted], list[dict[str, str]]]:
     """
     tasks = [task for task in TASKS if getattr(settings, task)]
     for name, used in (("attack", bool(tasks)), ("deacl", any(row.tuned for row in settings.encoders))):
-        if used and getattr(settings, name) is None:
-            raise BadInput(f"The settings have no section '{name}'; add one (params/demo.yaml shows how).")
+        if used:
+            settings.section(name)
     lost: list[dict[str, str]] = []
     found: list[Wanted] = []
     for row in settings.encoders:

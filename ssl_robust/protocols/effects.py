@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from .. import evaluate
-from ..settings import BadInput, Settings
+from ..settings import Settings
 from ..tasks import TASKS
 from . import released
 
@@ -19,8 +19,7 @@ def effects(settings: Settings) -> pd.DataFrame:
     dataset, encoder, protocol, metric, n, then clean, embed, attack (the task attack) with their standard errors
     *_se. Records go to results/<profile>/protocols; those there are kept. Raises BadInput as evaluate.cells does.
     """
-    if settings.attack is None:
-        raise BadInput("The settings have no section 'attack'; add one (params/demo.yaml shows how).")
+    settings.section("attack")
     rows = []
     for task in (task for task in TASKS if getattr(settings, task)):
         paper: dict[str, dict[str, Any]] = {}

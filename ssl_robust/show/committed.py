@@ -36,31 +36,30 @@ def _apart(pair: Pair) -> float:
 
 
 def verdict(profile: str) -> str:
-    """How the tables' values agree with those of the committed run of `profile`; empty where there is no such run."""
+    """How the tables' values agree with those of the committed run of `profile`, which do so least, and why; empty
+    where there is no such run.
+    """
     here, there = _cells(disk.results_dir(profile)), _cells(disk.committed_dir(profile) / "records")
     if not here or not there:
         return ""
     pairs = [(here[place], there[place]) for place in here if place in there]
     came = disk.committed_dir(profile).relative_to(disk.ROOT).as_posix()
-    lines = [f"Beside the committed run of this profile ({came}):", *_agreement(pairs)]
+    lines = [f"Beside the committed run of this profile ({came}):"]
+    changed = any(map(_apart, pairs))
+    if changed:
+        near, far = sum(_apart(pair) <= 2 for pair in pairs), max(pairs, key=_apart)
+        numbers = " here, ".join(f"{r['value']:.3f} ± {r['se']:.3f}" for r in far)
+        most = f"{_apart(far):.1f} standard errors: {'/'.join(place_of(far[0]))}, {numbers} there"
+        lines.append(f"{near} of {len(pairs)} values of the tables lie within two standard errors of the difference.")
+        lines.append(f"The largest difference, {most}.")
+    elif pairs:
+        lines.append(f"{len(pairs)} of {len(pairs)} values of the tables are the same.")
     if alone := len(here.keys() ^ there.keys()):
         lines.append(f"Values in one of the two runs only: {alone}.")
     causes = dict.fromkeys(name for pair in pairs for name in differ.differing(*pair))
-    if causes and any(map(_apart, pairs)):
+    if causes and changed:
         lines.append(f"The records differ in {', '.join(causes)}.")
     return "\n  ".join(lines)
-
-
-def _agreement(pairs: list[Pair]) -> list[str]:
-    """How many pairs of values agree, and which do so least."""
-    if not any(map(_apart, pairs)):
-        return [f"{len(pairs)} of {len(pairs)} values of the tables are the same."] if pairs else []
-    near, far = sum(_apart(pair) <= 2 for pair in pairs), max(pairs, key=_apart)
-    numbers = " here, ".join(f"{r['value']:.3f} ± {r['se']:.3f}" for r in far)
-    return [
-        f"{near} of {len(pairs)} values of the tables lie within two standard errors of the difference.",
-        f"The largest difference, {_apart(far):.1f} standard errors: {'/'.join(place_of(far[0]))}, {numbers} there.",
-    ]
 
 
 def replace(profile: str) -> str:
@@ -69,9 +68,8 @@ def replace(profile: str) -> str:
     Pages that show images of others stay out. Raises BadInput without a run, or if changed code made its records.
     """
     source, target = disk.figures_dir(profile), disk.committed_dir(profile)
-    params = disk.ROOT / "params" / f"{profile}.yaml"
+    params, found = disk.ROOT / "params" / f"{profile}.yaml", disk.read_records(source / "records")
     read_params(params)  # for what it raises
-    found = disk.read_records(source / "records")
     if not source.is_dir():
         raise BadInput(f"There is nothing in figures/{profile}; run 'make paper PROFILE={profile}' first.")
     if vague := sorted({r["git"] for r in found if r["git"].endswith("+") or r["git"] == "unknown"}):
@@ -87,16 +85,9 @@ def replace(profile: str) -> str:
     return f"{target.relative_to(disk.ROOT).as_posix()} is now what the last run made{kept}; look at it and commit it."
 
 
-def main(profile: str) -> int:
-    """Command line; returns the exit code."""
+if __name__ == "__main__":
     any_terminal()
     try:
-        print(replace(profile))
+        print(replace(sys.argv[1] if len(sys.argv) > 1 else "demo"))
     except BadInput as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "demo"))
+        sys.exit(str(error))

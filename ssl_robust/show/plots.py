@@ -33,6 +33,7 @@ MARKERS = {"clean": "o", "embed": "s", "task": "^"}
 # Paul Tol's muted scheme for the first classes; further ones walk round the hue circle by the golden angle
 CLASSES = ["#CC6677", "#DDCC77", "#332288", "#44AA99", "#882255", "#88CCEE", "#117733", "#AA4499", "#EE7733", "#DDDDDD"]
 DEPTHS = "viridis_r"  # near is bright
+SIDE = 1.1  # inches of a tile
 STYLE = {
     **sns.axes_style("ticks"),
     "font.size": 10,
@@ -52,6 +53,7 @@ ATTACK = {"clean": "clean", "embed": "EmbedAttack", "task": "task attack"}
 DASHES = ["-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1)), (0, (10, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3))]
 HOLLOW = {"markerfacecolor": "white", "markersize": 5.5, "markeredgewidth": 1.2}
 CHANCE = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
+BASELINE = "majority or mean baseline"  # what those dots are
 
 Example = dict[str, Any]  # as load_example returns it
 
@@ -65,38 +67,34 @@ def save(fig: Figure, path: Path) -> None:
         write_bytes(buffer.getvalue(), path.with_name(f"{path.name}.{suffix}"))
 
 
-def panels(count: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure with a row of `count` axes, each of this size in inches."""
-    fig, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False, layout="constrained")
-    # a notebook shows the figure that a cell returns; left open, it would show it a second time
-    plt.close(fig)
-    return fig, axes[0]
-
-
-def tiles(
-    shapes: Sequence[Sequence[int]], columns: int, side: float = 1.1, least: float = 0
-) -> tuple[Figure, np.ndarray]:
-    """A figure of empty tiles, a row for each of the picture shapes (..., H, W), `side` inches wide.
-
-    `least` is the smallest height of a row in inches, where a heading at its left needs room.
-    """
-    heights = [max(side * shape[-2] / shape[-1], least) + 0.22 for shape in shapes]
-    look = {"squeeze": False, "layout": "constrained", "height_ratios": heights}
-    fig, axes = plt.subplots(len(shapes), columns, figsize=(side * columns, sum(heights)), **look)
-    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[], frame_on=False)
-    plt.close(fig)
+def _axes(rows: int, columns: int, width: float, height: float, **look: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of this size in inches with rows x columns axes, which are (rows, columns)."""
+    size = {"figsize": (width, height), "squeeze": False, "layout": "constrained"}
+    fig, axes = plt.subplots(rows, columns, **size, **look)
+    plt.close(fig)  # a notebook shows the figure that a cell returns; left open, it would show it a second time
     return fig, axes
 
 
-def grid(count: int, columns: int, shape: Sequence[int]) -> tuple[Figure, np.ndarray]:
-    """Tiles for `count` pictures, row by row."""
-    fig, axes = tiles([shape] * -(-count // columns), min(columns, count))
-    return fig, axes.ravel()
+def _tiles(shapes: Sequence[Sequence[int]], columns: int, least: float = 0) -> tuple[Figure, np.ndarray]:
+    """A figure of empty tiles, a row for each of the picture shapes (..., H, W), SIDE inches wide.
+
+    `least` is the smallest height of a row in inches, where a heading at its left needs room.
+    """
+    heights = [max(SIDE * shape[-2] / shape[-1], least) + 0.22 for shape in shapes]
+    fig, axes = _axes(len(shapes), columns, SIDE * columns, sum(heights), height_ratios=heights)
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[], frame_on=False)
+    return fig, axes
 
 
-def show_image(image: Array, ax: Axes, caption: str = "", colour: str = "black") -> Axes:
+def _grid(count: int, columns: int, shape: Sequence[int]) -> tuple[Figure, np.ndarray]:
+    """Tiles for `count` pictures, row by row, and as many axes."""
+    fig, axes = _tiles([shape] * -(-count // columns), min(columns, count))
+    return fig, axes.ravel()[:count]
+
+
+def _show_image(image: Array, ax: Axes, caption: str = "", colour: str = "black") -> Axes:
     """One image (3, H, W) in [0, 1] with a caption below."""
     ax.imshow(np.moveaxis(np.asarray(image), 0, -1).clip(0, 1))
     ax.set_xlabel(caption, color=colour, labelpad=2, fontsize=9)
@@ -110,25 +108,25 @@ def class_colour(number: int) -> tuple[float, float, float]:
     return tuple(hsv_to_rgb((number * 0.618034 % 1, 0.55 + 0.15 * (number % 3), 0.6 + 0.15 * (number % 3))))
 
 
-def show_mask(mask: Array, image: Array, ax: Axes, background: int | None = 0, caption: str = "") -> Axes:
+def _show_mask(mask: Array, image: Array, ax: Axes, background: int | None = 0, caption: str = "") -> Axes:
     """Class ids (H, W) in colour over their image (3, H, W); `background` and ignored pixels stay transparent."""
     ids = np.asarray(mask).astype(int)
     layer = np.zeros((*ids.shape, 4))
     for number in set(np.unique(ids)) - {background, IGNORED}:
         layer[ids == number] = (*class_colour(number), 0.8)
-    show_image(image, ax, caption).imshow(layer)
+    _show_image(image, ax, caption).imshow(layer)
     return ax
 
 
-def background_of(classes: Sequence[str]) -> int | None:
+def _background_of(classes: Sequence[str]) -> int | None:
     """0 if the first class is the background, else None: then every class is drawn."""
     return 0 if classes[0] == "background" else None
 
 
-def class_legend(masks: Sequence[Array], classes: Sequence[str], fig: Figure, columns: int) -> None:
+def _class_legend(masks: Sequence[Array], classes: Sequence[str], fig: Figure, columns: int) -> None:
     """Names of the classes that occur in these masks, in room added below the figure."""
     numbers = np.unique(np.concatenate([np.asarray(m).ravel() for m in masks])).astype(int)
-    shown = [n for n in numbers if n not in (background_of(classes), IGNORED)]
+    shown = [n for n in numbers if n not in (_background_of(classes), IGNORED)]
     patches = [Patch(color=class_colour(n), label=classes[n]) for n in shown]
     longest = max((len(classes[n]) for n in shown), default=0)
     fits = int(fig.get_figwidth() / (0.4 + 0.07 * longest))  # inches of patch, gaps, and a letter at 9 pt
@@ -138,7 +136,7 @@ def class_legend(masks: Sequence[Array], classes: Sequence[str], fig: Figure, co
     fig.legend(handles=patches, loc="outside lower center", ncols=count, **look)
 
 
-def show_depth(depth: Array, ax: Axes, span: tuple[float, float], caption: str = "") -> AxesImage:
+def _show_depth(depth: Array, ax: Axes, span: tuple[float, float], caption: str = "") -> AxesImage:
     """Depth (H, W) in metres on the colour scale `span` (near, far); what is not valid (<= 0) is grey."""
     metres = np.asarray(depth)
     ax.set_xlabel(caption, labelpad=2, fontsize=9)
@@ -146,13 +144,13 @@ def show_depth(depth: Array, ax: Axes, span: tuple[float, float], caption: str =
     return ax.imshow(np.ma.masked_where(~(metres > 0), metres), cmap=DEPTHS, vmin=span[0], vmax=span[1])
 
 
-def span_of(depth: Array) -> tuple[float, float]:
+def _span_of(depth: Array) -> tuple[float, float]:
     """Smallest and largest valid depth in metres; (0, 1) if none is valid."""
     valid = np.asarray(depth)[np.asarray(depth) > 0]
     return (float(valid.min()), float(valid.max())) if valid.size else (0.0, 1.0)
 
 
-def depth_scale(drawn: AxesImage, axes: Sequence[Axes], fig: Figure) -> None:
+def _depth_scale(drawn: AxesImage, axes: Sequence[Axes], fig: Figure) -> None:
     """Colour bar in metres, in room added beside these axes."""
     fig.set_figwidth(fig.get_figwidth() + 0.6)
     fig.colorbar(drawn, ax=list(axes), label="depth [m]", fraction=0.1, aspect=25, pad=0.02).outline.set_visible(False)
@@ -161,29 +159,29 @@ def depth_scale(drawn: AxesImage, axes: Sequence[Axes], fig: Figure) -> None:
 @plt.rc_context(STYLE)
 def image_grid(images: Array, captions: Sequence[str] | None = None, columns: int = 8) -> Figure:
     """Images (k, 3, H, W) with their captions, row by row."""
-    fig, axes = grid(len(images), columns, images.shape)
-    for ax, image, caption in zip(axes, images, captions or [""] * len(images), strict=False):
-        show_image(image, ax, caption)
+    fig, axes = _grid(len(images), columns, images.shape)
+    for ax, image, caption in zip(axes, images, captions or [""] * len(images), strict=True):
+        _show_image(image, ax, caption)
     return fig
 
 
 @plt.rc_context(STYLE)
 def mask_grid(images: Array, masks: Array, classes: Sequence[str], columns: int = 8) -> Figure:
     """Masks (k, H, W) over their images (k, 3, H, W), with a legend; class 0 is transparent if named 'background'."""
-    fig, axes = grid(len(images), columns, images.shape)
-    for ax, image, mask in zip(axes, images, masks, strict=False):
-        show_mask(mask, image, ax, background_of(classes))
-    class_legend(masks, classes, fig, columns)
+    fig, axes = _grid(len(images), columns, images.shape)
+    for ax, image, mask in zip(axes, images, masks, strict=True):
+        _show_mask(mask, image, ax, _background_of(classes))
+    _class_legend(masks, classes, fig, columns)
     return fig
 
 
 @plt.rc_context(STYLE)
 def depth_grid(depths: Array, columns: int = 8) -> Figure:
     """Depth maps (k, H, W) on one colour scale in metres, with its bar."""
-    fig, axes = grid(len(depths), columns, depths.shape)
-    for ax, depth in zip(axes, depths, strict=False):
-        drawn = show_depth(depth, ax, span_of(depths))
-    depth_scale(drawn, axes, fig)
+    fig, axes = _grid(len(depths), columns, depths.shape)
+    for ax, depth in zip(axes, depths, strict=True):
+        drawn = _show_depth(depth, ax, _span_of(depths))
+    _depth_scale(drawn, axes, fig)
     return fig
 
 
@@ -191,8 +189,8 @@ def depth_grid(depths: Array, columns: int = 8) -> Figure:
 def learning_curves(history: pd.DataFrame, labels: dict[str, str] | None = None) -> Figure:
     """A panel for each column of `history` (epoch, loss, val, ...) against epoch; `labels` renames columns."""
     columns = [column for column in history.columns if column != "epoch"]
-    fig, axes = panels(len(columns), 2.6, 2.1)
-    for ax, column in zip(axes, columns, strict=True):
+    fig, axes = _axes(1, len(columns), 2.6 * len(columns), 2.1)
+    for ax, column in zip(axes[0], columns, strict=True):
         sns.lineplot(history, x="epoch", y=column, ax=ax, color=COLOURS["clean"], marker="o", markersize=4)
         ax.set(xlabel="epoch", ylabel=(labels or {}).get(column, column))
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -212,11 +210,6 @@ def load_example(path: Path) -> Example:
     return {**tensors, **about, "classes": json.loads(about["classes"]), "eps": float(about["eps"])}
 
 
-def perturbation(clean: Array, attacked: Array, amplification: float) -> np.ndarray:
-    """What an attack added, 0.5 (grey) for nothing: 0.5 + amplification * (attacked - clean), clipped to [0, 1]."""
-    return np.clip(0.5 + amplification * (np.asarray(attacked) - np.asarray(clean)), 0, 1)
-
-
 def _amplification(example: Example) -> float:
     """The factor that spreads -eps..eps over black..white."""
     return 0.5 / example["eps"] if example["eps"] else 1.0
@@ -227,30 +220,22 @@ def _task(example: Example) -> str:
     return "classification" if target.ndim == 1 else "depth" if target.dtype.kind == "f" else "segmentation"
 
 
-def _right(prediction: Array, target: Array) -> str:
-    """'93% right' of the pixels that are not ignored."""
-    counted = np.asarray(target) != IGNORED
-    return f"{(np.asarray(prediction) == np.asarray(target))[counted].mean():.0%} right"
-
-
-def _rmse(prediction: Array, target: Array) -> str:
-    valid = np.asarray(target) > 0
-    return f"RMSE {np.sqrt(np.mean((np.asarray(prediction) - np.asarray(target))[valid] ** 2)):.2f} m"
-
-
 def _show(example: Example, kind: str, index: int, ax: Axes) -> AxesImage | None:
     """The truth ('target'), or the prediction on the clean or attacked image over the very image that it is of."""
     image = example[f"adv_{kind}" if kind in ("embed", "task") else "images"][index]
     shown, target = (example[name][index] for name in (kind if kind == "target" else f"pred_{kind}", "target"))
     task, classes, judged = _task(example), example["classes"], kind != "target"
+    shown, target = np.asarray(shown), np.asarray(target)
     if task == "depth":
-        return show_depth(shown, ax, span_of(example["target"]), _rmse(shown, target) * judged)
+        error = np.sqrt(np.mean((shown - target)[target > 0] ** 2))
+        return _show_depth(shown, ax, _span_of(example["target"]), f"RMSE {error:.2f} m" * judged)
     if task == "segmentation":
-        show_mask(shown, image, ax, background_of(classes), _right(shown, target) * judged)
+        share = (shown == target)[target != IGNORED].mean()
+        _show_mask(shown, image, ax, _background_of(classes), f"{share:.0%} right" * judged)
         return None
     right, name = int(shown) == int(target), classes[int(shown)] if int(shown) >= 0 else "no number"
     mark, colour = ("✓", RIGHT) if right else ("✗", WRONG)
-    show_image(image, ax, f"{name} {mark}" if judged else name, colour if judged else "black")
+    _show_image(image, ax, f"{name} {mark}" if judged else name, colour if judged else "black")
     return None
 
 
@@ -261,9 +246,9 @@ def prediction_panel(example: Example, columns: int = 6) -> Figure:
     Of `example` it needs images, target, pred_clean and classes; one caption a prediction says how good it is.
     """
     count = min(columns, len(example["images"]))
-    fig, axes = tiles([example["images"].shape] * 3, count, least=0.7)
+    fig, axes = _tiles([example["images"].shape] * 3, count, least=0.7)
     for index in range(count):
-        show_image(example["images"][index], axes[0, index])
+        _show_image(example["images"][index], axes[0, index])
         _show(example, "target", index, axes[1, index])
         drawn = _show(example, "clean", index, axes[2, index])
     for ax, name in zip(axes[:, 0], ["image", "truth", "prediction"], strict=True):
@@ -275,17 +260,17 @@ def prediction_panel(example: Example, columns: int = 6) -> Figure:
 def _key(example: Example, masks: list[Array], drawn: AxesImage | None, axes: np.ndarray, fig: Figure) -> None:
     """Legend of the classes in `masks`, or colour bar of the depths; nothing for classification."""
     if drawn is not None:
-        depth_scale(drawn, axes.flat, fig)
+        _depth_scale(drawn, axes.flat, fig)
     elif _task(example) == "segmentation":
-        class_legend(masks, example["classes"], fig, axes.shape[1])
+        _class_legend(masks, example["classes"], fig, axes.shape[1])
 
 
 def _attack_row(example: Example, attack: str, index: int, axes: Sequence[Axes]) -> AxesImage | None:
     """Image, amplified perturbation, clean and attacked prediction of one image, in four tiles."""
-    image, attacked = example["images"][index], example[f"adv_{attack}"][index]
+    image, attacked = np.asarray(example["images"][index]), np.asarray(example[f"adv_{attack}"][index])
     name = example["classes"][int(example["target"][index])] if _task(example) == "classification" else ""
-    show_image(image, axes[0], name)
-    show_image(perturbation(image, attacked, _amplification(example)), axes[1])
+    _show_image(image, axes[0], name)
+    _show_image(0.5 + _amplification(example) * (attacked - image), axes[1])  # 0.5, grey, for nothing
     _show(example, "clean", index, axes[2])
     return _show(example, attack, index, axes[3])
 
@@ -306,7 +291,7 @@ def attack_panel(example: Example, attack: str = "task", rows: int = 4) -> Figur
     right' below a prediction are those of the one image.
     """
     rows = min(rows, len(example["images"]))
-    fig, axes = tiles([example["images"].shape] * rows, 4)
+    fig, axes = _tiles([example["images"].shape] * rows, 4)
     for index, line in enumerate(axes):
         drawn = _attack_row(example, attack, index, line)
     _headings(example, axes[0], fig)
@@ -328,7 +313,7 @@ def figure1(examples: dict[str, Example], flagged: Collection[tuple[str, str]] =
     `examples` maps task names to examples. The image is not chosen by hand: it is the first one, for classification the
     first that is classified right. A dagger stands at the attacks that are `flagged`, as (task, 'embed' or 'task').
     """
-    fig, axes = tiles([e["images"].shape for e in examples.values() for _ in range(2)], 4, least=0.75)
+    fig, axes = _tiles([e["images"].shape for e in examples.values() for _ in range(2)], 4, least=0.75)
     for (task, example), lines in zip(examples.items(), np.split(axes, len(examples)), strict=True):
         index = _first_right(example)
         for attack, line in zip(("embed", "task"), lines, strict=True):
@@ -341,53 +326,38 @@ def figure1(examples: dict[str, Example], flagged: Collection[tuple[str, str]] =
     return fig
 
 
-def _flagged(tidy: pd.DataFrame) -> pd.Series:
-    """Which rows have a value that there are reasons to doubt; none if `tidy` does not say."""
-    return tidy.get("flagged", pd.Series(False, tidy.index)).astype(bool)
+def _curve(ax: Axes, x: pd.Series, line: pd.DataFrame, look: dict[str, Any]) -> None:
+    """Values with their standard errors against `x`."""
+    ax.errorbar(x, line["value"], yerr=line["se"], elinewidth=0.8, capsize=1.5, **look)
 
 
-def metric_curves(tidy: pd.DataFrame, ax: Axes, key: bool = False) -> Axes:
+def _finished(ax: Axes, rows: pd.DataFrame, below: str, xlabel: str) -> None:
+    """Names of one task's panel, `below` its own, and dots where the majority or mean baseline lies."""
+    for level in rows["chance"].round(3).unique():
+        ax.axhline(level, zorder=0, **CHANCE)
+    task = rows["task"].iloc[0]
+    metric = TASKS[task].heading.replace("accuracy", "Accuracy")
+    ax.set(title=task.capitalize() + below, xlabel=xlabel, ylabel=metric, ylim=(0, None))
+    sns.despine(ax=ax)
+
+
+def _metric_curves(tidy: pd.DataFrame, ax: Axes, key: bool) -> None:
     """One task's metric against DeACL epoch: a colour for each attack, a dash for each data set.
 
-    `tidy` has the columns of fig2.csv. Error bars are drawn if it has `se` too and, if it has `chance`, dots where the
-    majority or mean baseline lies; markers are hollow where `flagged`. Data sets are named below the panel if there are
-    several or if `key` asks for it, else in the title.
+    Markers are hollow where `flagged`. Data sets are named below the panel if `key` asks for it, else in the title.
     """
     dashes = dict(zip(tidy["dataset"].unique(), DASHES * len(tidy), strict=False))
     thin = {"linewidth": 1.1, "markersize": 3} if len(dashes) > 2 else {"markersize": 4.5}
     for (dataset, attack), line in tidy.sort_values("epoch").groupby(["dataset", "attack"]):
         look = {"color": COLOURS[attack], "marker": MARKERS[attack], "linestyle": dashes[dataset], **thin}
-        ax.errorbar(line["epoch"], line["value"], yerr=line.get("se"), elinewidth=0.8, capsize=1.5, **look)
-        for point in line[_flagged(line)].itertuples():
+        _curve(ax, line["epoch"], line, look)
+        for point in line[line["flagged"]].itertuples():
             ax.plot(point.epoch, point.value, **look | HOLLOW | {"linestyle": ""}, zorder=3)
-    for chance in tidy["chance"].round(3).unique() if "chance" in tidy else ():
-        ax.axhline(chance, zorder=0, **CHANCE)
-    task, key = tidy["task"].iloc[0], key or len(dashes) > 1
-    ax.set(
-        title=task.capitalize() + ("" if key else f"\n{next(iter(dashes))}"),
-        xlabel="DeACL epoch",
-        ylabel=axis(task),
-        ylim=(0, None),
-    )
+    _finished(ax, tidy, "" if key else f"\n{next(iter(dashes))}", "DeACL epoch")
     ax.xaxis.get_major_locator().set_params(integer=True, nbins=5)
     if key:
         keys = [Line2D([], [], color="0.2", linestyle=dash, label=name) for name, dash in dashes.items()]
         ax.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.22), handlelength=2.6, labelspacing=0.2)
-    sns.despine(ax=ax)
-    return ax
-
-
-def _no_curves() -> Figure:
-    fig, axes = panels(1, 6.3, 0.8)
-    words = "No DeACL fine-tuning was followed here: rows are Standard, or their robust weights were given."
-    axes[0].text(0.5, 0.5, words, ha="center", va="center", fontsize=9)
-    axes[0].set_axis_off()
-    return fig
-
-
-def axis(task: str) -> str:
-    """What the axis of a task's metric is called."""
-    return TASKS[task].heading.replace("accuracy", "Accuracy")
 
 
 @plt.rc_context(STYLE)
@@ -397,23 +367,23 @@ def figure2(tidy: pd.DataFrame) -> Figure:
     If there is no row, the figure says so.
     """
     if tidy.empty:
-        return _no_curves()
+        fig, axes = _axes(1, 1, 6.3, 0.8)
+        words = "No DeACL fine-tuning was followed here: rows are Standard, or their robust weights were given."
+        axes[0, 0].text(0.5, 0.5, words, ha="center", va="center", fontsize=9)
+        axes[0, 0].set_axis_off()
+        return fig
     tasks, most = list(tidy["task"].unique()), tidy.groupby("task")["dataset"].nunique().max()
-    fig, axes = panels(len(tasks), 2.1 if most == 1 else 2.6, 2.7 if most == 1 else 3.2 + 0.19 * most)
-    for task, ax in zip(tasks, axes, strict=True):
-        metric_curves(tidy[tidy["task"] == task], ax, key=most > 1)
+    width, height = (2.1, 2.7) if most == 1 else (2.6, 3.2 + 0.19 * most)
+    fig, axes = _axes(1, len(tasks), width * len(tasks), height)
+    for task, ax in zip(tasks, axes[0], strict=True):
+        _metric_curves(tidy[tidy["task"] == task], ax, key=most > 1)
     lines = [Line2D([], [], color=COLOURS[a], marker=MARKERS[a], markersize=4.5, label=ATTACK[a]) for a in COLOURS]
-    lines.append(Line2D([], [], label="majority or mean baseline", **CHANCE))
-    if _flagged(tidy).any():
+    lines.append(Line2D([], [], label=BASELINE, **CHANCE))
+    if tidy["flagged"].any():
         look = {"color": "0.2", "marker": "o", "linestyle": "", **HOLLOW}
         lines.append(Line2D([], [], label="† flagged, see the tables' notes", **look))
-    fig.legend(
-        handles=lines,
-        loc="outside lower center",
-        ncols=4 if len(lines) == 4 else 3,
-        columnspacing=1.2,
-        handletextpad=0.5,
-    )
+    gaps = {"columnspacing": 1.2, "handletextpad": 0.5}
+    fig.legend(handles=lines, loc="outside lower center", ncols=4 if len(lines) == 4 else 3, **gaps)
     return fig
 
 
@@ -423,75 +393,67 @@ ROW = ["task", "dataset", "encoder", "defense"]
 DEFENSE = {"standard": ("Standard", "-"), "deacl": ("DeACL", (0, (3, 1.5)))}  # its name, its line
 
 
-def eps_curves(results: list[dict[str, Any]]) -> pd.DataFrame:
-    """The sweeps, a row for each radius: KEYS, metric, eps ([0,1] pixel units), value, se, and of the row its chance,
-    table_eps (the radius of the tables) and whether it is flagged.
+def _eps_curves(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """The sweeps, a row for each radius: ROW, eps ([0,1] pixel units), value, se, and of the row its chance, table_eps
+    (the radius of the tables) and whether it is flagged.
     """
+    columns = [*ROW, "eps", "value", "se", "chance", "table_eps", "flagged"]
     rows = [
-        {key: result[key] for key in [*ROW, "metric"]} | point | {"chance": result["checks"]["chance"]}
-        | {"table_eps": result["attack"]["eps"], "flagged": bool(result["flags"])}
-        for result in results
-        for point in result["checks"]["sweep"]
+        result | {"chance": result["checks"]["chance"], "table_eps": result["attack"]["eps"]}
+        | {"flagged": bool(result["flags"])} | point
+        for result in results for point in result["checks"]["sweep"]
     ]  # fmt: skip
-    columns = [*ROW, "metric", "eps", "value", "se", "chance", "table_eps", "flagged"]
     return pd.DataFrame(rows, columns=columns)
 
 
 @plt.rc_context(STYLE)
-def sanity_figure(curves: pd.DataFrame) -> Figure:
-    """The metric against the radius, a panel for each task and data set, three in a row; `curves`: see eps_curves.
+def sanity_figure(results: list[dict[str, Any]]) -> Figure:
+    """The metric against the radius, a panel for each task and data set, three in a row; of what sanity.run_all gives.
 
     A colour for each encoder, dashed with DeACL; dots: the majority or mean baseline; vertical: the tables' radius; a
     dagger marks rows with a flag.
     """
-    panels = list(curves[["task", "dataset"]].drop_duplicates().itertuples(index=False, name=None))
-    across = min(3, max(1, len(panels)))
-    down = -(-max(1, len(panels)) // across)
-    fig, axes = plt.subplots(
-        down, across, figsize=(2.4 * across, 2.4 * down + 0.5), squeeze=False, layout="constrained"
-    )
-    plt.close(fig)
+    curves = _eps_curves(results)
+    panels, names = curves.groupby(["task", "dataset"], sort=False), curves["encoder"].unique()
+    count = max(1, len(panels))
+    across = min(3, count)
+    down = -(-count // across)
+    fig, axes = _axes(down, across, 2.4 * across, 2.4 * down + 0.5)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    names = list(curves["encoder"].unique())
     colours = dict(zip(names, sns.color_palette(CLASSES, len(names)), strict=True))
-    for (task, dataset), ax in zip(panels, axes.flat, strict=False):
-        _sanity_panel(curves[(curves["task"] == task) & (curves["dataset"] == dataset)], colours, ax)
-    fig.legend(handles=_handles(curves, colours), loc="outside lower center", ncols=min(3, across))
+    for ((_, dataset), rows), ax in zip(panels, axes.flat, strict=False):
+        _sanity_panel(rows, dataset, colours, ax)
+    flagged = curves.groupby(["encoder", "defense"], sort=False)["flagged"].any()
+    handles = [
+        Line2D([], [], label=f"{encoder} {DEFENSE[defense][0]}{' †' * doubted}", **_look(encoder, defense, colours))
+        for (encoder, defense), doubted in flagged.items()
+    ]
+    handles.append(Line2D([], [], label=BASELINE, **CHANCE))
+    fig.legend(handles=handles, loc="outside lower center", ncols=across)
     return fig
 
 
-def _sanity_panel(curves: pd.DataFrame, colours: dict[str, Any], ax: Axes) -> None:
+def _look(encoder: str, defense: str, colours: dict[str, Any]) -> dict[str, Any]:
+    return {"color": colours[encoder], "linestyle": DEFENSE[defense][1], "marker": "o", "markersize": 3.5}
+
+
+def _sanity_panel(curves: pd.DataFrame, dataset: str, colours: dict[str, Any], ax: Axes) -> None:
     """One task and data set; the axis of radii is logarithmic from the smallest one on."""
-    for (encoder, defense), line in curves.sort_values("eps").groupby(["encoder", "defense"], sort=False):
-        look = {"color": colours[encoder], "linestyle": DEFENSE[defense][1], "marker": "o", "markersize": 3.5}
-        ax.errorbar(255 * line["eps"], line["value"], yerr=line["se"], elinewidth=0.8, capsize=1.5, **look)
+    for row, line in curves.sort_values("eps").groupby(["encoder", "defense"], sort=False):
+        _curve(ax, 255 * line["eps"], line, _look(*row, colours))
     radii = sorted(set(255 * curves["eps"]))
-    for level in curves["chance"].round(3).unique():
-        ax.axhline(level, zorder=0, **CHANCE)
     ax.axvline(255 * curves["table_eps"].iloc[0], color="0.85", linewidth=3, zorder=0)
     if len(radii) > 1:
         ax.set_xscale("symlog", base=2, linthresh=radii[1])
         ax.set_xlim(-0.3 * radii[1], 1.25 * radii[-1])
     ax.set_xticks(radii, [f"{radius:.3g}" for radius in radii])
     ax.minorticks_off()
-    task, dataset = curves[["task", "dataset"]].iloc[0]
-    ax.set(title=f"{task.capitalize()}\n{dataset}", xlabel="eps [1/255]", ylabel=axis(task), ylim=(0, None))
-    sns.despine(ax=ax)
-
-
-def _handles(curves: pd.DataFrame, colours: dict[str, Any]) -> list[Line2D]:
-    """The key: every encoder and defense, with a dagger if one of its rows is flagged, and the baseline."""
-    handles = []
-    for (encoder, defense), rows in curves.groupby(["encoder", "defense"], sort=False):
-        label = f"{encoder} {DEFENSE[defense][0]}{' †' * bool(rows['flagged'].any())}"
-        look = {"color": colours[encoder], "linestyle": DEFENSE[defense][1], "marker": "o", "markersize": 3.5}
-        handles.append(Line2D([], [], label=label, **look))
-    return [*handles, Line2D([], [], label="majority or mean baseline", **CHANCE)]
+    _finished(ax, curves, f"\n{dataset}", "eps [1/255]")
 
 
 def sanity(results: list[dict[str, Any]], profile: str) -> Figure:
     """The figure of all sweeps, also written to figures/<profile>/sanity.png and .pdf."""
-    fig = sanity_figure(eps_curves(results))
+    fig = sanity_figure(results)
     save(fig, figures_dir(profile) / "sanity")
     return fig

@@ -15,9 +15,8 @@ from ..progress import any_terminal
 from ..settings import BadInput
 from ..tasks import TASKS
 from ..trust import claims, evidence, paired
-from ..trust.evidence import read_skipped as read_skipped
 from . import committed, layout
-from .tables import ATTACKS, DEFENSE, comparison, csv, effect_rows, in_order, table, table_files, unique
+from .tables import ATTACKS, DEFENSE, comparison, csv, effect_rows, in_order, table_files, unique
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -33,7 +32,7 @@ SMALL = ("demo", "samples", "test")
 def read(profile: str, folder: Path | None = None) -> tuple[list[Record], list[Record]]:
     """Records (evidence.read) and skipped rows of `profile`, or those below `folder`; BadInput if there are none."""
     folder = folder or disk.results_dir(profile)
-    records, skipped = evidence.read(folder), read_skipped(folder)
+    records, skipped = evidence.read(folder), evidence.read_skipped(folder)
     if not records and not skipped:
         raise BadInput(f"Profile '{profile}' has no records yet; run the notebooks first, or 'make paper'.")
     return records, skipped
@@ -46,7 +45,7 @@ def folder_of(profile: str) -> Path:
     """
     copies = (folder / "records" for folder in (disk.figures_dir(profile), disk.committed_dir(profile)))
     places = (disk.results_dir(profile), disk.results_dir(profile.partition("/")[0]), *copies)
-    return next((p for p in places if disk.read_records(p) or read_skipped(p)), places[0])
+    return next((p for p in places if disk.read_records(p) or evidence.read_skipped(p)), places[0])
 
 
 def _save(profile: str, name: str, content: str | pd.DataFrame) -> None:
@@ -67,22 +66,14 @@ def _save_table(number: int, profile: str, folder: Path | None = None) -> str:
     return files["md"]
 
 
-def write_table(number: int, profile: str, folder: Path | None = None) -> pd.DataFrame:
-    """Write figures/<profile>/table<number>.{csv,md,tex} from the records of `profile`, or below `folder`; the table.
-
-    And write_comparisons. Raises BadInput as table_files does.
+def shown(number: int, profile: str, folder: Path | None = None) -> "Markdown":
+    """Table `number` and its notes for a notebook, from the records of `profile` or below `folder`; all its files, and
+    those of write_comparisons, are written. Raises BadInput as table_files does.
     """
-    _save_table(number, profile, folder)
-    write_comparisons(profile, folder)
-    return table([*TASKS][number - 1], *read(profile, folder))
-
-
-def shown(number: int, profile: str) -> "Markdown":
-    """A table with its notes as notebooks show it; its files are written, too. Raises BadInput as table_files does."""
     from IPython.display import Markdown  # here, as only notebooks need it
 
-    text = _save_table(number, profile)
-    write_comparisons(profile)
+    text = _save_table(number, profile, folder)
+    write_comparisons(profile, folder)
     return Markdown(text)
 
 
@@ -93,18 +84,18 @@ def facts(profile: str) -> str:
         "Profile": [profile],
         "Hardware": [f"{r['device']}, {r['threads']} threads" for r in records],
         "Seed": [str(s["seed"]) for r in records for s in [r, *r["over_seeds"]]],
-        "Notebooks": [f"{sum(stage['seconds'] for stage in times(profile).values()):.0f} s"],
+        "Notebooks": [f"{sum(stage['seconds'] for stage in _times(profile).values()):.0f} s"],
         "Code": [r["git"] for r in records],
         "Versions": [f"{name} {number}" for r in records for name, number in r["versions"].items()],
     }
     return "\n".join(f"- **{name}**: {', '.join(unique(found))}" for name, found in made.items())
 
 
-def times(profile: str) -> dict[str, dict[str, float]]:
+def _times(profile: str) -> dict[str, dict[str, float]]:
     """When each executed notebook of `profile` was started and how many seconds it took."""
     paths = sorted(disk.runs_dir(profile).glob("*.time.json"))
-    found = {path.name.removesuffix(".time.json"): disk.read_json(path) for path in paths}
-    return {name: {key: about[key] for key in ("started", "seconds")} for name, about in found.items()}
+    found = ((path.name.removesuffix(".time.json"), disk.read_json(path)) for path in paths)
+    return {name: {key: about[key] for key in ("started", "seconds")} for name, about in found}
 
 
 def write_comparisons(profile: str, folder: Path | None = None) -> str:
@@ -112,25 +103,25 @@ def write_comparisons(profile: str, folder: Path | None = None) -> str:
     claims.csv and claims.md with the paper's claims; returns the last. Of what has no row there is no file.
     """
     records, skipped = read(profile, folder)
-    apart = [paired.differences([r for r in records if r["task"] == task]) for task in TASKS]
     judged = claims.judge(in_order(records))
     rules = {"How to read it": claims.RULES}
     text = layout.markdown("The paper's claims", claims.matrix(judged), rules) if judged else ""
-    compared = pd.concat([comparison(task, records, skipped) for task in TASKS], ignore_index=True)
-    files = {"reported.csv": compared, "paired.csv": pd.concat(apart, ignore_index=True)}
-    for name, content in {**files, "claims.csv": claims.numbers(judged), "claims.md": text}.items():
-        _save(profile, name, content)
+    by_task = sorted(records, key=lambda r: TASKS[r["task"]].number)
+    _save(profile, "reported.csv", pd.concat([comparison(task, records, skipped) for task in TASKS], ignore_index=True))
+    _save(profile, "paired.csv", paired.differences(by_task))
+    _save(profile, "claims.csv", claims.numbers(judged))
+    _save(profile, "claims.md", text)
     return text
 
 
 def write_effects(effects: pd.DataFrame, profile: str) -> str:
     """Write figures/<profile>/protocols.csv and .md from evaluate.effects; returns the Markdown, a table a task."""
+    note = "Value ± standard error, in brackets the change against the paper's protocol; each difference alone."
     parts = []
-    for task in (task for task in TASKS if task in set(effects["task"])):
-        first = effects[effects["task"] == task].iloc[0]
-        title = f"Protocols, {task}: {first['encoder']} (Standard) on {first['dataset']}, n = {first['n']}"
-        note = "Value ± standard error, in brackets the change against the paper's protocol; each difference alone."
-        parts.append(layout.markdown(title, effect_rows(effects, task), {"": [note]}))
+    for task, rows in sorted(effects.groupby("task"), key=lambda part: TASKS[part[0]].number):
+        encoder, dataset, n = rows[["encoder", "dataset", "n"]].iloc[0]
+        title = f"Protocols, {task}: {encoder} (Standard) on {dataset}, n = {n}"
+        parts.append(layout.markdown(title, effect_rows(rows), {"": [note]}))
     text = "\n".join(parts)
     _save(profile, "protocols.csv", effects)
     _save(profile, "protocols.md", text)
@@ -190,13 +181,12 @@ def copy_records(profile: str) -> int:
     """
     source, target = disk.results_dir(profile), disk.figures_dir(profile) / "records"
     records, _ = read(profile)
-    paths = {p.relative_to(source) for task in TASKS for p in source.glob(f"{task}/*__*__*__*.json")}
-    paths |= {p.relative_to(source) for p in [*evidence.skipped_paths(source), *evidence.evidence_paths(source)]}
+    paths = {p.relative_to(source) for p in evidence.paths(source)}
     for path in paths:
         disk.write_bytes((source / path).read_bytes(), target / path)
     for stale in {p.relative_to(target) for p in target.rglob("*.json")} - paths:
         (target / stale).unlink()
-    disk.write_json(times(profile), target.with_name("times.json"))
+    disk.write_json(_times(profile), target.with_name("times.json"))
     return len(records)
 
 
@@ -210,8 +200,8 @@ def draw_figure1(profile: str) -> "Figure":
     examples = {task: plots.load_example(path) for task, path in evidence.current_examples(profile).items()}
     if not examples:
         raise BadInput(f"There are no images for Figure 1 in runs/{profile}/examples; 'make paper' makes them.")
-    places = [(task, shown["dataset"], shown["encoder"]) for task, shown in examples.items()]
-    rows = [r for r in read(profile)[0] if r["defense"] == "standard" and _curve(r) in places and r["reasons"]]
+    places = {(task, shown["dataset"], shown["encoder"], "standard") for task, shown in examples.items()}
+    rows = [r for r in read(profile)[0] if (*_curve(r), r["defense"]) in places and r["reasons"]]
     figure = plots.figure1(examples, [(r["task"], r["attack"]) for r in rows if r["attack"] in ("embed", "task")])
     plots.save(figure, disk.figures_dir(profile) / "fig1")
     return figure

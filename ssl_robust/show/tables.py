@@ -11,7 +11,7 @@ from ..settings import BadInput
 from ..tasks import TASKS
 from ..trust import paired
 from ..trust.claims import claims, sentence
-from ..trust.evidence import reasons, seed_values
+from ..trust.evidence import reasons
 from . import layout
 
 Record = dict[str, Any]
@@ -67,7 +67,7 @@ COLUMNS = _columns((), seeds=False)
 
 def _add(row: Record, record: Record) -> None:
     """Put what one record says into its row."""
-    kind, values = record["attack"], pd.Series(seed_values(record))
+    kind, values = record["attack"], pd.Series([r["value"] for r in (record, *record.get("over_seeds", ()))])
     row |= {kind: record["value"], f"{kind}_se": record["se"], "n": min(record["n"], row.get("n", record["n"]))}
     row["seeds"] = max(len(values), row.get("seeds", 1))
     if len(values) > 1:
@@ -361,14 +361,10 @@ def table_files(number: int, records: list[Record], skipped: Sequence[Record] = 
     return {"csv": csv(numbers), "md": layout.markdown(*shown), "tex": layout.latex(*shown)}
 
 
-def effect_rows(effects: pd.DataFrame, task: str) -> pd.DataFrame:
+def effect_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of one task as text: the paper's protocol first, then each other's values and their change against it."""
-    rows = effects[effects["task"] == task]
-    text = pd.DataFrame({"Protocol": rows["protocol"]})
-    for column, name in zip(["clean", "embed", "attack"], ["Clean", "EmbedAttack", TASKS[task].attack], strict=True):
-        changes = rows[column] - rows[column].iloc[0]
-        text[f"{name}, {TASKS[task].heading}"] = [
-            f"{value:.3f} ± {se:.3f} ({signed(change, 3)})"
-            for value, se, change in zip(rows[column], rows[f"{column}_se"], changes, strict=True)
-        ]
+    text, about = pd.DataFrame({"Protocol": rows["protocol"]}), TASKS[rows["task"].iloc[0]]
+    for column, name in zip(["clean", "embed", "attack"], ["Clean", "EmbedAttack", about.attack], strict=True):
+        cells = zip(rows[column], rows[f"{column}_se"], rows[column] - rows[column].iloc[0], strict=True)
+        text[f"{name}, {about.heading}"] = [f"{value:.3f} ± {se:.3f} ({signed(by, 3)})" for value, se, by in cells]
     return text

@@ -75,18 +75,15 @@ def verdict(rows: list[Row]) -> str:
 
 def _counted(rows: list[Row]) -> str:
     """The verdict, of several rows with how many give it: 'refuted (in 2 of 8 rows)'."""
-    found = verdict(rows)
-    count = sum(verdict([row]) == found for row in rows)
-    return found if len(rows) == 1 else f"{found} (in {count} of {len(rows)} rows)"
+    found, each = verdict(rows), [verdict([row]) for row in rows]
+    return found if len(rows) == 1 else f"{found} (in {each.count(found)} of {len(rows)} rows)"
 
 
 def _details(rows: list[Row]) -> str:
     """Behind a semicolon every case with its numbers; of more than FEW those that are not like most, by name."""
     if len(rows) <= FEW:
         return "; " + "; ".join(row.name + row.words for row in rows)
-    kinds: dict[str, list[str]] = {REFUTED: [], UNDECIDED: [], SUPPORTED: []}
-    for row in rows:
-        kinds[verdict([row])].append(row.name)
+    kinds = {word: [r.name for r in rows if verdict([r]) == word] for word in (REFUTED, UNDECIDED, SUPPORTED)}
     del kinds[max(kinds, key=lambda word: len(kinds[word]))]
     return "".join(f"; {word} in {', '.join(names)}" for word, names in kinds.items() if names)
 
@@ -101,23 +98,19 @@ def sentence(claim: Claim) -> str:
     return f"{said} With Worst: {_counted(claim.worst)}{_details(claim.worst)}."
 
 
-def _sign(record: Record) -> int:
-    return -1 if record["metric"] == "RMSE" else 1
-
-
 def _turned(found: Estimate, sign: int) -> Estimate:
     return Estimate(sign * found.value, *sorted((sign * found.low, sign * found.high)))
 
 
-def _gain(before: Record, after: Record) -> Estimate | None:
-    """Improvement from `before` to `after` in the metric's units, with its interval; None without the same images."""
-    found = paired.difference(before, after)
-    return found and _turned(found, _sign(before))
+def _gain(before: Record, after: Record) -> Estimate:
+    """Improvement from `before` to `after`, two records of the same images, in the metric's units."""
+    return _turned(paired.difference(before, after), TASKS[before["task"]].sign)
 
 
-def _above(found: Estimate, threshold: float) -> bool | None:
-    """Whether a quantity lies above `threshold`; None if its interval holds the threshold, or it is not defined."""
-    return True if found.low > threshold else False if found.high < threshold else None
+def _row(name: str, found: Estimate, threshold: float, words: str, above: bool = True) -> Row:
+    """A case that holds if the quantity is larger than `threshold`, without `above` if smaller; undecided between."""
+    beyond = True if found.low > threshold else False if found.high < threshold else None  # None: or it is not defined
+    return Row(name, beyond if beyond is None else beyond == above, words, found, threshold)
 
 
 def _number(value: float, form: str) -> str:
@@ -139,8 +132,8 @@ def _name(record: Record) -> str:
 
 def _no_better(clean: Record) -> bool:
     """Whether a clean value is no better than a constant prediction, as far as its interval tells."""
-    lead = _turned(paired.interval(clean), _sign(clean))
-    return lead.low <= _sign(clean) * clean["chance"]
+    sign = TASKS[clean["task"]].sign
+    return _turned(paired.interval(clean), sign).low <= sign * clean["chance"]
 
 
 def _doubt(*used: Record | None, useful: tuple[Record | None, ...] = ()) -> str:
@@ -176,12 +169,11 @@ def _broken(name: str, own: dict[tuple[str, str], Record], attack: str) -> Row:
     if why := _doubt(attacked, useful=(clean,)):
         return Row(name, None, why)
     limit, found = attacked["chance"] + LEFT * (clean["value"] - attacked["chance"]), paired.interval(attacked)
-    error = clean["metric"] == "RMSE"
+    error = TASKS[clean["task"]].sign < 0
     if error:
         limit = min(limit, 2 * clean["value"])
-    above, way = _above(found, limit), "above" if error else "below"
-    words = f" {clean['value']:.2f} to {_interval(found)}, broken {way} {limit:.2f}"
-    return Row(name, above if above is None else above == error, words, found, limit)
+    words = f" {clean['value']:.2f} to {_interval(found)}, broken {'above' if error else 'below'} {limit:.2f}"
+    return _row(name, found, limit, words, above=error)
 
 
 def _recovered(name: str, own: dict[tuple[str, str], Record], attack: str, much: bool) -> Row:
@@ -191,12 +183,11 @@ def _recovered(name: str, own: dict[tuple[str, str], Record], attack: str, much:
     if why := _doubt(hit, robust, clean, useful=(clean, plain)):
         return Row(name, None, why)
     if _gain(hit, clean).low <= 0:
-        words = f"{_name(hit)} takes nothing measurable, {clean['value']:.2f} to {hit['value']:.2f}"
-        return Row(name, None, f": {words}")
+        words = f": {_name(hit)} takes nothing measurable, {clean['value']:.2f} to {hit['value']:.2f}"
+        return Row(name, None, words)
     found = paired.share(hit, robust, clean)
-    above, numbers = _above(found, PART), f" {hit['value']:.2f} to {robust['value']:.2f}"
-    words = f"{numbers}, {_interval(found, '.0%')} of what {_name(hit)} takes is won back"
-    return Row(name, above if above is None else above == much, words, found, PART)
+    back = f"{_interval(found, '.0%')} of what {_name(hit)} takes is won back"
+    return _row(name, found, PART, f" {hit['value']:.2f} to {robust['value']:.2f}, {back}", above=much)
 
 
 def _cost(name: str, own: dict[tuple[str, str], Record]) -> Row:
@@ -206,7 +197,7 @@ def _cost(name: str, own: dict[tuple[str, str], Record]) -> Row:
         return Row(name, None, why)
     loss = _turned(_gain(clean, robust), -1)
     words = f" {clean['value']:.2f} to {robust['value']:.2f}, worse by {_interval(loss)}"
-    return Row(name, _above(loss, 0), words, loss, 0)
+    return _row(name, loss, 0, words)
 
 
 def _early(cells: Cells) -> list[Row]:
@@ -229,7 +220,7 @@ def _early(cells: Cells) -> list[Row]:
         else:
             found = paired.share(start, soon, last)
             words = f" {_interval(found, '.0%')} of the gain after {soon['epoch']} of {last['epoch']} epochs"
-            rows.append(Row(name, _above(found, MOST), words, found, MOST))
+            rows.append(_row(name, found, MOST, words))
     return rows or unfollowed  # epochs between are evaluated on some data sets only
 
 
@@ -268,8 +259,7 @@ Judged = dict[str, list[Claim]]  # by task
 
 def judge(records: list[Record]) -> Judged:
     """The claims of every task that there are rows of."""
-    found = {task: claims(records, task) for task in TASKS}
-    return {task: of_task for task, of_task in found.items() if of_task}
+    return {task: found for task in TASKS if (found := claims(records, task))}
 
 
 def numbers(judged: Judged) -> pd.DataFrame:
@@ -277,35 +267,32 @@ def numbers(judged: Judged) -> pd.DataFrame:
 
     Claims with the worst case in the task attack's place are called 'a, worst' and 'c, worst'.
     """
-    rows = []
-    for task, claim in ((task, claim) for task, of_task in judged.items() for claim in of_task):
-        cases = [(claim.letter, row) for row in claim.rows] + [(f"{claim.letter}, worst", row) for row in claim.worst]
-        for name, row in cases:
-            place = {"claim": name, "task": task, "row": row.name, "verdict": verdict([row])}
-            values = row.found._asdict() if row.found else {}
-            rows.append(place | values | {"threshold": row.threshold, "words": row.words.lstrip(" :")})
+    cases = [
+        (name, task, row)
+        for task, of_task in judged.items() for claim in of_task
+        for name, rows in ((claim.letter, claim.rows), (f"{claim.letter}, worst", claim.worst)) for row in rows
+    ]  # fmt: skip
+    rows = [
+        (name, task, row.name, verdict([row]), *(row.found or [None] * 3), row.threshold, row.words.lstrip(" :"))
+        for name, task, row in cases
+    ]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def matrix(judged: Judged) -> pd.DataFrame:
     """Claim x task as text: the verdict, and below it the number behind it or how the rows divide; '–': no row."""
-    found = {task: {claim.letter: claim for claim in of_task} for task, of_task in judged.items()}
-    rows = [
-        {"Claim": f"({letter}) {text}"} | {task.capitalize(): _cell(found[task].get(letter)) for task in judged}
-        for letter, text in TEXTS.items() if any(letter in of_task for of_task in found.values())
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+    cells = {(claim.letter, task.capitalize()): _cell(claim) for task, of_task in judged.items() for claim in of_task}
+    letters = [letter for letter in TEXTS if any(letter == key[0] for key in cells)]
+    names = {"Claim": [f"({letter}) {TEXTS[letter]}" for letter in letters]}
+    columns = map(str.capitalize, judged)
+    return pd.DataFrame(names | {task: [cells.get((letter, task), "–") for letter in letters] for task in columns})
 
 
-def _cell(claim: Claim | None) -> str:
-    if claim is None:
-        return "–"
+def _cell(claim: Claim) -> str:
+    """The verdict, and of one or two cases their numbers, without the name of their row if it is one for all."""
     one = len({row.name.partition(" ")[0] for row in claim.rows}) == 1
-    names = [row.name.partition(" ")[2] if one else row.name for row in claim.rows]
-    shown = [(name + row.words).lstrip(" :") for name, row in zip(names, claim.rows, strict=True)]
-    lines = [f"{line};" for line in shown] if len(shown) <= 2 else []
+    lines = [(row.name.partition(" ")[2] if one else row.name) + row.words for row in claim.rows]
+    lines = [line.lstrip(" :") for line in lines] if len(lines) <= 2 else []
     if claim.worst and verdict(claim.worst) != verdict(claim.rows):
-        lines.append(f"with Worst: {_counted(claim.worst)};")
-    if not lines:
-        return _counted(claim.rows)
-    return "\n".join([f"{_counted(claim.rows)}:", *lines[:-1], lines[-1].rstrip(";")])
+        lines.append(f"with Worst: {_counted(claim.worst)}")
+    return _counted(claim.rows) + (":\n" if lines else "") + ";\n".join(lines)

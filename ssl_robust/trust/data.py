@@ -77,8 +77,12 @@ def shortages(settings: Settings) -> list[str]:
 
 def usable(task: str, settings: Settings) -> list[str]:
     """The data sets of a task or of 'deacl'; with missing: skip, those of them that are there and complete."""
-    names = [name for used, name in wanted(settings) if used == task]
-    return names if settings.missing == "stop" else [n for n in names if not problems(task, n, settings)]
+    return [name for used, name in wanted(settings) if used == task and not _absent(task, name, settings)]
+
+
+def _absent(task: str, name: str, settings: Settings) -> str:
+    """With missing: skip, why a data set is left out, '' if it is there."""
+    return next(iter(problems(task, name, settings)), "") if settings.missing == "skip" else ""
 
 
 def overview(settings: Settings) -> pd.DataFrame:
@@ -86,15 +90,14 @@ def overview(settings: Settings) -> pd.DataFrame:
 
     Every image and target is read once (of large subsets, evenly spread ones), and official files are compared with
     their checksums, so a missing data set, a damaged file, a mask of another size than its image, or targets that
-    cannot be meant are found (BadInput names them) before any long work; remarks on them are printed, see `judged`.
+    cannot be meant are found (BadInput names them) before any long work; remarks on them are printed, see _judged.
     With missing: skip, a data set that is not there is a row of 0 images with the
     reason in place of the hash. With damaged: skip, a column 'damaged' counts the images left out.
     """
     rows = []
     for task, name in wanted(settings):
-        absent = problems(task, name, settings) if settings.missing == "skip" else []
-        if absent:
-            none = {"split": "", "images": 0, "classes": 0, "hash": absent[0], "damaged": 0}
+        if absent := _absent(task, name, settings):
+            none = {"split": "", "images": 0, "classes": 0, "hash": absent, "damaged": 0}
             rows.append({"task": task, "dataset": name, **none})
             continue
         if settings.counts == "official":
@@ -106,7 +109,7 @@ def overview(settings: Settings) -> pd.DataFrame:
             held[split] = [_held(subset.read(i)[1], task) for i in indices]
             sizes = {"images": len(subset), "classes": len(subset.classes), "hash": subset.hash}
             rows.append({"task": task, "dataset": name, "split": split, **sizes, "damaged": len(subset.damaged)})
-        for remark in judged(task, name, subset.classes, held):
+        for remark in _judged(task, name, subset.classes, held):
             print(remark)
     found = pd.DataFrame(rows)
     return found if settings.damaged == "skip" else found.drop(columns="damaged", errors="ignore")
@@ -117,13 +120,11 @@ def hashes(settings: Settings) -> dict[str, str]:
 
     Raises BadInput as `load` does.
     """
-    found = {}
-    for task, name in wanted(settings):
-        absent = problems(task, name, settings) if settings.missing == "skip" else []
-        for split in SPLITS[:2] if task == "deacl" else SPLITS:
-            place = f"{task} {name} {split}"
-            found[place] = absent[0] if absent else load(task, name, split, settings, native=8).hash
-    return found
+    return {
+        f"{task} {name} {split}": _absent(task, name, settings) or load(task, name, split, settings, native=8).hash
+        for task, name in wanted(settings)
+        for split in (SPLITS[:2] if task == "deacl" else SPLITS)
+    }
 
 
 def _held(target: int | Tensor, task: str) -> Tensor:
@@ -136,7 +137,7 @@ def _held(target: int | Tensor, task: str) -> Tensor:
     return torch.empty(0)
 
 
-def judged(task: str, name: str, classes: Sequence[str], held: dict[str, list[Tensor]]) -> list[str]:
+def _judged(task: str, name: str, classes: Sequence[str], held: dict[str, list[Tensor]]) -> list[str]:
     """Remarks, a sentence each, on what the targets of each split of a data set hold, as given by _held.
 
     Raises BadInput where they cannot be meant: a split without a single valid pixel, masks of 0 and 255 for two
@@ -179,7 +180,7 @@ def _judge_depths(name: str, classes: Sequence[str], held: dict[str, Tensor]) ->
 
 
 def remarks(task: str, name: str, settings: Settings) -> list[str]:
-    """What `judged` says of a few evenly spread images of each split, read before any long work; more if in doubt."""
+    """What `_judged` says of a few evenly spread images of each split, read before any long work; more if in doubt."""
     if entry(name, task).own_val:
         return []
     splits = {"deacl": ("train",), "classification": ("train", "test")}.get(task, SPLITS)
@@ -187,7 +188,7 @@ def remarks(task: str, name: str, settings: Settings) -> list[str]:
     for split in splits:
         subset = load(task, name, split, settings.model_copy(update={"damaged": "stop"}), native=8)
         held[split] = _sample(subset, settings.damaged == "skip")
-    return judged(task, name, subset.classes, held)
+    return _judged(task, name, subset.classes, held)
 
 
 def _sample(subset: Subset, skip: bool) -> list[Tensor]:
@@ -207,21 +208,21 @@ def _sample(subset: Subset, skip: bool) -> list[Tensor]:
 
 def _enough(rows: list[Tensor], task: str, classes: int) -> bool:
     """Whether as many classes occur, or a depth is valid."""
-    if task not in ("segmentation", "depth"):
-        return True
-    seen = torch.stack(rows).sum(0) if rows else torch.zeros(IGNORE)
-    return bool(seen[1] > 0) if task == "depth" else int((seen[:IGNORE] > 0).sum()) >= classes
+    seen = sum(rows, torch.zeros(1))
+    if task == "segmentation":
+        return int((seen[:IGNORE] > 0).sum()) >= classes
+    return task != "depth" or bool(seen[-1] > 0)
 
 
 def look(settings: Settings) -> tuple[list[str], list[str]]:
     """Sentences on the content of the data sets that `settings` asks for: what cannot be used, and remarks."""
-    wrong, said = [], []
+    wrong, said = {}, {}  # each is said once
     for task, name in wanted(settings):
         try:
-            said += remarks(task, name, settings)
+            said |= dict.fromkeys(remarks(task, name, settings))
         except BadInput as problem:
-            wrong.append(str(problem))
-    return list(dict.fromkeys(wrong)), list(dict.fromkeys(said))
+            wrong[str(problem)] = None
+    return list(wrong), list(said)
 
 
 def verify(name: str, root: str) -> None:

@@ -21,18 +21,15 @@ def read_skipped(folder: Path) -> list[Record]:
 
     `folder` is results/<profile> or figures/<profile>/records; empty if nothing was skipped.
     """
-    return [{"task": path.parent.name, **row} for path in skipped_paths(folder) for row in disk.read_skipped(path)]
+    return [{"task": task, **row} for task in TASKS for row in disk.read_skipped(folder / task / "skipped.json")]
 
 
-def skipped_paths(folder: Path) -> list[Path]:
-    """The lists of skipped rows below `folder` that tables show."""
-    return [path for path in (folder / task / "skipped.json" for task in TASKS) if path.is_file()]
-
-
-def evidence_paths(folder: Path) -> list[Path]:
-    """Files below `folder` that tables need besides the records: those of further seeds and of the sanity checks."""
-    seeds = [path for task in TASKS for path in folder.glob(f"seeds/*/{task}/*__*__*__*.json")]
-    return sorted([*seeds, *folder.glob("sanity/**/*.json")])
+def paths(folder: Path) -> list[Path]:
+    """All files below `folder` that tables are made of: records, those of further seeds, skipped rows, and checks."""
+    cell = "*__*__*__*.json"
+    names = [f"{task}/{name}" for task in TASKS for name in (cell, "skipped.json")]
+    names += [f"seeds/*/{task}/{cell}" for task in TASKS] + ["sanity/**/*.json"]
+    return [path for name in names for path in folder.glob(name)]
 
 
 def read(folder: Path) -> list[Record]:
@@ -42,28 +39,17 @@ def read(folder: Path) -> list[Record]:
     also those of the sanity checks of that very cell), and `over_seeds`, the records of the same cell under further
     seeds.
     """
-    checked, further = sanity_flags(folder), _further(folder)
-    return [
-        record
-        | {
-            "reasons": [*own_flags(record), *checked.get(record["key"], [])],
-            "over_seeds": further.get(_cell(record), []),
-        }
-        for record in disk.read_records(folder)
-        if record.get("task") in TASKS and "value" in record
-    ]
+    checked, further, found = sanity_flags(folder), _further(folder), []
+    for record in disk.read_records(folder):
+        if record.get("task") in TASKS and "value" in record:
+            said = [*reasons(record), *checked.get(record["key"], [])]
+            found.append(record | {"reasons": said, "over_seeds": further.get(_cell(record), [])})
+    return found
 
 
 def reasons(record: Record) -> list[str]:
     """The sentences that flag a record's value: all of them if it comes from `read`, else those of its own health."""
-    return record.get("reasons", own_flags(record))
-
-
-def own_flags(record: Record) -> list[str]:
-    """Sentences on a record's own attack, by its health record's numbers and today's thresholds; none without one."""
-    health = record.get("health") or {}
-    counted = flags(health)
-    return counted if {"images", "gradients"} & {*health} else counted or list(health.get("flags", ()))
+    return record.get("reasons", flags(record.get("health")))
 
 
 def flags(health: Record | None) -> list[str]:
@@ -97,22 +83,17 @@ def _percent(share: float) -> str:
     return "less than 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
 
 
-def _cell(record: Record) -> tuple[str, ...]:
-    return tuple(record[name] for name in CELL)
-
-
 def _further(folder: Path) -> dict[tuple[str, ...], list[Record]]:
     """Records of further seeds by cell, in the order of the seeds."""
     found: dict[tuple[str, ...], list[Record]] = {}
-    for path in folder.glob("seeds/*"):
-        for record in disk.read_records(path):
-            found.setdefault(_cell(record), []).append(record)
-    return {cell: sorted(same, key=lambda r: r["seed"]) for cell, same in found.items()}
+    records = (record for path in folder.glob("seeds/*") for record in disk.read_records(path))
+    for record in sorted(records, key=lambda r: r["seed"]):
+        found.setdefault(_cell(record), []).append(record)
+    return found
 
 
-def seed_values(record: Record) -> list[float]:
-    """The values of a cell under all its seeds, its own first; just its own if it has no further ones."""
-    return [record["value"], *(r["value"] for r in record.get("over_seeds", ()))]
+def _cell(record: Record) -> tuple[str, ...]:
+    return tuple(record[name] for name in CELL)
 
 
 def sanity_flags(folder: Path) -> dict[str, list[str]]:

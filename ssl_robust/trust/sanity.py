@@ -5,7 +5,8 @@ same way as in the tables. Each comparison is paired: its standard error is that
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,10 +17,9 @@ from torch import Tensor
 
 from .. import attacks, compute, datasets, deacl, encoders, evaluate, metrics, protocol, records
 from ..datasets import Subset
-from ..encoders import Encoder
 from ..heads import TaskModel
 from ..progress import track
-from ..settings import Attack, BadInput, EncoderRow, Sanity, Settings, skipping
+from ..settings import Attack, EncoderRow, Settings, skipping
 from ..tasks import TASKS
 from .worst import Worst
 
@@ -31,7 +31,7 @@ SLACK = 0.02  # of the sweep's whole range: a curve that turns back by less is s
 
 Result = dict[str, Any]
 Known = Mapping[str, Tensor]  # attack of the table: statistics (N, ..) of its cell, of all test images
-Maker = Callable[..., Tensor]  # (model, images, targets, ids) -> images under attack
+Maker = Callable[[Tensor, Tensor, list[str]], Tensor]  # (images, targets, ids) -> images under attack
 Source = tuple[str, str, TaskModel]  # where transferred images come from: its name, the attack on it, the model
 
 
@@ -48,7 +48,7 @@ class Bench(NamedTuple):
     seed: int
     precision: str
     known: Known = MappingProxyType({})
-    order: Tensor | None = None  # (n,) where in the test set the checked images are; given if anything is known
+    order: Tensor | None = None  # (n,) where in the test set the checked images are, which come by shape
 
 
 def first(test: Subset, n: int) -> Subset:
@@ -65,46 +65,31 @@ def bench(model: TaskModel, test: Subset, defense: str, settings: Settings) -> B
     """
     device, section = records.pick_device(settings.device), settings.task(model.task)
     few = first(test, settings.sanity.n)
-    parts = [(x, y, [few.ids[i] for i in rows]) for rows, x, y in datasets.batches(few, len(few), device)]
-    reduce, chance = evaluate.reduction(model, test), evaluate.chance(model, test)
-    batch = evaluate.at_once(model, few, section.attack_batch, device)
-    precision = compute.precision(settings.precision, device)
+    found = list(datasets.batches(few, len(few), device))
+    parts = [(x, y, [few.ids[i] for i in rows]) for rows, x, y in found]
+    order = torch.tensor([i for rows, *_ in found for i in rows])
     row = evaluate.Cell(model, test, "task", settings, defense)
     cells = {kind: row.of(kind).stored() for kind in ("task", "embed")}
-    known, order = {kind: found[1] for kind, found in cells.items() if found}, places(parts, few)
     return Bench(
-        model, parts, len(test.classes), reduce, chance, batch, settings.attack, settings.seed, precision, known, order
-    )
-
-
-def places(parts: list[tuple[Tensor, Tensor, list[str]]], few: Subset) -> Tensor:
-    """Where in `few` the images of the statistics' rows are, (n,): parts are by shape, the data set is not."""
-    where = {name: i for i, name in enumerate(few.ids)}
-    return torch.tensor([where[name] for *_, ids in parts for name in ids])
+        model, parts, len(test.classes), evaluate.reduction(model, test), evaluate.chance(model, test),
+        evaluate.at_once(model, few, section.attack_batch, device), settings.attack, settings.seed,
+        compute.precision(settings.precision, device), {k: cell[1] for k, cell in cells.items() if cell}, order,
+    )  # fmt: skip
 
 
 # --- attacks, and what they leave of the images ---
 
 
-def clean(model: TaskModel, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
-    """The images themselves."""
-    return x
-
-
 def attacking(b: Bench, kind: str = "task", seed: int = 0, source: TaskModel | None = None, **changes: Any) -> Maker:
     """The table's attack `kind` with some settings changed, `seed` added to its own, made on `source` if given."""
-    attack, shifted = b.attack.model_copy(update=changes), b.seed + seed
-
-    def make(model: TaskModel, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
-        return attacks.attacked(kind, source or model, x, target, ids, attack, shifted, b.precision)
-
-    return make
+    attack, model = b.attack.model_copy(update=changes), source or b.model
+    return lambda x, target, ids: attacks.attacked(kind, model, x, target, ids, attack, b.seed + seed, b.precision)
 
 
 def noise(b: Bench, signs: bool) -> Maker:
     """Noise in place of an attack: uniform in the ball, or at its corners."""
 
-    def make(model: TaskModel, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
+    def make(x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
         names = [f"noise/{i}" for i in ids]  # not the noise that attacks start from
         if not signs:
             return attacks.random_start(x, b.attack.eps, names, b.seed)
@@ -116,17 +101,21 @@ def noise(b: Bench, signs: bool) -> Maker:
 
 def statistics(b: Bench, make: Maker) -> Tensor:
     """Statistics (n, ...) of the images that `make` gives, as evaluate.evaluate takes them under attack."""
-    task, judge = (
-        b.model.task,
-        protocol.ask(b.model.protocol, "statistics", metrics.statistics, b.model.task, "task"),
-    )
+    task = b.model.task
+    judge = protocol.ask(b.model.protocol, "statistics", metrics.statistics, task, "task")
 
     def part(rows: slice, x: Tensor, target: Tensor, ids: list[str]) -> Tensor:
-        adv = make(b.model, x[rows], target[rows], ids[rows])
+        adv = make(x[rows], target[rows], ids[rows])
         with torch.no_grad():
             return judge(task, b.model(adv), target[rows], b.classes)
 
-    return torch.cat([compute.in_parts(partial(part, x=x, target=y, ids=i), len(x), b.batch)[0] for x, y, i in b.parts])
+    found = []
+    for x, y, ids in b.parts:
+        size = min(b.batch, b.model.fits or b.batch)
+        stats, fits = compute.in_parts(partial(part, x=x, target=y, ids=ids), len(x), size)
+        b.model.fits = fits if fits < size else b.model.fits
+        found.append(stats)
+    return torch.cat(found)
 
 
 def value(b: Bench, stats: Tensor) -> float:
@@ -163,13 +152,22 @@ def worst(b: Bench, found: list[Tensor]) -> Tensor:
     return torch.stack(found)[values.argmin(0), torch.arange(len(found[0]))]
 
 
-def at_chance(b: Bench, stats: Tensor, level: float) -> bool:
-    """Whether these statistics are no better than `level`, give or take their standard error."""
-    sign, found = TASKS[b.model.task].sign, numbers(b, stats)
-    return sign * (found["value"] - level) <= found["se"] + 1e-9
+def at_chance(b: Bench, stats: Tensor) -> bool:
+    """Whether these statistics are no better than a constant prediction, give or take their standard error."""
+    found = numbers(b, stats)
+    return TASKS[b.model.task].sign * (found["value"] - b.chance) <= found["se"] + 1e-9
 
 
 # --- the checks of one row: numbers, and sentences where something is wrong ---
+
+FAILED = {  # what is said where the table's attack is not stronger than this, or this is much stronger than it
+    "noise": "uniform noise of the same size harms no less than {attack} ({pair})",
+    "signs": "random signs of the same size harm no less than {attack} ({pair})",
+    "more_steps": "{attack} is clearly stronger with {more} steps instead of {steps} ({pair}): it has not converged",
+    "restarts": "{attack} is clearly stronger from the worst of {starts} random starts ({pair}): it has not converged",
+    "transfer": "images made on {source} harm more than {attack} on the model itself ({pair})",
+    "embed": "EmbedAttack harms more than {attack} ({pair}): {attack} has not found the worst",
+}
 
 
 def checks(b: Bench, source: Source | None, settings: Settings) -> tuple[Result, list[str], Tensor]:
@@ -178,117 +176,86 @@ def checks(b: Bench, source: Source | None, settings: Settings) -> tuple[Result,
     source: where transferred images come from (name, attack, model); None: nowhere. The third are the statistics
     (n, ..) of each image under that of the checks' attacks inside the table's ball that hurts it most.
     """
-    untouched, attacked, level = statistics(b, clean), table_attack(b, "task"), b.chance
-    found: Result = {"clean": numbers(b, untouched), "attack": numbers(b, attacked), "chance": level}
-    inside: list[Tensor] = []
-    said = [*_noise(b, attacked, level, found, inside), *_longer(b, untouched, attacked, settings, found, inside)]
-    said += _sweep(b, untouched, attacked, level, settings, found)
-    said += [*_transfer(b, attacked, source, found, inside), *_embedding(b, attacked, found)]
-    return found, said, worst(b, inside)
+    name, kind, other = source or ("", "", None)
+    untouched, attacked, embed = statistics(b, lambda x, *_: x), _of_table(b, "task"), _of_table(b, "embed")
+    more, count = b.attack.steps * settings.sanity.more_steps, 1 + settings.sanity.restarts
+    starts = [statistics(b, attacking(b, seed=k)) for k in range(1, count)]
+    tried = {
+        "noise": statistics(b, noise(b, signs=False)),
+        "signs": statistics(b, noise(b, signs=True)),
+        "more_steps": statistics(b, attacking(b, steps=more)),
+        **({"transfer": statistics(b, attacking(b, kind, source=other))} if source else {}),
+    }
+    inside = [tried["noise"], tried["signs"], *starts, *(tried[k] for k in ("more_steps", "transfer") if k in tried)]
+    tried |= {"restarts": worst(b, [attacked, *starts]), "embed": embed}
+
+    values = {check: numbers(b, stats) for check, stats in tried.items()}
+    gains = {check: {"gain": gain(b, attacked, tried[check])[0]} for check in ("more_steps", "restarts")}
+    swept, turned = _sweep(b, untouched, attacked, settings)
+    found = {
+        "clean": numbers(b, untouched), "attack": numbers(b, attacked), "chance": b.chance,
+        "noise": values["noise"], "signs": values["signs"],
+        "more_steps": values["more_steps"] | gains["more_steps"] | {"steps": more},
+        "restarts": values["restarts"] | gains["restarts"] | {"starts": count}, **swept,
+        "transfer": values["transfer"] | {"from": name} if source else None, "embed": values["embed"],
+    }  # fmt: skip
+    words = {"attack": TASKS[b.model.task].attack, "source": name}
+    words |= {"more": more, "steps": b.attack.steps, "starts": count}
+    pairs = {check: (stats, attacked) for check, stats in tried.items()}
+    if len(b.known) == 2:
+        pairs["embed"] = b.known["embed"], b.known["task"]  # on all images
+    taken = max(0.0, gain(b, untouched, attacked)[0])
+    bad = {check: pair for check, pair in pairs.items() if _fails(b, check, *pair, taken)}
+    said = {check: [FAILED[check].format(pair=_pair(b, *pair), **words)] for check, pair in bad.items()}
+    said["sweep"] = turned
+    return found, [flag for check in found for flag in said.get(check, ())], worst(b, inside)
 
 
-def table_attack(b: Bench, kind: str) -> Tensor:
+def _fails(b: Bench, check: str, stats: Tensor, attacked: Tensor, taken: float) -> bool:
+    """Whether statistics of a check speak against the table's attack, which takes `taken` from the clean value.
+
+    Noise must be weaker than it, if it leaves more than chance; more steps or starts may not find much more.
+    """
+    surely = surely_stronger(b, attacked, stats)
+    if check in ("noise", "signs"):
+        weaker = b.attack.eps == 0 or gain(b, stats, attacked)[0] > 0
+        return not weaker and (surely or not at_chance(b, attacked))
+    return surely and (check not in ("more_steps", "restarts") or gain(b, attacked, stats)[0] > STRONGER * taken)
+
+
+def _of_table(b: Bench, kind: str) -> Tensor:
     """Statistics of the images under the table's attack `kind`: its cell's, or made here without one."""
     return b.known[kind][b.order] if kind in b.known else statistics(b, attacking(b, kind))
 
 
-def _noise(b: Bench, attacked: Tensor, level: float, found: Result, inside: list[Tensor]) -> list[str]:
-    """Noise of the same size must be weaker than the attack."""
-    said, name = [], TASKS[b.model.task].attack
-    for key, words, signs in (("noise", "uniform noise", False), ("signs", "random signs", True)):
-        stats = statistics(b, noise(b, signs))
-        inside.append(stats)
-        found[key] = numbers(b, stats)
-        if b.attack.eps == 0 or gain(b, stats, attacked)[0] > 0:
-            continue
-        if surely_stronger(b, attacked, stats) or not at_chance(b, attacked, level):
-            said.append(
-                f"{words} of the same size harm{'s' * (not signs)} no less than {name} ({_pair(b, stats, attacked)})"
-            )
-    return said
-
-
-def _longer(
-    b: Bench, untouched: Tensor, attacked: Tensor, settings: Settings, found: Result, inside: list[Tensor]
-) -> list[str]:
-    """More steps, and more random starts, must not find much more than the table's attack."""
-    cfg, steps, said = settings.sanity, b.attack.steps * settings.sanity.more_steps, []
-    starts = [statistics(b, attacking(b, seed=k)) for k in range(1, cfg.restarts + 1)]
-    longer = {
-        "more_steps": (statistics(b, attacking(b, steps=steps)), f"with {steps} steps instead of {b.attack.steps}"),
-        "restarts": (worst(b, [attacked, *starts]), f"from the worst of {1 + cfg.restarts} random starts"),
-    }
-    inside += [*starts, longer["more_steps"][0]]
-    taken = max(0.0, gain(b, untouched, attacked)[0])
-    for key, (stats, how) in longer.items():
-        found[key] = numbers(b, stats) | {"gain": gain(b, attacked, stats)[0]}
-        if surely_stronger(b, attacked, stats) and found[key]["gain"] > STRONGER * taken:
-            name = TASKS[b.model.task].attack
-            said.append(f"{name} is clearly stronger {how} ({_pair(b, stats, attacked)}): it has not converged")
-    found["more_steps"]["steps"], found["restarts"]["starts"] = steps, 1 + cfg.restarts
-    return said
-
-
-def _sweep(b: Bench, untouched: Tensor, attacked: Tensor, level: float, settings: Settings, found: Result) -> list[str]:
+def _sweep(b: Bench, untouched: Tensor, attacked: Tensor, settings: Settings) -> tuple[Result, list[str]]:
     """A larger ball must not help the model, radius 0 must change nothing, and the largest must leave only chance.
 
     Steps grow with the radius. The table's own radius is the attack that was made already.
     """
-    radii = sorted({0.0, b.attack.eps, *settings.sanity.eps})
-    ratio = b.attack.step / b.attack.eps if b.attack.eps else 0.25
-    curve = {
-        eps: attacked
-        if eps == b.attack.eps
-        else statistics(b, attacking(b, eps=eps, step=min(1.0, ratio * eps), steps=b.attack.steps if eps else 1))
-        for eps in radii
-    }
-    found["sweep"] = [{"eps": eps, **numbers(b, stats)} for eps, stats in curve.items()]
-    found["zero_is_clean"] = bool(torch.equal(curve[0.0], untouched))
-    back = _turns(b, list(curve.values()))
-    found["monotone"], found["reaches_chance"] = not back, at_chance(b, curve[radii[-1]], level)
-    said = [] if found["zero_is_clean"] else ["an attack of radius 0 differs from clean images"]
+    ratio, curve = b.attack.step / b.attack.eps if b.attack.eps else 0.25, {b.attack.eps: attacked}
+    for eps in {0.0, *settings.sanity.eps} - {b.attack.eps}:
+        steps = b.attack.steps if eps else 1
+        curve[eps] = statistics(b, attacking(b, eps=eps, step=min(1.0, ratio * eps), steps=steps))
+    radii, stats = zip(*sorted(curve.items(), key=lambda point: point[0]), strict=True)
+    back, same, lost = _turns(b, stats), bool(torch.equal(stats[0], untouched)), at_chance(b, stats[-1])
+    said = [] if same else ["an attack of radius 0 differs from clean images"]
     if back:
         places = ", ".join(f"{_radius(radii[i])} to {_radius(radii[i + 1])}" for i in back)
         said.append(f"a larger radius weakens the attack ({places})")
-    if not found["reaches_chance"]:
-        what = f"{TASKS[b.model.task].metric} {value(b, curve[radii[-1]]):.2f}, baseline {level:.2f}"
+    if not lost:
+        what = f"{TASKS[b.model.task].metric} {value(b, stats[-1]):.2f}, baseline {b.chance:.2f}"
         said.append(f"even a radius of {_radius(radii[-1])} leaves more than chance ({what})")
-    return said
+    sweep = [{"eps": eps, **numbers(b, point)} for eps, point in zip(radii, stats, strict=True)]
+    return {"sweep": sweep, "zero_is_clean": same, "monotone": not back, "reaches_chance": lost}, said
 
 
-def _turns(b: Bench, curve: list[Tensor]) -> list[int]:
+def _turns(b: Bench, curve: Sequence[Tensor]) -> list[int]:
     """Where a curve of statistics turns back to better values, by more than its standard error and SLACK."""
     values = [value(b, stats) for stats in curve]
     slack = SLACK * (max(values) - min(values))
-    gaps = [gain(b, smaller, larger) for smaller, larger in zip(curve, curve[1:], strict=False)]
+    gaps = [gain(b, smaller, larger) for smaller, larger in itertools.pairwise(curve)]
     return [i for i, (gap, se) in enumerate(gaps) if -gap > se + slack + 1e-9]
-
-
-def _transfer(b: Bench, attacked: Tensor, source: Source | None, found: Result, inside: list[Tensor]) -> list[str]:
-    """Images made on another model must be weaker than those made on this one."""
-    found["transfer"] = None
-    if source is None:
-        return []
-    name, kind, other = source
-    stats = statistics(b, attacking(b, kind, source=other))
-    inside.append(stats)
-    found["transfer"] = numbers(b, stats) | {"from": name}
-    if not surely_stronger(b, attacked, stats):
-        return []
-    white = TASKS[b.model.task].attack
-    return [f"images made on {name} harm more than {white} on the model itself ({_pair(b, stats, attacked)})"]
-
-
-def _embedding(b: Bench, attacked: Tensor, found: Result) -> list[str]:
-    """EmbedAttack, which knows nothing of the task, must not beat the task's own attack: on all images, if known."""
-    stats = table_attack(b, "embed")
-    found["embed"] = numbers(b, stats)
-    if len(b.known) == 2:
-        attacked, stats = b.known["task"], b.known["embed"]
-    if not surely_stronger(b, attacked, stats):
-        return []
-    name = TASKS[b.model.task].attack
-    return [f"EmbedAttack harms more than {name} ({_pair(b, stats, attacked)}): {name} has not found the worst"]
 
 
 def _pair(b: Bench, other: Tensor, attacked: Tensor) -> str:
@@ -299,42 +266,7 @@ def _radius(eps: float) -> str:
     return f"{255 * eps:.3g}/255"
 
 
-def steps(attack: Attack, cfg: Sanity) -> int:
-    """Attack steps that the checks of one row take for each image, its transfer included: what they cost.
-
-    The tables' own attacks are not among them, as their cells are there.
-    """
-    return attack.steps * cfg.rounds(attack) + (attack.eps > 0)
-
-
 # --- one row and all rows, on disk ---
-
-
-def check_row(model: TaskModel, test: Subset, defense: str, source: Source | None, settings: Settings) -> Result:
-    """The checks of one row: read if they were made from exactly these inputs, else made and written.
-
-    {"task", "dataset", "encoder", "defense", "metric", "n", "attack" (settings), "cell": key of the task attack's cell,
-    "checks": numbers, "flags": sentences} and where it was computed; beside it the statistics for trust/worst.py. They
-    lie under their key in runs/<profile>/checks, with a copy of the row in results/<profile>.
-    """
-    row = about(model, test, defense, source, settings)
-    kept = stored(row, settings)
-    if kept is None:
-        b = bench(model, test, defense, settings)
-        found, said, stats = checks(b, source, settings)
-        ordered = torch.empty_like(stats)
-        ordered[places(b.parts, first(test, settings.sanity.n))] = stats
-        kept = row | {
-            "n": sum(len(ids) for *_, ids in b.parts), "checks": found, "flags": said,
-            **records.provenance(records.pick_device(settings.device)),
-        }  # fmt: skip
-        place = evaluate.checks_place(settings.profile, row, ".safetensors")
-        records.write_tensors(records.packed(ordered), records.about(row["made_from"]), place)
-        records.write_record(kept, evaluate.checks_place(settings.profile, row))
-    kept = kept | {"cell": row["cell"]}  # of another version of the code, if that was kept
-    path = records.checks_path(settings.profile, *(row[key] for key in KEYS))
-    records.write_record(kept, path)
-    return records.read_record(path)
 
 
 def stored(row: Result, settings: Settings) -> Result | None:
@@ -364,12 +296,7 @@ def sources(row: EncoderRow, settings: Settings) -> list[EncoderRow]:
 
 
 def source_of(
-    task: str,
-    dataset: str,
-    row: EncoderRow,
-    model: TaskModel,
-    settings: Settings,
-    load: Callable[[EncoderRow, str], Encoder] | None = None,
+    task: str, dataset: str, row: EncoderRow, model: TaskModel, settings: Settings, load: evaluate.Loader | None = None
 ) -> Source | None:
     """Where images for `row` are transferred from: another row's Standard encoder and head, under the task attack.
 
@@ -395,8 +322,7 @@ def run_all(settings: Settings) -> list[Result]:
     section 'sanity' or 'attack', or if data, weights or DeACL are missing; with missing: skip, such rows are left out.
     """
     for name in ("sanity", "attack"):
-        if getattr(settings, name) is None:
-            raise BadInput(f"The settings have no section '{name}'; add one (params/demo.yaml shows how).")
+        settings.section(name)
     rows = [
         (task, dataset, row, defense)
         for task in TASKS if getattr(settings, task)
@@ -404,53 +330,71 @@ def run_all(settings: Settings) -> list[Result]:
         for row in settings.encoders
         for defense in DEFENSE if defense in row.defenses
     ]  # fmt: skip
-    found, lost = [], []
+    found, lost, shown = [], [], set()
     for task, dataset, row, defense in track(rows, desc="sanity checks"):
         place = {"task": task, "dataset": dataset, "encoder": row.name, "defense": defense}
         with skipping(settings, lost, [place]):
             found.append(check(task, dataset, row, defense, settings))
-    _show_only(found, settings.profile)
+            shown.add(records.checks_path(settings.profile, *place.values()))
+    for path in set((records.results_dir(settings.profile) / "sanity").glob("*/*.json")) - shown:
+        path.unlink()  # the settings no longer ask for it; it stays where it is stored
     records.write_skipped(settings.profile, "sanity", lost)
     return found
 
 
 def check(task: str, dataset: str, row: EncoderRow, defense: str, settings: Settings) -> Result:
-    """The checks of one row, as check_row gives them; the row's worst case is then made anew with their attacks."""
+    """The checks of one row: read if they were made from exactly these inputs, else made and written.
+
+    {"task", "dataset", "encoder", "defense", "metric", "n", "attack" (settings), "cell": key of the task attack's cell,
+    "checks": numbers, "flags": sentences} and where it was computed; beside it the statistics for trust/worst.py. They
+    lie under their key in runs/<profile>/checks, with a copy of the row in results/<profile>. The row's worst case is
+    then made anew with their attacks.
+    """
     only = row.model_copy(update={"defenses": [defense]})
     *_, (_, epoch, weights) = deacl.variants(only, settings.profile, settings.data_root)
     model, test = evaluate.prepare(task, dataset, row, settings, defense, weights)
-    found = check_row(model, test, defense, source_of(task, dataset, row, model, settings), settings)
+    source = source_of(task, dataset, row, model, settings)
+    known = about(model, test, defense, source, settings)
+    kept = (stored(known, settings) or _make(model, test, defense, source, known, settings)) | {"cell": known["cell"]}
+    path = records.checks_path(settings.profile, *(known[key] for key in KEYS))
+    records.write_record(kept, path)  # with the cell of now, if one of another version of the code was kept
     Worst(model, test, evaluate.WORST, settings, defense, epoch).run()
-    return found
+    return records.read_record(path)
 
 
-def _show_only(shown: list[Result], profile: str) -> None:
-    """Take rows that the settings no longer ask for out of results/<profile>; they stay where they are stored."""
-    names = [records.checks_path(profile, *(result[key] for key in KEYS)) for result in shown]
-    for path in (records.results_dir(profile) / "sanity").glob("*/*.json"):
-        if path not in names:
-            path.unlink()
+def _make(
+    model: TaskModel, test: Subset, defense: str, source: Source | None, known: Result, settings: Settings
+) -> Result:
+    """The checks of one row and the statistics of their images made and written; `known`: see about."""
+    b = bench(model, test, defense, settings)
+    found, said, stats = checks(b, source, settings)
+    ordered = torch.empty_like(stats)
+    ordered[b.order] = stats
+    here = records.provenance(records.pick_device(settings.device))
+    made = known | {"n": len(stats), "checks": found, "flags": said, **here}
+    place = evaluate.checks_place(settings.profile, known, ".safetensors")
+    records.write_tensors(records.packed(ordered), records.about(known["made_from"]), place)
+    records.write_record(made, evaluate.checks_place(settings.profile, known))
+    return made
 
 
 # --- for the notebook and for the tables ---
 
-
-COLUMNS = ["clean", "attack", "noise", "signs", "more_steps", "restarts", "transfer", "embed", "chance"]
+COLUMNS = ["clean", "attack", "noise", "signs", "more_steps", "restarts", "transfer", "embed"]
+ENDS = ["chance", "largest_eps", "monotone", "reaches_chance", "flags"]
 
 
 def table(results: list[Result]) -> pd.DataFrame:
-    """A row for each result: KEYS, metric, n, the metric's value under each of COLUMNS, at the sweep's largest radius,
-    whether the sweep is monotone and ends at chance, and how many flags there are.
+    """A row for each result: KEYS, metric, n, the metric's value under each of COLUMNS and its chance, its value at the
+    sweep's largest radius, whether the sweep is monotone and ends at chance, and how many flags there are.
     """
     rows = []
     for result in results:
         found = result["checks"]
-        row = {key: result[key] for key in [*KEYS, "metric", "n"]} | {"chance": found["chance"]}
-        row |= {name: (found[name] or {}).get("value") for name in COLUMNS[:-1]}
-        row |= {"largest_eps": found["sweep"][-1]["value"], "monotone": found["monotone"]}
-        rows.append(row | {"reaches_chance": found["reaches_chance"], "flags": len(result["flags"])})
-    ends = ["largest_eps", "monotone", "reaches_chance", "flags"]
-    return pd.DataFrame(rows, columns=[*KEYS, "metric", "n", *COLUMNS, *ends])
+        values = {name: found[name] and found[name]["value"] for name in COLUMNS}
+        ends = {"largest_eps": found["sweep"][-1]["value"], "flags": len(result["flags"])}
+        rows.append(result | found | values | ends)
+    return pd.DataFrame(rows, columns=[*KEYS, "metric", "n", *COLUMNS, *ENDS])
 
 
 def sentences(results: list[Result]) -> list[str]:
