@@ -83,13 +83,23 @@ def test_prices_by_hand():
     s = settings(depth={**TASK, "n_test": 7})
     one = plan.Place("depth", "scenes", s.encoders[0], s).attack()
     place = {"step": "cell", "task": "depth", "dataset": "scenes", "encoder": "embedded_vit", "defense": "standard"}
-    assert plan.price({**place, "kind": "clean"}, s) == {("depth", "attack"): 7 * one.forward}
+    read = 7 * (2e-8 * 64 * 64 + 2e-9 * 64 * 64)  # decoded, and resized
+    assert plan.price({**place, "kind": "clean"}, s) == {("depth", "attack"): 7 * one.forward, plan.IMAGES: read}
     assert plan.price({**place, "kind": "task"}, s)["depth", "attack"] == 7 * (3 * one.whole + 2 * one.forward)
     hard = plan.price({**place, "kind": "apgd_rmse"}, s)["depth", "attack"]
     assert hard == 7 * (5 * 3 * one.whole + 2 * one.forward)
     attack, train = plan.tuning_step(plan.meta(s.encoders[0]))
     tuned = 16 * (2 * attack.whole + attack.forward + train.whole) + 8 * (2 * attack.whole + 2 * attack.forward)
-    assert plan.price({"step": "deacl", "encoder": "embedded_vit"}, s) == {("deacl", "attack"): 2 * tuned}
+    found = plan.price({"step": "deacl", "encoder": "embedded_vit"}, s)
+    assert found == {("deacl", "attack"): 2 * tuned, plan.IMAGES: pytest.approx(2 * (16 + 8) * read / 7)}
+
+
+def test_images_are_read_while_others_are_computed():
+    prices = [{("depth", "attack"): 6.0, ("depth", "head"): 4.0, plan.IMAGES: 40.0}, {("depth", "attack"): 6.0}]
+    cores = {"attack": 2.0, "head": 1.0, "read": 8.0}
+    assert plan.seconds(prices, lambda task, what: cores[what]) == max(3 + 4, 5) + 3
+    assert plan.seconds(prices, lambda task, what: cores[what] if what != "read" else 2.0) == max(3 + 4, 20) + 3
+    assert plan.flops(prices) == 16
 
 
 @pytest.mark.parametrize(

@@ -33,17 +33,21 @@ STAGES = ("00_data", "01_heads", "02_deacl", "03_attack_classification", "04_att
           "05_attack_depth", "06_figures", "07_sanity")  # fmt: skip
 START, DRAW = 9.0, 11.0  # seconds of a notebook for imports and pictures; more of them in 06_figures
 SCENES_PER_SECOND = 30.0  # rendered on two CPU cores
-READ = 2e-8  # seconds of a CPU core to decode a pixel of a stored image
+READ, RESIZE = 2e-8, 2e-9  # seconds of a CPU core for a pixel of a stored image, and for one of the resized image
+READERS = 8.0  # CPU cores that read ahead beside a GPU
+IMAGES = ("images", "read")  # a price beside FLOPs: seconds of a core; images are read while others are computed
 TAKEN = {"standard": 0.15, "deacl": 0.45}  # share of its steps until PGD on classes has surely lost an image; fitted
 STRONG = 5  # times the steps of the profile's attack, and so many losses at most
-# TFLOP/s of attack steps and of heads: 30 % of the data sheet's bf16 and 50 % of its fp32; assumed, not measured
-ASSUMED = {"H100": (297.0, 33.5), "RTX 4090": (49.5, 41.3), "L4": (36.3, 15.2)}
+# TFLOP/s of attack steps and of heads: 30 % of the data sheet's bf16 and 50 % of its fp32; assumed, not measured. An
+# H200 made PGD steps on a ViT-B/16 at 253 (figures/committed/bench_h200), a quarter of its data sheet; an H100, with
+# two thirds of its memory's bandwidth, is taken for a fifth.
+ASSUMED = {"H200": (253.0, 33.5), "H100": (198.0, 33.5), "RTX 4090": (49.5, 41.3), "L4": (36.3, 15.2)}
 SLOW = 4e11  # FLOPs of a dense image's step from which a CPU is timed on images of the native size instead
 PATIENCE = 3.0  # seconds for the hub to answer
 OWN = 20  # classes of a folder whose own are not known yet
 PHOTOGRAPH = (375, 500)  # height and width of one whose data set is not known
-Price = dict[tuple[str, str], float]  # FLOPs by the rate that they have: (task or 'deacl', 'attack' or 'head')
-Rate = Callable[[str, str], float]  # of these two -> FLOPs a second
+Price = dict[tuple[str, str], float]  # FLOPs by the rate that they have: (task or 'deacl', 'attack' or 'head'); IMAGES
+Rate = Callable[[str, str], float]  # of these two -> FLOPs a second; of IMAGES -> cores
 
 
 # --- one image through one step ---
@@ -169,10 +173,13 @@ class Place:
         """One test image in one step of an attack."""
         return attack_step(self.encoder, self.task, self.size("test"), self.classes, self.stride)
 
-    def training(self) -> tuple[float, float]:
-        """FLOPs of encoding the images of a head, once a copy if tokens fit in memory, else in every epoch; and of its
-        training.
-        """
+    def read(self, images: float, split: str) -> Price:
+        """What reading so many images costs."""
+        each = READ * math.prod(_shape(self.name)) + RESIZE * math.prod(self.size(split))
+        return {IMAGES: images * each}
+
+    def training(self) -> Price:
+        """Encoding the images of a head, once a copy if tokens fit in memory, else in every epoch; and its training."""
         size, dense_task, (train, val, _) = self.size("train"), self.task != "classification", self.counts
         tokens = 1 + dense_task * math.prod(-(-side // self.encoder.patch) for side in size)
         each = 4 * self.encoder.dim * tokens + dense_task * math.prod(size) * (4 if self.task == "depth" else 1)
@@ -181,7 +188,9 @@ class Place:
         encoded += val * (1 if keep_val else self.section.epochs)
         head = head_step(self.encoder, self.task, size, self.classes)
         once = attack_step(self.encoder, "classification", size, 1, 1.0).forward
-        return encoded * once, self.section.epochs * (train * head.whole + val * head.forward)
+        trained = self.section.epochs * (train * head.whole + val * head.forward)
+        costs = {(self.task, "attack"): encoded * once, (self.task, "head"): trained}
+        return costs | self.read(encoded, "train")
 
 
 # --- what a job costs ---
@@ -232,10 +241,11 @@ def price(job: Job, settings: Settings) -> Price:
         images = counts("deacl", cfg.dataset, settings)
         tuned = images[0] * (cfg.steps * attack.whole + attack.forward + train.whole)
         watched = images[1] * (cfg.steps * attack.whole + 2 * attack.forward)
-        return {("deacl", "attack"): cfg.epochs * (tuned + watched)}
+        each = READ * math.prod(_shape(cfg.dataset)) + RESIZE * meta(_row(job, settings)).native ** 2
+        return {("deacl", "attack"): cfg.epochs * (tuned + watched), IMAGES: cfg.epochs * sum(images) * each}
     place = place_of(job, settings)
     if step == "head":
-        return dict(zip([(place.task, "attack"), (place.task, "head")], place.training(), strict=True))
+        return place.training()
     one, steps, test = place.attack(), settings.attack.steps, place.counts[2]
     if step == "examples":
         return {(place.task, "attack"): 2 * examples.COUNT * steps * one.whole}
@@ -247,17 +257,19 @@ def price(job: Job, settings: Settings) -> Price:
         steps *= STRONG * len(dense.LOSSES.get(kind, (None,)))
     if kind == "task" and place.task == "classification" and settings.attack.stop_when_broken:
         steps *= TAKEN["deacl" if job["defense"].startswith("deacl") else "standard"]
-    return {(place.task, "attack"): test * (one.forward + (kind != "clean") * (steps * one.whole + one.forward))}
+    cost = test * (one.forward + (kind != "clean") * (steps * one.whole + one.forward))
+    return {(place.task, "attack"): cost} | place.read(test, "test")
 
 
 def flops(prices: list[Price]) -> float:
     """FLOPs of jobs."""
-    return sum(sum(each.values()) for each in prices)
+    return sum(cost for each in prices for what, cost in each.items() if what != IMAGES)
 
 
 def seconds(prices: list[Price], rate: Rate) -> float:
-    """Expected seconds of jobs."""
-    return sum(cost / rate(*what) for each in prices for what, cost in each.items())
+    """Expected seconds of jobs: of each what it computes, or reads if that takes longer."""
+    spent = [{what: cost / rate(*what) for what, cost in each.items()} for each in prices]
+    return sum(max(sum(each.values()) - each.get(IMAGES, 0.0), each.get(IMAGES, 0.0)) for each in spent)
 
 
 def notebooks(stages: list[str], settings: Settings) -> float:
@@ -275,7 +287,7 @@ def notebooks(stages: list[str], settings: Settings) -> float:
 def assumed(gpu: str) -> Rate:
     """The rates of a GPU that one does not have."""
     steps, plain = (1e12 * rate for rate in ASSUMED[gpu])
-    return lambda task, what: steps if what == "attack" else plain
+    return lambda task, what: {"attack": steps, "head": plain, "read": READERS}[what]
 
 
 def here(settings: Settings) -> Rate:
@@ -286,6 +298,8 @@ def here(settings: Settings) -> Rate:
 
     @cache
     def rate(task: str, what: str) -> float:
+        if what == "read":
+            return float(max(1, datasets.ahead()))
         task = "classification" if task == "deacl" else task
         encoder, stride = (encoders.load if row.call else encoders.random_init)(row).to(device), 1.0
         size = (encoder.native, encoder.native)
