@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from timm.models.vision_transformer import LayerScale
-from torch import Tensor, nn
+from torch import nn
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests"), str(PROJECT / "benchmarks")]  # not installed is good enough
@@ -35,6 +35,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests"), str(PROJECT / "benchmarks"
 import contenders  # noqa: E402
 
 from ssl_robust import attacks, compute, datasets, deacl, encoders, evaluate, heads, records, training  # noqa: E402
+from ssl_robust.ops import memory as planned  # noqa: E402
 from ssl_robust.ops import plan  # noqa: E402
 from ssl_robust.progress import any_terminal  # noqa: E402
 from ssl_robust.settings import PARAMS, Attack, BadInput, DeACL, EncoderRow, Settings, check, read_params  # noqa: E402
@@ -49,7 +50,8 @@ VALUES = {"fp32": 0.002, "bf16": 0.02}  # of the `test` profile, GPU against CPU
 GOLDEN = 0.02  # relative, of golden numbers; CPUs among each other: 0.002
 SAME_IMAGES = 0.99  # share of the values of PGD's images within 1e-6 of torchattacks'; one H200: 0.9999
 TIMES = 3.0  # a time may be so many times the expected one, or so much shorter
-ROOM, MORE = 1.3, 1.0  # a memory peak may be so many times the traced one, and so many GB more
+ROOM, MORE = 1.3, 1.0  # a memory peak may be so many times the planned one, and so many GB more
+STRIDE = 341 / 518  # of the sliding window
 QUICK_GB = 24.0  # what params/quick.yaml says that a GPU needs
 REPORTED = {"classification": 0.1, "segmentation": 0.1, "depth": 0.2}  # clean values may differ from the paper's by
 # unit tests of all that computes; they run on the CPU of a machine that has a GPU, which must not disturb them
@@ -253,7 +255,7 @@ def quick_row(c: Check) -> Iterator[Point]:
     began = time.perf_counter()
     training.fit_all(s)
     said = f"{time.perf_counter() - began:.0f} s (what was kept is not repeated)"
-    yield Point("heads: time", f"{expected[0]:.0f} s by the plan without reading images", said, None)
+    yield Point("heads: time", f"{expected[0]:.0f} s by the plan", said, None)
     found = [record for task in TASKS for record in evaluate.run_task(task, s)]
     spent, peak = sum(record["seconds"] for record in found), _peak_gb(c.device)
     within = None if c.small else expected[1] / TIMES <= spent <= expected[1] * TIMES
@@ -298,24 +300,43 @@ def _against_paper(found: list[dict[str, Any]]) -> Iterator[Point]:
 
 
 class Need(NamedTuple):
-    """A step of work on a model of random weights, and its memory peak in GB, traced without a GPU."""
+    """A step of DeACL, or of a task's own attack, on a model of random weights."""
 
     what: str
-    traced: float
-    work: Callable[[str], Callable[[], Any]]  # device -> what is measured
+    encoder: str
+    count: int  # images
+    task: str = ""  # '': DeACL
+    size: tuple[int, int] = (0, 0)  # (H, W) of the images
+    classes: int = 0
+
+    def planned(self, bf16: bool) -> float:
+        """Its memory peak in GB, as make plan reckons it from shapes."""
+        encoder = plan.meta(EncoderRow(name=self.encoder))
+        if not self.task:
+            return planned.tuning_peak(encoder, self.count, bf16) / 1e9
+        return planned.attack_peak(self.task, encoder, self.size, self.classes, STRIDE, self.count, bf16) / 1e9
+
+    def work(self, device: str, precision: str) -> None:
+        """The step itself."""
+        if self.task:
+            _attack(self, device, precision)
+        else:
+            _tuning(self, device, precision)
 
 
 def memory(c: Check) -> Iterator[Point]:
-    """Peaks of the largest steps of the profiles beside those that were traced from shapes alone."""
+    """Peaks of the largest steps of the profiles beside those that the plan reckons from shapes alone."""
+    precision = compute.precision("auto", c.device)
     for need in SMALL if c.small else NEEDS:
-        limit = ROOM * need.traced + MORE
-        expected = f"traced {need.traced:g} GB; at most {limit:.1f} GB"
-        if c.device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 1e9 * need.traced:
+        reckoned = need.planned(precision == "bf16")
+        limit = ROOM * reckoned + MORE
+        expected = f"{reckoned:.1f} GB by the plan; at most {limit:.1f} GB"
+        if c.device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 1e9 * reckoned:
             yield Point(need.what, expected, "not run: this GPU has less memory", None)
             continue
         _reset_peak(c.device)
         try:
-            need.work(c.device)()
+            need.work(c.device, precision)
         except torch.OutOfMemoryError:
             yield Point(need.what, expected, "out of memory", False)
             continue
@@ -338,48 +359,44 @@ def _said(gigabytes: float | None) -> str:
     return "not measured on a CPU" if gigabytes is None else f"{gigabytes:.1f} GB"
 
 
-def _attack(task: str, name: str, count: int, size: tuple[int, int], classes: int) -> Callable[[str], Callable]:
-    """Two steps of a task's own attack on so many images of a size."""
-
-    def prepare(device: str) -> Callable[[], Tensor]:
-        encoder = encoders.random_init(EncoderRow(name=name)).to(device)
-        model = heads.TaskModel(task, encoder, heads.HEADS[task](encoder.dim, classes).to(device), 341 / 518)
-        x, ids = torch.rand(count, 3, *size).to(device), [str(i) for i in range(count)]
-        target = {"classification": torch.zeros(count), "segmentation": torch.zeros(count, *size),
-                  "depth": torch.full((count, *size), 2.0)}[task].to(device)  # fmt: skip
-        target = target if task == "depth" else target.long()
-        precision = compute.precision("auto", device)
-        attack = Attack(steps=2, stop_when_broken=False)
-        return lambda: attacks.attacked("task", model, x, target, ids, attack, 0, precision)
-
-    return prepare
+def _attack(need: Need, device: str, precision: str) -> None:
+    """Two steps of a task's own attack."""
+    encoder = encoders.random_init(EncoderRow(name=need.encoder)).to(device)
+    head = heads.HEADS[need.task](encoder.dim, need.classes).to(device)
+    model = heads.TaskModel(need.task, encoder, head, STRIDE)
+    x, ids = torch.rand(need.count, 3, *need.size).to(device), [str(i) for i in range(need.count)]
+    shape = (need.count,) if need.task == "classification" else (need.count, *need.size)
+    target = torch.full(shape, 2.0) if need.task == "depth" else torch.zeros(shape, dtype=torch.long)
+    attack = Attack(steps=2, stop_when_broken=False)
+    attacks.attacked("task", model, x, target.to(device), ids, attack, 0, precision)
 
 
-def _tuning(name: str, count: int) -> Callable[[str], Callable]:
-    """One step of DeACL on so many images."""
-
-    def prepare(device: str) -> Callable[[], Tensor]:
-        accelerator = deacl.Accelerator(cpu=device == "cpu", mixed_precision="no")
-        encoder = encoders.random_init(EncoderRow(name=name))
-        run = deacl.tuning(encoder, accelerator, DeACL(steps=2), compute.precision("auto", device))
-        x = torch.rand(count, 3, encoder.native, encoder.native).to(device)
-        return lambda: deacl.train_step(run, x, [str(i) for i in range(count)], True, count, 0)
-
-    return prepare
+def _tuning(need: Need, device: str, precision: str) -> None:
+    """One step of DeACL."""
+    accelerator = deacl.Accelerator(cpu=device == "cpu", mixed_precision="no")
+    encoder = encoders.random_init(EncoderRow(name=need.encoder))
+    run = deacl.tuning(encoder, accelerator, DeACL(steps=2, batch=need.count), precision)
+    x = torch.rand(need.count, 3, encoder.native, encoder.native).to(device)
+    deacl.train_step(run, x, [str(i) for i in range(need.count)], True, need.count, 0)
 
 
 NEEDS = (
-    Need("DeACL of dino_vitb16, batch 32 (quick)", 5.6, _tuning("dino_vitb16", 32)),
-    Need("DeACL of dino_vitb16, batch 128 (paper)", 17.7, _tuning("dino_vitb16", 128)),
-    Need("PGD on dino_vitb16, 332 images of 224 px", 16.4,
-         _attack("classification", "dino_vitb16", 332, (224, 224), 10)),
-    Need("DepthPGD on dino_vitb16, 54 images of 480x640 px", 20.4, _attack("depth", "dino_vitb16", 54, (480, 640), 0)),
-    Need("SegPGD on dinov2_vits14, 23 images of 518x690 px, 150 classes", 29.3,
-         _attack("segmentation", "dinov2_vits14", 23, (518, 690), 150)),
-)  # fmt: skip
+    Need("DeACL of dino_vitb16, batch 32 (quick)", "dino_vitb16", 32),
+    Need("DeACL of dino_vitb16, batch 128 (paper)", "dino_vitb16", 128),
+    Need("PGD on dino_vitb16, 332 images of 224 px", "dino_vitb16", 332, "classification", (224, 224), 10),
+    Need("DepthPGD on dino_vitb16, 54 images of 480x640 px", "dino_vitb16", 54, "depth", (480, 640)),
+    Need(
+        "SegPGD on dinov2_vitb14, 8 images of 518x690 px, 150 classes",
+        "dinov2_vitb14",
+        8,
+        "segmentation",
+        (518, 690),
+        150,
+    ),
+)
 SMALL = (
-    Need("DeACL of embedded_vit, batch 2", 0.1, _tuning("embedded_vit", 2)),
-    Need("SegPGD on embedded_vit, 1 image", 0.1, _attack("segmentation", "embedded_vit", 1, (64, 80), 3)),
+    Need("DeACL of embedded_vit, batch 2", "embedded_vit", 2),
+    Need("SegPGD on embedded_vit, 1 image", "embedded_vit", 1, "segmentation", (64, 80), 3),
 )
 
 

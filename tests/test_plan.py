@@ -279,17 +279,14 @@ def test_plan_of_an_unknown_profile_or_encoder_is_refused(capsys):
 )  # fmt: skip
 def test_peaks_are_those_of_the_steps_themselves(encoder, task, size, classes, images, traced):
     """GB traced once on tensors without values by another program; our windows have saved up to a tenth since."""
-    s = settings(encoders=[{"name": encoder}], **{task: {**TASK, "n_test": images, "attack_batch": images}})
-    place = plan.Place(task, "scenes", s.encoders[0], s)
-    place.size, place.classes = lambda split: size, classes
-    need = memory.of_attack(place)
-    assert need.images == images and 0.88 * traced < need.bytes / 1e9 < 1.02 * traced
-    assert memory.of_attack(place, bf16=False).bytes > 1.2 * need.bytes
+    about = task, plan.meta(EncoderRow(name=encoder)), size, classes, 341 / 518, images
+    peak = memory.attack_peak(*about)
+    assert 0.88 * traced < peak / 1e9 < 1.02 * traced and memory.attack_peak(*about, bf16=False) > 1.2 * peak
 
 
 def test_peak_of_deacl_is_that_of_its_step():
     encoder = plan.meta(EncoderRow(name="dino_vitb16"))
-    found = {n: memory.of_tuning(encoder, n).bytes / 1e9 for n in (32, 128)}
+    found = {n: memory.tuning_peak(encoder, n) / 1e9 for n in (32, 128)}
     assert found == pytest.approx({32: 5.6, 128: 17.7}, rel=0.08)  # traced
     assert all(p.is_meta and not p.requires_grad for p in encoder.parameters())
 
@@ -307,12 +304,21 @@ def test_a_peak_counts_what_is_alive_at_the_same_time():
     assert memory._most(lambda: layer(torch.empty(5, 10)), layer) == 440 + 200 + 200
 
 
-def test_many_classes_take_no_more_memory_of_a_gpu_than_few(monkeypatch):
-    """Logits count for the batch, so a GPU of 24 GB takes ADE20k, too."""
-    s = settings(encoders=[{"name": "dino_vitb16"}], segmentation={**TASK, "n_test": 1000})
-    place = plan.Place("segmentation", "scenes", s.encoders[0], s)
-    place.size, place.classes = lambda split: (512, 683), 150
-    assert memory.of_attack(place).bytes < 20e9
+def test_many_classes_take_no_more_memory_of_a_gpu_than_few():
+    """Logits count for the batch, so a GPU of 24 GB takes ADE20k, too, at its own size."""
+    rows = [{"name": "dino_vitb16"}, {"name": "dino_vits16"}]  # the smaller one is not looked at
+    section = {**TASK, "datasets": ["ade20k"], "n_test": 1000, "size": "original", "attack_batch": "auto"}
+    given = check(profile="tiny", encoders=rows, attack={}, segmentation=section)
+    (need,) = memory.needs(given)
+    assert need.what == "SegPGD on ade20k, dino_vitb16" and need.images == 7 and 8e9 < need.bytes < 20e9
+    assert "- SegPGD on ade20k, dino_vitb16: 11." in memory.text(given)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "swin_tiny_patch4_window7_224", "dinov2_vits14_reg", "dinov3_vits16"])
+def test_memory_of_other_architectures_is_reckoned_too(name):
+    encoder = plan.meta(EncoderRow(name=name))
+    assert memory.tuning_peak(encoder, 2) > 3 * plan.bytes_of(encoder)
+    assert memory.attack_peak("segmentation", encoder, (256, 300), 5, 0.7, 1) > plan.bytes_of(encoder)
 
 
 def test_a_callable_is_counted_itself():

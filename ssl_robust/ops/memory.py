@@ -5,6 +5,7 @@ context and by gaps between tensors, some 2 GB; traced peaks of an earlier versi
 """
 
 import copy
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import attacks, deacl, encoders, evaluate, heads, records
-from ..settings import Settings
+from .. import attacks, deacl, evaluate, heads, records
+from ..encoders import Encoder
+from ..heads import TaskModel
+from ..settings import EncoderRow, Settings
 from ..tasks import TASKS
 from . import plan
 
@@ -69,12 +72,19 @@ def _empty(weight: Tensor) -> Tensor:
     return nn.Parameter(made, weight.requires_grad) if isinstance(weight, nn.Parameter) else made
 
 
-def of_attack(place: "plan.Place", bf16: bool = True) -> Need:
-    """A step of the task's own attack, on as many images as a GPU takes at a time, and their prediction in fp32."""
-    size, task, encoder = place.size("test"), place.task, copy.deepcopy(place.encoder)
+def _model(task: str, encoder: Encoder, classes: int, stride: float) -> TaskModel:
     with torch.device("meta"):
-        model = heads.TaskModel(task, encoder, heads.HEADS[task](encoder.dim, place.classes), place.stride)
-    count = min(evaluate.batch_of(model, size, place.classes, place.section.attack_batch, "cuda"), place.counts[2])
+        return TaskModel(task, copy.deepcopy(encoder), heads.HEADS[task](encoder.dim, classes), stride)
+
+
+def attack_peak(
+    task: str, encoder: Encoder, size: tuple[int, int], classes: int, stride: float, count: int, bf16: bool = True
+) -> float:
+    """Bytes of a step of the task's own attack on `count` images of `size` (H, W), and of their prediction in fp32.
+
+    encoder: of the meta device, as plan.meta gives it.
+    """
+    model = _model(task, encoder, classes, stride)
 
     def step() -> None:
         x = torch.empty(count, 3, *size)
@@ -87,12 +97,11 @@ def of_attack(place: "plan.Place", bf16: bool = True) -> Need:
         with torch.no_grad():
             model(x)
 
-    what = f"{TASKS[task].attack} on {place.name}, {encoder.name.removesuffix('_random')}"
-    return Need(what, count, _most(step, model))
+    return _most(step, model)
 
 
-def of_tuning(encoder: encoders.Encoder, count: int, bf16: bool = True) -> Need:
-    """The step of eq. 2 on so many images, beside teacher and momentum."""
+def tuning_peak(encoder: Encoder, count: int, bf16: bool = True) -> float:
+    """Bytes of the step of eq. 2 on `count` images, beside teacher and momentum; encoder as in `attack_peak`."""
     student, teacher, momentum = (copy.deepcopy(encoder) for _ in range(3))
 
     def step() -> None:
@@ -102,7 +111,7 @@ def of_tuning(encoder: encoders.Encoder, count: int, bf16: bool = True) -> Need:
             loss = sum(deacl.loss_terms(student, torch.empty(count, encoder.dim), x, adv))
         torch.autograd.grad(loss, weights, allow_unused=True)
 
-    return Need(f"DeACL of {encoder.name.removesuffix('_random')}", count, _most(step, student, teacher, momentum))
+    return _most(step, student, teacher, momentum)
 
 
 def needs(settings: Settings) -> list[Need]:
@@ -113,14 +122,26 @@ def needs(settings: Settings) -> list[Need]:
     for row in (row for row in rows if sizes[row.name] >= 0.95 * max(sizes.values())):
         for task in (task for task in TASKS if getattr(settings, task) and settings.attack):
             places = [plan.Place(task, name, row, settings) for name in settings.task(task).datasets]
-            found.append(of_attack(max(places, key=lambda p: p.classes * p.size("test")[0] * p.size("test")[1]), bf16))
+            place = max(places, key=lambda p: p.classes * math.prod(p.size("test")))
+            found.append(_of_attack(place, row, bf16))
         if row.tuned and settings.deacl:
-            images = min(settings.deacl.batch, plan.counts("deacl", settings.deacl.dataset, settings)[0])
-            found.append(of_tuning(plan.meta(row), images, bf16))
+            count = min(settings.deacl.batch, plan.counts("deacl", settings.deacl.dataset, settings)[0])
+            found.append(Need(f"DeACL of {row.name}", count, tuning_peak(plan.meta(row), count, bf16)))
     return sorted(found, key=lambda need: -need.bytes)
 
 
+def _of_attack(place: "plan.Place", row: EncoderRow, bf16: bool) -> Need:
+    """On as many images as a GPU takes at a time."""
+    task, encoder, size, classes = place.task, place.encoder, place.size("test"), place.classes
+    model, setting = _model(task, encoder, classes, place.stride), place.section.attack_batch
+    count = min(evaluate.batch_of(model, size, classes, setting, "cuda"), place.counts[2])
+    peak = attack_peak(task, encoder, size, classes, place.stride, count, bf16)
+    return Need(f"{TASKS[task].attack} on {place.name}, {row.name}", count, peak)
+
+
 def text(settings: Settings) -> str:
-    """The largest needs in words."""
+    """The largest needs in words; nothing of callables."""
     each = [f"- {need.what}: {records.size(need.bytes)}, {need.images} images at a time" for need in needs(settings)]
-    return "\n".join(["Memory of a GPU (some 2 GB more; where it lacks, fewer images at a time):", *each])
+    return (
+        "\n".join(["Memory of a GPU (some 2 GB more; where it lacks, fewer images at a time):", *each]) if each else ""
+    )

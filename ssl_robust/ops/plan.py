@@ -353,7 +353,7 @@ def text(settings: Settings, missing: list[str]) -> str:
 
     work = [(job, price(job, settings)) for job in jobs_of(settings)]
     parts = [f"Plan of profile {settings.profile}; nothing is run.", _rows_text(settings, work)]
-    parts += [_stage_text(settings, work), memory.text(settings)]
+    parts += [_stage_text(settings, work), *filter(None, [memory.text(settings)])]
     names = {name for _, name in datasets.wanted(settings)}
     public = sum(bytes_of(meta(row)) for row in fetched(settings))
     made = sum(_written(job, settings) for job, _ in work)
