@@ -47,6 +47,13 @@ def told(cell, capsys, *more):
     return code, out, err
 
 
+@pytest.mark.parametrize("name", ["table1/scenes/embedded_vit/DeACL/PGD", "Table1/scenes/embedded_vit/deacl/task/"])
+def test_names_as_tables_have_them_are_understood(name, project, capsys):
+    code, out, err = told(name, capsys)
+    assert code == 0 and not err and out.startswith(f"{CELL} of profile 'demo'")
+    assert "eps: 8/255" in out
+
+
 def test_a_cell_is_shown_with_all_that_is_known_of_it(project, capsys):
     write(record(health={"images": 8, "rising": 3, "missed": 0}, made_from={"inputs": {}}))
     code, out, err = told(CELL, capsys)
@@ -87,11 +94,11 @@ def test_the_command_keeps_profile_and_data_and_quotes_names(root):
 
 
 def test_a_wrong_cell_is_one_sentence_that_lists_the_others(project, capsys):
-    code, out, err = told("table1/scenes/embedded_vit/deacl/pgd", capsys)
+    code, out, err = told("table1/scenes/embedded_vit/deacl/pdg", capsys)
     assert (
         code == 2
         and not out
-        and err.startswith("There is no CELL 'table1/scenes/embedded_vit/deacl/pgd'; write one of:")
+        and err.startswith("There is no CELL 'table1/scenes/embedded_vit/deacl/pdg'; write one of:")
     )
     assert CELL in err and err.count("\n") == 1
 

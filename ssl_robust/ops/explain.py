@@ -13,7 +13,7 @@ import yaml
 
 from .. import records as disk
 from ..progress import any_terminal
-from ..settings import BadInput
+from ..settings import Attack, BadInput
 from ..show import report
 from ..show.committed import place_of
 from ..trust import evidence
@@ -24,11 +24,14 @@ LONG = ("statistics", "over_seeds", "reasons", "made_from")  # of a record, not 
 
 
 def find(cell: str, records: list[Record]) -> Record:
-    """The record of CELL; BadInput that lists the cells there are."""
+    """The record of CELL, whose attack may be called as in tables, capitals or not; BadInput that lists the cells."""
     there = {"/".join(place_of(r)): r for r in records}
-    if cell.strip("/") not in there:
+    shown = {"/".join([*place_of(r)[:-1], r["attack_name"]]).lower(): r for r in records}
+    asked = cell.strip("/").lower()
+    found = {name.lower(): r for name, r in there.items()}.get(asked) or shown.get(asked)
+    if not found:
         raise BadInput(f"There is no CELL '{cell}'; write one of: {', '.join(sorted(there))}.")
-    return there[cell.strip("/")]
+    return found
 
 
 def _data(profile: str) -> str:
@@ -58,6 +61,8 @@ def text(cell: str, profile: str) -> str:
     record = find(cell, report.read(profile, folder)[0])
     shown = {name: value for name, value in record.items() if name not in LONG}
     shown |= {"flags": evidence.reasons(record), "seeds": [r["value"] for r in record["over_seeds"]]}
+    if attack := record["settings"]["attack"]:
+        shown["settings"] = record["settings"] | {"attack": Attack(**attack).model_dump(context="written")}
     lines = [f"{'/'.join(place_of(record))} of profile '{profile}', from {folder.relative_to(disk.ROOT).as_posix()}"]
     lines += [yaml.safe_dump(shown, sort_keys=False, width=120), f"Made again, alone, by\n  {command(profile, record)}"]
     return "\n".join(lines)

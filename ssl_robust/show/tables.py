@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from .. import records as disk
-from ..settings import BadInput
+from ..settings import BadInput, written
 from ..tasks import TASKS
 from ..trust import paired
 from ..trust.claims import claims, sentence
@@ -200,11 +200,6 @@ def _readable(task: str, records: list[Record], numbers: pd.DataFrame) -> pd.Dat
 # --- notes ---
 
 
-def _pixels(budget: float) -> str:
-    """A change of a pixel in the usual unit: 0.031372 -> '8/255'."""
-    return f"{budget * 255:.3g}/255"
-
-
 def _protocol(record: Record) -> str:
     names = record.get("protocol", "paper")
     if names == "released":
@@ -218,7 +213,7 @@ def _attack(record: Record) -> str:
         return ""
     attack = record["settings"]["attack"]
     kept = "the iterate of the largest loss" if attack.get("best") else "the last iterate"
-    size = f"eps {_pixels(attack['eps'])}, step {_pixels(attack['step'])}, {attack['steps']} steps"
+    size = f"eps {written(attack['eps'])}, step {written(attack['step'])}, {attack['steps']} steps"
     return f"L-infinity in [0, 1] pixels, {size}, random start, {kept} is evaluated"
 
 
@@ -328,7 +323,7 @@ def notes(task: str, records: list[Record], skipped: Sequence[Record] = ()) -> l
         if values := unique(filter(None, map(said, kept))):
             measured.append(words.format(", ".join(values), baseline=TASKS[task].baseline))
     if max(change, default=0):
-        measured.append(f"Largest change of any pixel: {_pixels(max(change))}.")
+        measured.append(f"Largest change of any pixel: {written(max(change))}.")
     measured += [*_mixed(kept), *_worst(task, kept), *_comparison_words(task, comparison(task, records, skipped))]
     found = {
         "Flagged values": [said for _, said in daggers(task, records)],

@@ -19,7 +19,7 @@ from .. import attacks, compute, datasets, deacl, encoders, evaluate, metrics, p
 from ..datasets import Subset
 from ..heads import TaskModel
 from ..progress import track
-from ..settings import Attack, EncoderRow, Settings, skipping
+from ..settings import Attack, EncoderRow, Settings, skipping, written
 from ..tasks import TASKS
 from .worst import Worst
 
@@ -241,11 +241,11 @@ def _sweep(b: Bench, untouched: Tensor, attacked: Tensor, settings: Settings) ->
     back, same, lost = _turns(b, stats), bool(torch.equal(stats[0], untouched)), at_chance(b, stats[-1])
     said = [] if same else ["an attack of radius 0 differs from clean images"]
     if back:
-        places = ", ".join(f"{_radius(radii[i])} to {_radius(radii[i + 1])}" for i in back)
+        places = ", ".join(f"{written(radii[i])} to {written(radii[i + 1])}" for i in back)
         said.append(f"a larger radius weakens the attack ({places})")
     if not lost:
         what = f"{TASKS[b.model.task].metric} {value(b, stats[-1]):.2f}, baseline {b.chance:.2f}"
-        said.append(f"even a radius of {_radius(radii[-1])} leaves more than chance ({what})")
+        said.append(f"even a radius of {written(radii[-1])} leaves more than chance ({what})")
     sweep = [{"eps": eps, **numbers(b, point)} for eps, point in zip(radii, stats, strict=True)]
     return {"sweep": sweep, "zero_is_clean": same, "monotone": not back, "reaches_chance": lost}, said
 
@@ -260,10 +260,6 @@ def _turns(b: Bench, curve: Sequence[Tensor]) -> list[int]:
 
 def _pair(b: Bench, other: Tensor, attacked: Tensor) -> str:
     return f"{TASKS[b.model.task].metric} {value(b, other):.2f} against {value(b, attacked):.2f}"
-
-
-def _radius(eps: float) -> str:
-    return f"{255 * eps:.3g}/255"
 
 
 # --- one row and all rows, on disk ---
