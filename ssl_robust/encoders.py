@@ -141,7 +141,7 @@ def load(row: EncoderRow, data_root: str = "", weights: Path | None = None) -> E
     Raises BadInput if the model is unknown or gives no tokens, or if its weights are not to be had.
     """
     if row.call:
-        return own(row, part("formats.callables").find(row))
+        return own(row, part("formats.callables").find(row), weights)
     known, name = describe(row), row.timm or row.name
     path = weights or _file(row, known, data_root)
     if path is None:
@@ -215,7 +215,7 @@ def check(settings: Settings) -> list[str]:
 def _check_row(row: EncoderRow, data_root: str, file: str) -> None:
     weights = part("formats.checkpoints").locate(file, data_root) if file else None
     if row.call:
-        if load(row).hash != load(row).hash:
+        if load(row, data_root, weights).hash != load(row, data_root, weights).hash:
             raise BadInput(
                 f"Encoder '{row.name}': {row.call} has other weights each time that its module is imported; load them "
                 f"from a file there, or draw them after torch.manual_seed."
@@ -292,14 +292,23 @@ def _measure(row: EncoderRow, backbone: nn.Module) -> tuple[int, int]:
     return patch, patches.shape[1]
 
 
-def own(row: EncoderRow, backbone: nn.Module) -> Encoder:
+def own(row: EncoderRow, backbone: nn.Module, weights: Path | None = None) -> Encoder:
     """The encoder of a callable, as formats.callables finds it, or of a module: normalised images -> (cls, patches).
 
-    Its patch and D are found by one forward pass at the native size; BadInput if it is no encoder.
+    Its patch and D are found by one forward pass at the native size; BadInput if it is no encoder, or if it is to be
+    fine-tuned and is no module. `weights`: what DeACL stored of it.
     """
     callables, native = part("formats.callables"), row.native or 224
     if not isinstance(backbone, callables.Own):
         backbone = callables.Own(backbone.eval(), row.call, [])
+    if "deacl" in row.defenses and not isinstance(backbone.function, nn.Module):
+        raise BadInput(
+            f"Encoder '{row.name}': {row.call} is a function, and DeACL tunes weights; let it be a torch.nn.Module, or "
+            f"remove the defense deacl."
+        )
+    if weights:
+        state, _ = records.read_tensors(weights)
+        part("formats.checkpoints").load_weights(backbone, state, f"{row.call} ({weights.name})")
     mean, std = _known.normalisation(row, Known("", native, *_known.NORMALISE["none"]))
     encoder = Encoder(backbone, row.name, native, mean, std, 1, 1, f"callable {row.call}")
     encoder.patch, encoder.dim = callables.measure(row, backbone, encoder.mean, encoder.std, native)

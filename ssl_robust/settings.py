@@ -106,8 +106,8 @@ class EncoderRow(Strict):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "EncoderRow":
-        if self.call and (self.timm or self.checkpoint or "deacl" in self.defenses):
-            raise ValueError(f"'{self.name}' has a 'call'; remove its timm, checkpoint and defense deacl")
+        if self.call and (self.timm or self.checkpoint):
+            raise ValueError(f"'{self.name}' has a 'call'; remove its timm and checkpoint")
         if self.deacl_checkpoint and "deacl" not in self.defenses:
             raise ValueError(f"'{self.name}' has a deacl_checkpoint but not the defense deacl; add it to defenses")
         return self

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from ssl_robust import attacks, compute, datasets, deacl, encoders, records
+from ssl_robust import attacks, compute, datasets, deacl, encoders, evaluate, records
 from ssl_robust.encoders import Encoder
 from ssl_robust.settings import Attack, BadInput, DeACL, EncoderRow
 
@@ -421,3 +421,39 @@ def test_batch_norm_keeps_its_statistics_while_its_weights_are_tuned(toys):
         assert torch.equal(tuned[name], own[name])
     for name in ("norm.weight", "norm.bias", "proj.weight"):
         assert not torch.equal(tuned[name], own[name])
+
+
+OWN = """
+import torch
+
+class Tokens(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.proj = torch.nn.Conv2d(3, 6, 4, 4)
+
+    def forward(self, x):
+        patches = self.proj(x).tanh()
+        return patches.mean((2, 3)), patches
+
+encode = Tokens()
+plain = lambda x: encode(x)
+"""
+
+
+def test_a_module_of_ones_own_is_fine_tuned_and_a_function_is_not(toys):
+    (toys / "notebooks").mkdir()
+    (toys / "notebooks" / "own_tokens.py").write_text(OWN)
+    row = {"name": "mine", "call": "own_tokens:encode", "native": 16, "defenses": ["standard", "deacl"]}
+    settings = planted.settings(encoders=[row])
+    index = deacl.finetune_all(settings)["mine"]
+    assert index["epochs"][-1] == settings.deacl.epochs
+    found = {r["defense"]: r for r in evaluate.run_task("depth", settings) if r["attack"] == "clean"}
+    assert {"standard", "deacl"} <= set(found)
+    hashes = {defense: r["hashes"]["weights"] for defense, r in found.items()}
+    assert len(set(hashes.values())) == len(hashes)  # each variant has weights, and so numbers, of its own
+    assert evaluate.run_task("depth", settings)[0]["made"] == evaluate.run_task("depth", settings)[0]["made"]
+    function = planted.settings(encoders=[row | {"call": "own_tokens:plain"}])
+    with pytest.raises(BadInput, match="^Encoder 'mine': own_tokens:plain is a function, and DeACL tunes weights; let"):
+        deacl.finetune_all(function)
+    assert encoders.check(function)[0].startswith("Encoder 'mine': own_tokens:plain is a function")

@@ -103,7 +103,7 @@ def head_step(encoder: encoders.Encoder, task: str, size: tuple[int, int], class
 @cache
 def tuning_step(encoder: encoders.Encoder) -> tuple[Step, Step]:
     """DeACL on one image of the native size: a step of its attack, and a step of eq. 2."""
-    with torch.device("meta"):
+    with encoder.mean.device:
         x = torch.zeros(1, 3, encoder.native, encoder.native)
         moved, goal = x.clone().requires_grad_(), torch.zeros(1, encoder.dim)
     attack = _counted(lambda: encoder.cls(moved).sum())
