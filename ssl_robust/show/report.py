@@ -268,7 +268,7 @@ def summary(profile: str) -> str:
     lines += [f"  {path}" for path in there]
     if profile in SMALL:
         before = "'make plan PROFILE=quick DATA=FOLDER' and 'make data PROFILE=quick DATA=FOLDER'"
-        larger = "'make paper PROFILE=quick DATA=FOLDER' (one to three hours expected) or PROFILE=paper (all of it)"
+        larger = "'make paper PROFILE=quick DATA=FOLDER' (under an hour by the plan) or PROFILE=paper (all of it)"
         lines.append(f"This is the small profile '{profile}'; on a GPU, after {before}, run {larger}.")
     return "\n".join(lines)
 
