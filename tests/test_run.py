@@ -222,7 +222,7 @@ def test_a_terminal_that_lacks_signs_does_not_end_the_run(encoding: str, project
     assert b"00_try | " + written + b"\n" in done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize("module", ["ops.run", "ops.grid", "ops.fetch", "ops.launch", "ops.explain", "show.committed"])
+@pytest.mark.parametrize("module", ["ops.run", "ops.grid", "ops.fetch", "ops.launch", "ops.explain"])
 def test_every_command_prints_what_the_terminal_lacks_in_another_way(
     module: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +232,7 @@ def test_every_command_prints_what_the_terminal_lacks_in_another_way(
     arguments = {"ops.run": ["--check"], "ops.grid": ["--executor", "local"], "ops.explain": ["table1/a/b/c/d"]}.get(
         module, []
     )
-    command.main("nope" if module == "show.committed" else ["--profile", "nope", *arguments])
+    command.main(["--profile", "nope", *arguments])
     assert stream.errors == "backslashreplace"
 
 
