@@ -345,6 +345,7 @@ def made_from(teacher: Encoder, settings: Settings) -> records.Made:
     """What a DeACL run is made from; the number of processes decides nothing but rounding, nor does what is kept."""
     train, held_out = _images(settings, teacher)
     aside = {"dataset", "n_train", "n_val", "checkpoints", "processes"}
+    aside |= {"compiled"} if not settings.deacl.compiled else set()  # keys are older than this choice
     return records.made_from(
         ["data", "encoders", "pgd", "deacl"],
         settings=settings.deacl.model_dump(exclude=aside),

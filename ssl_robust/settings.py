@@ -151,9 +151,8 @@ class TaskSettings(Strict):
         "auto", description="images attacked at a time: as many as suit the device, or a number; halved if memory lacks"
     )
     tokens: Literal["fp32", "tf32", "bf16"] = Field(
-        "fp32", exclude_if=lambda tokens: tokens == "fp32",  # keys and records are older than this choice
-        description="precision of the tokens that heads are trained on; tf32 and bf16: faster on GPUs, rounded",
-    )  # fmt: skip
+        "fp32", description="precision of the tokens that heads are trained on; tf32 and bf16: faster on GPUs, rounded"
+    )
 
     @field_validator("size", mode="before")
     @classmethod
@@ -198,10 +197,7 @@ class DeACL(Strict):
     step: Pixels = Field(2 / 255, ge=0, le=1)
     steps: int = Field(5, ge=1, le=10_000)
     attack_on: Literal["trained", "original"] = Field("trained", description="the encoder on which x' is made")
-    compiled: bool = Field(
-        False, exclude_if=lambda compiled: not compiled,  # keys are older than this choice
-        description="torch.compile of the encoders; faster on GPUs (unmeasured), rounded",
-    )  # fmt: skip
+    compiled: bool = Field(False, description="torch.compile of the encoders; faster on GPUs (unmeasured), rounded")
     checkpoints: list[int] = Field([], description="epochs kept for Figure 2, besides the last")
     processes: Literal["auto"] | Annotated[int, Field(ge=1, le=LONG)] = Field(
         "auto", description="processes that share each batch; auto: one for each GPU of this machine"
@@ -454,8 +450,7 @@ def _tried(given: Settings, parameters: dict[str, Any]) -> list[str]:
     filed, found = check(**read_params(path)).model_dump(), []
     for name, value in given.model_dump(include=set(parameters) - NO_RESULT).items():
         if isinstance(value, dict) and isinstance(filed[name], dict):
-            keys = dict.fromkeys([*value, *filed[name]])
-            found += [f"{name}.{key}" for key in keys if value.get(key) != filed[name].get(key)]
+            found += [f"{name}.{key}" for key in value if value[key] != filed[name][key]]
         elif value != filed[name]:
             found.append(name)
     return found

@@ -254,6 +254,7 @@ def sources(
     """
     settings = protocol.adjusted(settings, encoder.native)
     section, aside = settings.task(task), {"datasets", "n_train", "n_val", "n_test", "attack_batch", "stride", "crop"}
+    aside |= {"tokens"} if section.tokens == "fp32" else set()  # keys are older than this choice
     train, val = (datasets.load(task, dataset, split, settings, encoder.native) for split in ("train", "val"))
     made = records.made_from(
         ["data", "encoders", "heads", "training", "metrics"],
