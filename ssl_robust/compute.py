@@ -57,8 +57,10 @@ class ExplicitAttention(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is not F.scaled_dot_product_attention or len(args) > 3 or any((kwargs or {}).values()):
-            return func(*args, **(kwargs or {}))  # masked, scaled or causal
+        kwargs = kwargs or {}
+        more = any(isinstance(value, Tensor) or value for value in kwargs.values())  # a mask, dropout, scale or causal
+        if func is not F.scaled_dot_product_attention or len(args) != 3 or more:
+            return func(*args, **kwargs)
         query, key, value = args  # (B, heads, N, head_dim) each
         return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1) @ value
 

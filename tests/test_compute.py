@@ -50,6 +50,12 @@ def test_attention_is_explicit_in_bf16_on_cpus_and_the_same(monkeypatch):
         assert bool(explicit) == (precision == "bf16")
         assert torch.allclose(found.float(), fused, atol=0.02) and torch.allclose(masked.float(), causal, atol=0.02)
     assert asked == [True, True]  # the causal one
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    with compute.steps_in("bf16", "cpu"):
+        for given in ({"attn_mask": mask}, {"is_causal": True}):
+            found = attention(query=query, key=key, value=value, **given)
+            again = attention(query, key, value, **given)
+            assert torch.allclose(found.float(), causal, atol=0.02) and torch.equal(found, again)
 
 
 def test_tf32_ends_where_it_began():
