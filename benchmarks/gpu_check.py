@@ -491,19 +491,10 @@ def machine(c: Check) -> dict[str, str]:
         about = torch.cuda.get_device_properties(0)
         found |= {"device": about.name, "compute capability": f"{about.major}.{about.minor}"}
         found |= {"memory": f"{about.total_memory / 1e9:.0f} GB", "GPUs": str(torch.cuda.device_count())}
-        found |= {"CUDA": str(torch.version.cuda), "driver, power, clocks": _nvidia_smi()}
+        found |= {"CUDA": str(torch.version.cuda), "driver, power, clocks": contenders.gpu(c.device)}
     notebooks = importlib.util.find_spec("papermill") is not None
     found["papermill"] = "installed" if notebooks else "not installed; the steps need none"
     return found
-
-
-def _nvidia_smi() -> str:
-    query = "driver_version,power.draw,power.limit,clocks.sm,clocks.max.sm"
-    run = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    try:
-        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "nvidia-smi does not answer"
 
 
 def report(c: Check, results: dict[str, Result]) -> str:
