@@ -52,7 +52,7 @@ made     = +@stale="$$($(PY) -m ssl_robust.ops.stages --profile $(PROFILE) --dat
 STALE   ?= $(STAGES)
 
 .DELETE_ON_ERROR:
-.PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook explain keep bench gpu-check example lab test
+.PHONY: help env plan data paper table1 table2 table3 fig1 fig2 notebook explain remake keep bench gpu-check example lab test
 .PHONY: reference encoder house lock clean check $(STAGES:%=run-%)
 
 help: ## this list
@@ -98,6 +98,9 @@ notebook: $(if $(NAME),$(STAMP) check) ## one notebook with PROFILE: NAME=append
 
 explain: $(STAMP) ## how one table cell came about: CELL=table1/scenes/embedded_vit/standard/task
 	@$(if $(CELL),$(PY) -m ssl_robust.ops.explain --profile $(PROFILE) "$$CELL",echo 'CELL is empty; write for example: make explain CELL=table1/scenes/embedded_vit/standard/task' >&2; exit 2)
+
+remake: $(STAMP) ## make one table cell again, alone, and compare it: CELL=table1/scenes/embedded_vit/standard/task
+	@$(if $(CELL),$(PY) -m ssl_robust.ops.explain --again --profile $(PROFILE) --data "$$DATA" "$$CELL",echo 'CELL is empty; write for example: make remake CELL=table1/scenes/embedded_vit/standard/task' >&2; exit 2)
 
 keep: $(STAMP) ## keep results that other versions of the code made from the same inputs; their records say so
 	@$(PY) -m ssl_robust.ops.stages --profile $(PROFILE) --data "$$DATA" --keep

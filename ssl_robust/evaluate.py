@@ -192,7 +192,7 @@ class Cell:
         None if missing: skip leaves the row out.
         """
         with skipping(self.settings, self.lost, [_place(self.test.name, self.model.encoder.name, self.defense)]):
-            found = self.stored() or self._write(*self.measured())
+            found = self.stored() or self.write(*self.measured())
             path, content = self.shown(part), self.path().read_bytes()
             if not path.is_file() or path.read_bytes() != content:
                 records.write_bytes(content, path)
@@ -231,7 +231,7 @@ class Cell:
             "statistics": listed,
         }  # fmt: skip
 
-    def _write(self, numbers: dict[str, Any], stats: Tensor) -> tuple[dict[str, Any], Tensor]:
+    def write(self, numbers: dict[str, Any], stats: Tensor) -> tuple[dict[str, Any], Tensor]:
         """Writes statistics first and the record last, so that a record never lacks them."""
         record = self.about | numbers | records.provenance(self.device)
         records.write_tensors(records.packed(stats), records.about(self.made), self.path(".safetensors"))

@@ -15,14 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .settings import BadInput
+from .settings import PACKAGE, ROOT, BadInput
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: the runner needs none of it, and it takes seconds
 
-# The project's folder follows from the package, so notebooks work from any working directory; tests set the variable.
-ROOT = Path(os.environ.get("SSL_ROBUST_ROOT", Path(__file__).resolve().parents[1]))
-PACKAGE = Path(__file__).resolve().parent
 DECIDING = ("ssl_robust", "notebooks", "params")  # what numbers depend on; figures that a run rewrites are not among it
 CUDA = "SSL_ROBUST_CUDA"  # of a process and those it starts: why CUDA does not start, '' if it does
 SCHEMA = 2  # of records; 2: they carry a hash of their own content

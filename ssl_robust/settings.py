@@ -30,7 +30,25 @@ DIFFERENCES = (
     "unnormalised_evaluation", "depth_unmasked", "depth_flipped", "depth_mean_of_images", "head_recipe",
     "native_input", "depth_480x640", "dense_stride",
 )  # fmt: skip
-PARAMS = Path(__file__).resolve().parents[1] / "params"
+PACKAGE = Path(__file__).resolve().parent
+
+
+def _root() -> Path:
+    """The folder of results, figures and of what one writes oneself: the checkout, or with an installed package the
+    current folder; ssl-robust --root and tests name another one.
+    """
+    checkout = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
+    return Path(os.environ.get("SSL_ROBUST_ROOT", checkout)).resolve()
+
+
+def _folder(name: str) -> Path:
+    """A folder of the root, else of the checkout, else what an installed package brings along."""
+    places = (ROOT / name, PACKAGE.parent / name)
+    return next((place for place in places if place.is_dir()), PACKAGE / f"_{name}")
+
+
+ROOT = _root()
+NOTEBOOKS, PARAMS = _folder("notebooks"), _folder("params")
 NO_RESULT = {"profile", "data_root", "device"}  # parameters that say where, not what
 # Bounds that no sensible value meets: what lies beyond them is a slip of the pen, found out after hours or not at all.
 MANY, LONG, RATE, SIDE, SEED = 100_000_000, 1_000_000, 1000.0, 8192, 2**32 - 1

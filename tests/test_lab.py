@@ -121,7 +121,8 @@ def test_no_headless_run_of_a_profile_goes_to_the_lab(path, tmp_path):
 @pytest.fixture
 def notebooks(tmp_path, monkeypatch):
     shutil.copytree(run.NOTEBOOKS, tmp_path / "notebooks")
-    monkeypatch.setattr(lab, "PROJECT", tmp_path)
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
     return tmp_path
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import records
-from ..settings import BadInput, EncoderRow
+from ..settings import NOTEBOOKS, BadInput, EncoderRow
 
 # largest difference of two answers about the same image, as a share of the largest token: computed again, and in
 # another batch, where sums of lower precision may be added up in another order
@@ -63,7 +63,7 @@ def named(call: str, who: str) -> Callable:
     """
     name, _, attribute = call.partition(":")
     before = sys.path[:]
-    sys.path[:0] = [str(place) for place in (records.ROOT / "notebooks", records.ROOT, Path.cwd())]
+    sys.path[:0] = [str(place) for place in (NOTEBOOKS, records.ROOT, Path.cwd())]
     try:
         importlib.invalidate_caches()  # the file may just have been written
         # read anew each time: in a running kernel the file may have been edited since

@@ -116,10 +116,17 @@ def compute(job: Job, settings: Settings) -> None:
     if job["step"] == "checks":
         sanity.check(job["task"], job["dataset"], row, job["defense"], settings)
         return
+    cell = cell_of(job, settings)  # its head is made on the way
+    if job["step"] == "cell":
+        cell.run()
+
+
+def cell_of(job: Job, settings: Settings) -> evaluate.Cell:
+    """The cell of a job, its head made; of a head's job the clean one."""
+    row = next(row for row in settings.encoders if row.name == job["encoder"])
     settings, weights = seeded(settings, job["seed"]), Path(job["weights"]) if job["weights"] else None
     model, test = evaluate.prepare(job["task"], job["dataset"], row, settings, job["defense"], weights)
-    if job["step"] == "cell":
-        evaluate.Cell(model, test, job["kind"], settings, job["defense"], job["epoch"]).run()
+    return evaluate.Cell(model, test, job.get("kind", "clean"), settings, job["defense"], job["epoch"])
 
 
 def _deaf() -> None:

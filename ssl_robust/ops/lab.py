@@ -12,13 +12,11 @@ from pathlib import Path
 from .. import records
 from . import run
 
-PROJECT = records.PACKAGE.parent
-
 
 def copies(folder: Path) -> list[Path]:
     """Copies of all notebooks in `folder`, each of the notebook as it is now; edited ones stay."""
     found = []
-    for notebook in sorted((PROJECT / "notebooks").glob("*.ipynb")):
+    for notebook in sorted(run.NOTEBOOKS.glob("*.ipynb")):
         copy, now = folder / notebook.name, run.file_hash(notebook)
         if copy.is_file() and _copied(copy) != now:
             copy.replace(copy.with_suffix(".before.ipynb"))
@@ -40,13 +38,19 @@ def _copied(copy: Path) -> str:
 
 def command(first: Path) -> list[str]:
     """How JupyterLab is started: the whole project in its file browser, without news from the network."""
-    place = first.relative_to(PROJECT).as_posix()
-    options = [f"--ServerApp.root_dir={PROJECT}", f"--LabApp.default_url=/lab/tree/{place}"]
+    place = first.relative_to(records.ROOT).as_posix()
+    options = [f"--ServerApp.root_dir={records.ROOT}", f"--LabApp.default_url=/lab/tree/{place}"]
     options.append("--LabApp.news_url=None")
     return [sys.executable, "-m", "jupyterlab", *options, *shlex.split(os.environ.get("LAB", ""))]
 
 
-if __name__ == "__main__":
-    made = copies(PROJECT / "lab")
+def main(options: list[str] | None = None) -> None:
+    """Becomes JupyterLab, started with its own `options`."""
+    os.environ["SSL_ROBUST_ROOT"] = str(records.ROOT)  # kernels work in lab/
+    made = copies(records.ROOT / "lab")
     print("The notebooks in lab/ are copies: edit and run them as you like; delete one to have it anew.", flush=True)
-    os.execv(sys.executable, command(made[0]))
+    os.execv(sys.executable, [*command(made[0]), *(options or [])])
+
+
+if __name__ == "__main__":
+    main()

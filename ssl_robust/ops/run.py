@@ -31,14 +31,13 @@ from traitlets.config import Config  # noqa: E402
 
 from .. import records  # noqa: E402
 from ..progress import any_terminal  # noqa: E402
-from ..settings import PARAMS, BadInput, Settings, check, read_params  # noqa: E402
+from ..settings import NOTEBOOKS, PARAMS, BadInput, Settings, check, read_params  # noqa: E402
 
 try:
     import fcntl
 except ImportError:  # Windows has no flock: two runs at once are not kept apart there
     fcntl = None
 
-NOTEBOOKS = records.PACKAGE.parent / "notebooks"
 BAD_INPUT, INTERRUPTED, KERNEL_DIED = 2, 130, 138
 MEMORY = ("OutOfMemoryError", "MemoryError", "failed to map segment", "allocate memory")  # how its lack is said
 # A kernel that is told to stop may find its sockets closed, and would print a traceback (on a busy machine often).
@@ -73,7 +72,7 @@ def data_folder(settings: Settings, data: str) -> Path | None:
     """The data folder: `data`, relative to where one is, else data_root, relative to the project; None: not given."""
     if data:
         return Path(os.path.expanduser(data))  # unlike Path's own, it leaves the name of nobody's home as it is
-    return PARAMS.parent / os.path.expanduser(settings.data_root) if settings.data_root else None
+    return records.ROOT / os.path.expanduser(settings.data_root) if settings.data_root else None
 
 
 def _parameters(profile: str) -> dict[str, object]:
@@ -405,6 +404,7 @@ def prepare_children() -> None:
     """Sets the environment that kernels and jobs inherit, as far as the user has not set it."""
     for name, value in CHILDREN.items():
         os.environ.setdefault(name, value)
+    os.environ["SSL_ROBUST_ROOT"] = str(records.ROOT)  # they work in other folders
     os.environ["SSL_ROBUST_HEADLESS"] = "1"  # lines instead of bars, see progress.py
 
 
@@ -412,7 +412,8 @@ def _less(profile: str) -> str:
     return f"lower attack_batch, which changes no result, or batch in params/{profile}.yaml and repeat"
 
 
-def _run(notebook: str, settings: Settings) -> int:
+def run(notebook: str, settings: Settings) -> int:
+    """Execute one notebook and say how it ended; returns the exit code."""
     prepare_children()
     logging.getLogger("papermill").setLevel(logging.ERROR)
     for name in ("asyncio", "tornado"):  # what a full disk or an ended kernel interrupts would be said a second time
@@ -496,7 +497,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = _arguments(argv)
     if asked.check or asked.plan:
         return guarded(lambda: look(asked.profile, asked.data, _check if asked.check else _plan))
-    return guarded(lambda: _run(asked.notebook, read_profile(asked.profile, asked.data)))
+    return guarded(lambda: run(asked.notebook, read_profile(asked.profile, asked.data)))
 
 
 if __name__ == "__main__":

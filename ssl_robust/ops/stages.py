@@ -14,6 +14,7 @@ from pathlib import Path
 from .. import records
 from ..progress import any_terminal
 from ..settings import BadInput, Settings
+from ..show import report
 from ..tasks import TASKS
 from ..trust import data, differ
 from . import plan, run, wanted
@@ -116,16 +117,34 @@ def _reasons(made: list[Wanted]) -> str:
     return "; ".join(words)
 
 
-def answer(settings: Settings) -> int:
-    """Print what is said before a run, and the stages that are not done; returns the exit code."""
-    with redirect_stdout(sys.stderr):  # make reads the last line below
+def to_run(settings: Settings) -> list[str] | None:
+    """Says on stderr what is said before a run; the stages that are not done, None if something stops them."""
+    with redirect_stdout(sys.stderr):
         stop, warn = run.everything_wrong(settings)
         print("\n".join([*(f"Warning: {sentence}" for sentence in warn), *stop]), end="\n" * bool(stop or warn))
         if stop:
-            return run.BAD_INPUT
+            return None
         found = plan.looked_for(settings)
         print(text(settings, found), flush=True)
-    print(" ".join(undone(settings, found)))
+    return [*undone(settings, found)]
+
+
+def answer(settings: Settings) -> int:
+    """Print the stages that are not done, for make; returns the exit code."""
+    names = to_run(settings)
+    print(*(names or ()))
+    return run.BAD_INPUT if names is None else 0
+
+
+def run_all(settings: Settings) -> int:
+    """Run the stages that are not done one after the other, then make all tables and figures; returns the exit code."""
+    names = to_run(settings)
+    if names is None:
+        return run.BAD_INPUT
+    for name in sorted(names, key=lambda name: name == "06_figures"):  # last, as it shows what the others found
+        if code := run.run(name, settings):
+            return code
+    print(report.main(settings.profile))
     return 0
 
 
@@ -147,9 +166,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ssl_robust.ops.stages", description="Which stages are not done.")
     parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
     parser.add_argument("--data", default="", help="folder of the real data sets, in place of the profile's data_root")
-    parser.add_argument("--keep", action="store_true", help="accept results that other versions of the code made")
+    for option, about in (("run", "run them"), ("keep", "accept results that other versions of the code made")):
+        parser.add_argument(f"--{option}", action="store_true", help=about)
     arguments = parser.parse_args(argv)
-    return run.guarded(lambda: run.look(arguments.profile, arguments.data, keep if arguments.keep else answer))
+    chosen = keep if arguments.keep else run_all if arguments.run else answer
+    return run.guarded(lambda: run.look(arguments.profile, arguments.data, chosen))
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ def _cells(folder: Path) -> dict[tuple[str, ...], Record]:
     return {place_of(r): r for r in evidence.read(folder) if r["defense"] in ("standard", "deacl")}
 
 
-def _apart(pair: Pair) -> float:
+def apart(pair: Pair) -> float:
     """How far two values are apart, in standard errors of their difference."""
     here, there = pair
-    apart = abs(here["value"] - there["value"])
-    return apart and apart / max(math.hypot(here["se"], there["se"]), 1e-12)
+    gap = abs(here["value"] - there["value"])
+    return gap and gap / max(math.hypot(here["se"], there["se"]), 1e-12)
 
 
 def verdict(profile: str) -> str:
@@ -45,11 +45,11 @@ def verdict(profile: str) -> str:
     pairs = [(here[place], there[place]) for place in here if place in there]
     came = disk.committed_dir(profile).relative_to(disk.ROOT).as_posix()
     lines = [f"Beside the committed run of this profile ({came}):"]
-    changed = any(map(_apart, pairs))
+    changed = any(map(apart, pairs))
     if changed:
-        near, far = sum(_apart(pair) <= 2 for pair in pairs), max(pairs, key=_apart)
+        near, far = sum(apart(pair) <= 2 for pair in pairs), max(pairs, key=apart)
         numbers = " here, ".join(f"{r['value']:.3f} ± {r['se']:.3f}" for r in far)
-        most = f"{_apart(far):.1f} standard errors: {'/'.join(place_of(far[0]))}, {numbers} there"
+        most = f"{apart(far):.1f} standard errors: {'/'.join(place_of(far[0]))}, {numbers} there"
         lines.append(f"{near} of {len(pairs)} values of the tables lie within two standard errors of the difference.")
         lines.append(f"The largest difference, {most}.")
     elif pairs:
