@@ -5,7 +5,7 @@ $(error This Makefile works in its own folder; write for example make -C FOLDER 
 endif
 # What a user gives is taken letter by letter ('$' too), and reaches a shell only as a variable of the environment, never
 # as a part of a command.
-GIVEN := PROFILE DATA EXECUTOR CLUSTER AT_ONCE NAME CELL LAB
+GIVEN := PROFILE DATA EXECUTOR CLUSTER AT_ONCE NAME CELL LAB TORCH
 $(foreach name,$(GIVEN),$(if $(filter undefined,$(origin $(name))),,$(eval override $(name) := $$(value $(name)))))
 
 PROFILE ?= demo
@@ -22,6 +22,12 @@ AT_ONCE ?= $(if $(wildcard /proc/driver/nvidia/version /dev/dxg),1,2)
 PY      := .venv/bin/python
 STAMP   := .venv/.ready
 UV      := 0.13.9
+# Which torch `make env` installs: without a GPU that for CPUs, which takes a third of the disk.
+TORCH   ?= $(if $(wildcard /proc/driver/nvidia/version /dev/dxg),cuda,cpu)
+INSTALL  = .venv/bin/python -m uv pip install --quiet --compile-bytecode --python .venv/bin/python
+ifneq ($(filter-out cpu cuda,$(TORCH))$(words $(TORCH)),1)
+$(error TORCH must be cpu or cuda; write for example TORCH=cuda)
+endif
 
 DIGITS  := 0 1 2 3 4 5 6 7 8 9
 NAMES   := $(DIGITS) _ - a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
@@ -158,8 +164,11 @@ $(call stages,$(STAGES)): run-%:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo '$(PYTHON) is not Python 3.11 or later; name one that is, e.g. make env PYTHON=python3.12' >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@echo 'environment: installing the pinned packages into .venv (about 6 GB)'
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
-	@.venv/bin/python -m uv pip install --quiet --compile-bytecode --python .venv/bin/python -r requirements.lock
+	@grep -Ev '^(nvidia|cuda|triton)' requirements.lock > .venv/cpu.lock; [ $(TORCH) = cpu ] \
+	  && echo 'environment: the pinned packages, torch for CPUs, into .venv (about 2 GB; TORCH=cuda: for GPUs)' \
+	  && $(INSTALL) --torch-backend cpu -r .venv/cpu.lock 2> .venv/cpu.log || { [ $(TORCH) = cuda ] \
+	  || echo 'environment: torch for CPUs cannot be had (.venv/cpu.log), so that for GPUs follows'; \
+	  echo 'environment: the pinned packages into .venv (about 6 GB)'; $(INSTALL) -r requirements.lock; }
 	@.venv/bin/python -m uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .
 	@touch $@

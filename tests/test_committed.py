@@ -3,6 +3,8 @@
 And how a new run is compared with a committed one, and takes its place.
 """
 
+import json
+import re
 import shutil
 
 import pytest
@@ -23,13 +25,27 @@ COMMITTED, SKIPPED = report.read("demo", DEMO / "records")
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_tables_are_rebuilt_from_the_committed_records(number):
-    for suffix, content in report.table_files(number, COMMITTED, SKIPPED).items():
+    for suffix, content in report.table_files(number, COMMITTED, SKIPPED, "records/", "demo").items():
         assert (DEMO / f"table{number}.{suffix}").read_bytes() == content.encode(), suffix
 
 
 def test_figure_2_data_are_rebuilt_from_the_committed_records(root):
     report.write_figure2("demo", DEMO / "records")
     assert (root / "figures/demo/fig2.csv").read_bytes() == (DEMO / "fig2.csv").read_bytes()
+
+
+def test_executed_notebooks_can_be_read_and_name_no_place_of_a_machine():
+    found = sorted((DEMO / "notebooks").glob("*.ipynb"))
+    assert [p.name for p in found] == [p.name for p in sorted((PROJECT / "notebooks").glob("0*.ipynb"))]
+    for path in found:
+        text = path.read_text(encoding="utf-8")
+        assert '"image/png"' in text and len(text) < 3_000_000, path.name
+        assert (
+            not re.search(r"(/home/|/root/|/tmp/|/work/|C:\\\\)", text)
+            and "papermill" not in json.loads(text)["metadata"]
+        )
+        links = re.findall(r"\]\((\.\./[^ )]*)", text)
+        assert all((path.parent / link).exists() for link in links)
 
 
 def test_every_file_of_the_demo_is_there_and_the_page_needs_no_other():
@@ -166,6 +182,9 @@ def run_of(root, *found, profile="demo"):
     (folder / "index.html").write_text("a page")
     (folder / "fig1.png").write_bytes(b"picture")
     (folder / "table1.md").write_text("table")
+    cell = {"metadata": {"papermill": {}}, "source": [f"](../../figures/{profile}/records/x.json) at {root}/runs/demo"]}
+    about = {"papermill": {"input_path": str(root)}, "widgets": {}, "a": 1}
+    records.write_json({"cells": [cell], "metadata": about}, records.runs_dir(profile) / "03_try.ipynb")
     return folder
 
 
@@ -175,7 +194,9 @@ def test_a_run_takes_the_place_of_the_committed_one(root):
     assert committed.replace("demo").startswith("figures/committed/demo is now what the last run made; look")
     folder = records.committed_dir("demo")
     names = sorted(p.name for p in folder.iterdir())
-    assert names == ["fig1.png", "index.html", "params.yaml", "records", "table1.md", "times.json"]
+    assert names == ["fig1.png", "index.html", "notebooks", "params.yaml", "records", "table1.md", "times.json"]
+    shown = json.loads((folder / "notebooks" / "03_try.ipynb").read_text())
+    assert shown["cells"][0]["source"] == ["](../records/x.json) at runs/demo"] and shown["metadata"] == {"a": 1}
     assert [r["attack"] for r in records.read_records(folder / "records")] == ["task"]
     assert (folder / "index.html").read_text() == "a page"
     assert "1 of 1 values" in committed.verdict("demo")

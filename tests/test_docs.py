@@ -12,7 +12,7 @@ DEMO = PROJECT / "figures" / "committed" / "demo"
 
 def _rows(text: str) -> list[list[str]]:
     """Cells of all rows of Markdown tables."""
-    text = text.replace("\xa0", " ")
+    text = re.sub(r"\[([^][]*)\]\([^()]*\)", r"\1", text.replace("\xa0", " "))  # without links
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 

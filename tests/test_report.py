@@ -4,6 +4,8 @@ import base64
 import json
 import random
 import re
+import shutil
+import subprocess
 
 import nbformat
 import pandas as pd
@@ -103,8 +105,8 @@ def all_notes(*args):
 
 
 def plain(text):
-    """Markdown with ordinary blanks."""
-    return text.replace("\u00a0", " ")
+    """Markdown with ordinary blanks and without links."""
+    return re.sub(r"\[([^][]*)\]\([^()]*\)", r"\1", text.replace("\u00a0", " "))
 
 
 @pytest.fixture
@@ -194,7 +196,7 @@ def test_the_paper_grid_stands_beside_its_values(project):
     names = ["table", "dataset", "encoder", "defense", "attack", "reported", "ours", "se", "n", "difference", "reach"]
     assert list(saved.columns) == [*names, "inside"] and len(saved) == 84 and not saved["inside"].any()
     assert saved["difference"].abs().round(6).eq(0.08).all() and saved.groupby("table").size().tolist() == [36, 36, 12]
-    assert report.shown(2, "grid").data == (project / "figures/grid/table2.md").read_text()
+    assert plain(report.shown(2, "grid").data) == plain((project / "figures/grid/table2.md").read_text())
     curves = report.figure2_table(records.read_records(project / "results/grid"))
     assert curves.groupby("task")["dataset"].nunique().to_dict() == {"classification": 3, "segmentation": 3, "depth": 1}
 
@@ -239,7 +241,7 @@ def test_a_row_that_was_run_is_not_skipped_and_a_table_may_be_skipped_as_a_whole
     ran = rows((0.4, 0.1, 0.1), task="segmentation", dataset="cityscapes", encoder="dinov2_vits14")
     assert tables.table("segmentation", ran, SKIPPED)["clean"].notna().tolist() == [True, False, False]
     assert not any("dinov2_vits14 Standard" in note for note in all_notes("segmentation", ran, SKIPPED))
-    assert set(tables.table_files(2, [], SKIPPED)) == {"csv", "md", "tex"}
+    assert set(tables.table_files(2, [], SKIPPED)) == {"csv", "md", "tex", "notes.tex"}
     with pytest.raises(BadInput, match="04_attack_segmentation"):
         tables.table_files(2, [])
     records.write_json([], records.results_dir("none") / "depth" / "skipped.json")
@@ -572,9 +574,12 @@ def test_without_records_an_old_copy_stays(project):
 def test_a_second_line_of_a_cell_goes_on_in_markdown_and_stands_below_in_latex():
     text = pd.DataFrame([["a", "0.5\n(0.6 ≠)"], ["<b>", "0.4"]], columns=["name", "value"])
     assert "| &lt;b&gt; | 0.4 |" in layout.markdown("T", text, {})
-    assert r"a & \shortstack[l]{0.5\\(0.6 $\neq$)} \\" in layout.latex("T. t", text, {})
-    assert "| a | 0.5 (0.6 ≠) |" in layout.markdown("T", text, {})
-    assert r"\textbar{}x\textbar{} $\approx$ $-$1" in layout.latex("T. t", text, {"": ["|x| ≈ −1"]})
+    text["value"] = ["0.5 ± 0.1 †2\n(0.6 ≠)", "0.4 ± 0.1"]
+    tex = layout.latex("T. t", "tab:t", text)
+    assert "a & 0.5 $\\pm$ 0.1 & \\,\\textsuperscript{\\dag2} \\\\\n & (0.6 $\\neq$) &  \\\\\n" in tex
+    assert r"\label{tab:t}" in tex and r"\begin{tabular}{lr@{}l}" in tex
+    assert "| a | 0.5 ± 0.1 †2 (0.6 ≠) |" in layout.markdown("T", text, {}).replace("\u00a0", " ")
+    assert r"\textbar{}x\textbar{} $\approx$ $-$1" in layout.latex_notes({"": ["|x| ≈ −1"]})
 
 
 def test_markdown_keeps_its_columns_with_a_hostile_name():
@@ -709,8 +714,9 @@ def test_flagged_values_have_numbered_daggers_and_reasons():
     assert "| 0.80\u00a0±\u00a00.02 | 0.20\u00a0±\u00a00.02\u00a0†1 | 0.10" in files["md"]  # not broken at the ±
     assert "- †1 scenes/embedded_vit Standard, EmbedAttack: zero.\n" in files["md"]
     assert "- †2 scenes/embedded_vit Standard, PGD: it rises 40 %; it is &lt;b&gt;.\n" in files["md"]
-    assert r"0.20 $\pm$ 0.02 \dag{}1" in files["tex"] and r"\par \dag{}2 scenes/embedded\_vit" in files["tex"]
-    assert "†" not in files["tex"] and files["csv"].splitlines()[1].endswith(",embed:1 task:2")
+    assert r"0.20 $\pm$ 0.02 & \,\textsuperscript{\dag1}" in files["tex"]
+    assert r"\dag{}2 scenes\slash{}embedded\_vit" in files["notes.tex"]
+    assert "†" not in files["tex"] + files["notes.tex"] and files["csv"].splitlines()[1].endswith(",embed:1 task:2")
     assert tables.table_files(1, found[::-1]) == files
 
 
@@ -956,6 +962,67 @@ def timed(profile="test", started=(), **seconds):
         about = {"started": next(starts, begin), "seconds": value, "notebook": "h"}
         records.write_json(about, records.runs_dir(profile) / f"{name.strip('_')}.time.json")
         begin += value
+
+
+def test_values_link_to_their_records_and_name_the_command(project, monkeypatch):
+    report.shown(1, "test")
+    text = (project / "figures/test/table1.md").read_text()
+    links = re.findall(r'\[([^][]*)\]\(([^ ]*) "([^"]*)"\)', text)
+    read = {r["attack"]: r for r in report.read("test")[0] if r["task"] == "classification"}
+    assert len(links) == len(tables._kept("classification", report.read("test")[0])) and set(read) >= {"clean", "task"}
+    for value, link, command in links:
+        record = records.read_record(project / "results/test" / link.removeprefix("records/"))
+        assert value.startswith(f"{record['value']:.2f}\u00a0±")
+        verb, cell = re.fullmatch(r"make (\w+) CELL=(\S+) PROFILE=test", command).groups()
+        assert cell == "/".join(["table1", *(record[k] for k in ("dataset", "encoder", "defense", "attack"))])
+        assert verb == ("explain" if record["attack"] == "worst" else "remake")
+    assert "](" not in report.shown(1, "test").data  # JupyterLab has the notebook elsewhere
+    monkeypatch.setenv("SSL_ROBUST_NOTEBOOK", "runs/test/06_figures.ipynb")
+    assert "](../../figures/test/records/classification/" in report.shown(1, "test").data
+    assert "](" not in tables.table_files(1, report.read("test")[0])["md"]
+
+
+def test_results_csv_has_every_value_of_the_tables(project):
+    report.write_comparisons("test")
+    saved = pd.read_csv(project / "figures/test/results.csv", dtype={"key": str})
+    shown = [r for r in report.read("test")[0] if r["defense"] in ("standard", "deacl")]
+    assert len(saved) == len(shown) and saved["table"].tolist() == sorted(saved["table"])
+    for r in shown:
+        row = saved[
+            (saved[["task", "dataset", "encoder", "defense", "attack"]] == [r[k] for k in tables.CELL]).all(axis=1)
+        ]
+        assert (
+            len(row) == 1
+            and row["value"].item() == pytest.approx(r["value"], abs=1e-6)
+            and row["key"].item() == r["key"]
+        )
+        steps = (r["settings"]["attack"] or {}).get("steps")
+        assert row["steps"].isna().item() if steps is None else row["steps"].item() == steps
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs a LaTeX (pdflatex)")
+def test_latex_tables_compile_and_fit_the_text(project):
+    flagged_rows = flagged(rows((0.8, 0.2, 0.1), (0.7, 0.5, 0.3)), task=["it rises 40 % & 3_4"])
+    beside = [
+        record(0.937, dataset="cifar10", encoder="dino_vitb16", attack=a, attack_name=a)
+        for a in ("clean", "embed", "task")
+    ]
+    for name, found in (("a", flagged_rows), ("b", beside)):
+        for suffix, content in tables.table_files(1, found).items():
+            (project / f"{name}.{suffix}").write_text(content)
+    body = r"\input{a.tex}\input{a.notes}\input{b.tex}\input{b.notes}"
+    (project / "all.tex").write_text(
+        r"\documentclass{article}\usepackage{booktabs}\begin{document}" + body + r"\end{document}"
+    )
+    said = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stdout[-2000:]
+    wide = [float(w) for w in re.findall(r"Overfull \\hbox \(([\d.]+)pt", said.stdout)]
+    assert all(w < 12 for w in wide), wide
 
 
 def test_everything_is_made_anew_with_the_same_bytes(project, monkeypatch):

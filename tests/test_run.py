@@ -68,6 +68,8 @@ def test_notebook_gets_its_parameters_and_its_lines_are_shown(project: Path, cap
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "00_try | profile tiny: started" and lines[-1].startswith("00_try | profile tiny: done in ")
+    log = (project / "runs" / "tiny" / "paper.log").read_text().splitlines()
+    assert [line[20:] for line in log] == lines and all(line[:19].count(":") == 2 for line in log)
     tenths = [f"00_try | PGD {n}/20 ({5 * n} %)" for n in range(2, 21, 2)]
     assert [line.partition(",")[0] for line in lines[1:-1]] == tenths
     stored = records.stage_path("tiny", "00_try").read_text()
@@ -579,6 +581,32 @@ def test_make_wants_a_recent_python(tree: Path) -> None:
         done = make(tree, "env", f"PYTHON={wrong}")
         assert done.returncode == 2 and done.stderr.startswith(f"{wrong} is not Python 3.11 or later")
         assert not (tree / ".venv/bin").exists()
+
+
+def test_without_a_gpu_torch_for_cpus_is_installed_where_it_can_be_had(tree: Path) -> None:
+    fake, lock = tree / ".venv/bin/python", tree / "requirements.lock"
+    lock.write_text("nvidia-nccl-cu13==2 ; x\ncuda-toolkit==1\ntorch==2.15.0\ntriton==3\ntqdm==4\n")
+    fake.parent.mkdir(parents=True)
+
+    def installed(reached: bool, torch: str) -> tuple[list[str], str]:
+        (tree / ".venv/.ready").unlink(missing_ok=True)
+        (tree / "log").unlink(missing_ok=True)
+        fails = "" if reached else 'case "$*" in *torch-backend*) exit 1 ;; esac\n'
+        fake.write_text(f'#!/bin/sh\necho "$@" >> log\n{fails}')
+        fake.chmod(0o755)
+        done = make(tree, "env", f"TORCH={torch}", f"PYTHON={sys.executable}")
+        assert done.returncode == 0 and (tree / ".venv/.ready").is_file(), done.stderr
+        lines = [line for line in (tree / "log").read_text().splitlines() if "-r " in line]
+        return [line.partition("--python .venv/bin/python ")[2] for line in lines], done.stdout
+
+    cpu, full = "--torch-backend cpu -r .venv/cpu.lock", "-r requirements.lock"
+    assert installed(True, "cpu")[0] == [cpu] and "torch for CPUs" in installed(True, "cpu")[1]
+    assert (tree / ".venv/cpu.lock").read_text() == "torch==2.15.0\ntqdm==4\n"
+    assert installed(False, "cpu")[0] == [cpu, full] and "cannot be had" in installed(False, "cpu")[1]
+    assert installed(True, "cuda")[0] == [full] and "cannot be had" not in installed(True, "cuda")[1]
+    for wrong in ("", "gpu", "cpu cuda"):
+        refused = make(tree, "env", f"TORCH={wrong}")
+        assert refused.returncode == 2 and "TORCH must be cpu or cuda" in refused.stderr
 
 
 def test_make_paper_says_that_a_profile_does_not_exist() -> None:

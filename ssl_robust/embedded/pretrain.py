@@ -357,7 +357,7 @@ def linear_probe(
     """
     section = {**PROBES[task], "datasets": [dataset], "n_train": n_train, "n_val": n_val, "n_test": n_test, "size": 64}
     row = {"name": "probe"}
-    settings = check(profile="probe", seed=seed, data_root=data_root, encoders=[row], **{task: section})
+    settings = check(profile="probe", seed=seed, data_root=data_root, counts="any", encoders=[row], **{task: section})
     encoder = Encoder(copy.deepcopy(backbone).cpu().float(), "probe", 64, IMAGENET_MEAN, IMAGENET_STD)
     train, val = (datasets.load(task, dataset, part, settings, 64) for part in ("train", "val"))
     head, _ = training.fit(task, encoder, train, val, settings.task(task), seed, "cpu")

@@ -160,16 +160,26 @@ def parameters_for(notebook: str, settings: Settings) -> dict[str, object]:
     return chosen
 
 
+def _say(profile: str, line: str) -> None:
+    """Print a line, and add it with the time to runs/<profile>/paper.log."""
+    print(line, flush=True)
+    path = records.runs_dir(profile) / "paper.log"
+    with suppress(OSError):  # a full disk is said by those whose results it takes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
 class _Terminal:
     """Shows what a notebook prints as it comes: whole lines, after the notebook's name (two may run at once)."""
 
-    def __init__(self, notebook: str) -> None:
-        self.notebook, self.rest = notebook, ""
+    def __init__(self, notebook: str, profile: str) -> None:
+        self.notebook, self.profile, self.rest = notebook, profile, ""
 
     def write(self, text: str) -> None:
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
-            print(f"{self.notebook} | {line}", flush=True)
+            _say(self.profile, f"{self.notebook} | {line}")
 
     def flush(self) -> None:
         """Called by papermill after every write; lines are flushed when they are whole."""
@@ -337,7 +347,7 @@ def _papermill(notebook: str, parameters: dict[str, object], target: Path) -> No
             kernel_name="python3",
             cwd=NOTEBOOKS,
             progress_bar=False,
-            stdout_file=_Terminal(notebook),
+            stdout_file=_Terminal(notebook, str(parameters["profile"])),
             start_timeout=180,
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else a warning about plain TCP
             extra_arguments=["--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={QUIET_END}"],
@@ -418,7 +428,7 @@ def run(notebook: str, settings: Settings) -> int:
     logging.getLogger("papermill").setLevel(logging.ERROR)
     for name in ("asyncio", "tornado"):  # what a full disk or an ended kernel interrupts would be said a second time
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    print(f"{notebook} | profile {settings.profile}: started", flush=True)
+    _say(settings.profile, f"{notebook} | profile {settings.profile}: started")
     try:
         seconds = execute(notebook, settings)
     except PapermillExecutionError as error:
@@ -428,7 +438,7 @@ def run(notebook: str, settings: Settings) -> int:
             raise
         said = f"The kernel of notebook {notebook} died, as where memory lacks; {_less(settings.profile)}"
         return _fail(f"{said}, what was computed before is kept.", KERNEL_DIED)
-    print(f"{notebook} | profile {settings.profile}: done in {seconds:.0f} s", flush=True)
+    _say(settings.profile, f"{notebook} | profile {settings.profile}: done in {seconds:.0f} s")
     return 0
 
 

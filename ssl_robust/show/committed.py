@@ -1,5 +1,6 @@
 """The committed run of a profile: how far a new one is from it, and how a new one takes its place (make example)."""
 
+import json
 import math
 import shutil
 import sys
@@ -65,7 +66,8 @@ def verdict(profile: str) -> str:
 def replace(profile: str) -> str:
     """Put what the last run wrote to figures/<profile> in the place of the committed run; returns what was done.
 
-    Pages that show images of others stay out. Raises BadInput without a run, or if changed code made its records.
+    Executed notebooks come along, to be read where nothing is run. What shows images of others stays out. Raises
+    BadInput without a run, or if changed code made its records.
     """
     source, target = disk.figures_dir(profile), disk.committed_dir(profile)
     params, found = disk.ROOT / "params" / f"{profile}.yaml", disk.read_records(source / "records")
@@ -81,8 +83,20 @@ def replace(profile: str) -> str:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("lab", *left_out))
     shutil.copy(params, target / "params.yaml")
+    for path in sorted(disk.runs_dir(profile).glob("0*.ipynb")) * (not left_out):
+        disk.write_bytes(readable(path, profile).encode(), target / "notebooks" / path.name)
     kept = f", without {' and '.join(left_out)}, which show images of others" if left_out else ""
     return f"{target.relative_to(disk.ROOT).as_posix()} is now what the last run made{kept}; look at it and commit it."
+
+
+def readable(path: Path, profile: str) -> str:
+    """An executed notebook as it is shown to those who run nothing: without places on the machine and widgets."""
+    notebook = disk.read_json(path)
+    for part in (notebook, *notebook["cells"]):
+        for name in ("papermill", "widgets", "execution"):
+            part["metadata"].pop(name, None)
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    return text.replace(f"{disk.ROOT}/", "").replace(f"../../figures/{profile}/", "../")
 
 
 if __name__ == "__main__":

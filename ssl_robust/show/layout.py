@@ -32,16 +32,48 @@ def markdown(title: str, text: pd.DataFrame, notes: Notes) -> str:
 
 
 def _tex(text: Any) -> str:
-    first, *more = str(text).translate(str.maketrans(TEX)).split("\n")
-    return r"\shortstack[l]{" + r"\\".join([first, *more]) + "}" if more else first
+    return str(text).translate(str.maketrans(TEX))
 
 
-def latex(title: str, text: pd.DataFrame, notes: Notes) -> str:
-    """A data frame of text as a LaTeX table (package booktabs); 'Table 1.' is cut off, LaTeX numbers it."""
-    size = r"\footnotesize" if len(text.columns) <= 7 else r"\scriptsize\setlength{\tabcolsep}{2pt}"
-    styled = text.style.hide(axis="index").format(_tex).format_index(_tex, axis="columns")
-    above = [r"\begin{table} % needs \usepackage{booktabs}", rf"\centering{size}"]
-    above += [rf"\caption{{{_tex(title.partition('. ')[2])}}}"]
-    below = [rf"\par {_tex(note)}" for block in notes.values() for note in block]
-    table = styled.to_latex(hrules=True, column_format="l" * len(text.columns))
-    return "\n".join([*above, table.rstrip("\n"), *below, r"\end{table}", ""])
+def _tex_lines(row: Sequence[Any], values: Sequence[bool]) -> list[str]:
+    """A row of a table, and one for each further line of its cells; a value and its mark are cells of their own."""
+    cells, found = [str(cell).split("\n") for cell in row], []
+    for i in range(max(map(len, cells))):
+        line = []
+        for cell, is_value in zip(cells, values, strict=True):
+            text, _, mark = (cell[i] if i < len(cell) else "").partition(" †")
+            line += [_tex(text), rf"\,\textsuperscript{{\dag{mark}}}" * bool(mark)] if is_value else [_tex(text)]
+        found.append(" & ".join(line) + r" \\")
+    return found
+
+
+def latex(title: str, label: str, text: pd.DataFrame) -> str:
+    """A data frame of text as a LaTeX table (package booktabs) to paste or to \\input; LaTeX itself numbers 'Table 1.'.
+
+    Values ('0.84 ± 0.05 †1') are aligned, their marks stand behind them. What all headings of values have in common
+    behind a comma, the metric, goes into the caption.
+    """
+    values = [text[name].astype(str).str.contains("±|not run").any() for name in text.columns]
+    metric = {name.partition(", ")[2] for name in text.columns[values]}
+    shared = f", {metric.pop()}" if len(metric) == 1 and metric != {""} else ""
+    heads = [_tex(name.removesuffix(shared) if shared else name) for name in text.columns]
+    above = [rf"\multicolumn{{2}}{{c}}{{{h}}}" if value else h for h, value in zip(heads, values, strict=True)]
+    form = ["r@{}l" if value else "r" if head == "n" else "l" for head, value in zip(heads, values, strict=True)]
+    size = "footnotesize" if len(heads) <= 7 else "scriptsize"  # as wide as the text of an article
+    return "\n".join([
+        r"\begin{table} % needs \usepackage{booktabs}", rf"\centering\{size}\setlength{{\tabcolsep}}{{3pt}}",
+        rf"\caption{{{_tex(title.partition('. ')[2] + shared)}}}", rf"\label{{{label}}}",
+        rf"\begin{{tabular}}{{{''.join(form)}}}", r"\toprule", " & ".join(above) + r" \\", r"\midrule",
+        *(line for row in text.itertuples(index=False) for line in _tex_lines(row, values)),
+        r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+    ])  # fmt: skip
+
+
+def latex_notes(notes: Notes) -> str:
+    """What stands below a table, a paragraph of LaTeX for each heading."""
+    blocks = ((heading, " ".join(map(_tex, block)).replace("/", r"\slash{}")) for heading, block in notes.items())
+    return (
+        r"\sloppy"
+        + "\n"
+        + "".join(rf"\paragraph{{{_tex(heading)}}} {sentences}" + "\n\n" for heading, sentences in blocks)
+    )

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 FIG2_COLUMNS = ["task", "dataset", "epoch", "attack", "metric", "value", "n"]
-FILES = ("index.html", "claims.md", "reported.csv", "paired.csv", "fig1.png", "fig2.png", "sanity.png")
+RESULTS = [*evidence.CELL, "metric", "value", "se", "n", "chance", "seed", "precision", "key"]
+FILES = ("index.html", "results.csv", "claims.md", "reported.csv", "paired.csv", "fig1.png", "fig2.png", "sanity.png")
 SMALL = ("demo", "samples", "test")
 
 
@@ -59,16 +60,25 @@ def _save(profile: str, name: str, content: str | pd.DataFrame) -> None:
 
 
 def _save_table(number: int, profile: str, folder: Path | None = None) -> str:
-    """Write figures/<profile>/table<number>.{csv,md,tex}; the Markdown. Raises BadInput as table_files does."""
-    files = table_files(number, *read(profile, folder))
-    for suffix, content in files.items():
+    """Write figures/<profile>/table<number>.{csv,md,tex,notes.tex}; the Markdown for a notebook, see shown.
+
+    Raises BadInput as table_files does.
+    """
+    rows = read(profile, folder)
+    for suffix, content in table_files(number, *rows, "records/" * ("/" not in profile), profile).items():
         _save(profile, f"table{number}.{suffix}", content)
-    return files["md"]
+    return table_files(number, *rows, f"{_from_runs(profile)}records/" * bool(disk.notebook()), profile)["md"]
+
+
+def _from_runs(profile: str) -> str:
+    """figures/<profile>, as a link in an executed notebook says it."""
+    return f"../../figures/{profile}/"
 
 
 def shown(number: int, profile: str, folder: Path | None = None) -> "Markdown":
     """Table `number` and its notes for a notebook, from the records of `profile` or below `folder`; all its files, and
-    those of write_comparisons, are written. Raises BadInput as table_files does.
+    those of write_comparisons, are written. Executed by make, its values link to their records. Raises BadInput as
+    table_files does.
     """
     from IPython.display import Markdown  # here, as only notebooks need it
 
@@ -99,19 +109,31 @@ def _times(profile: str) -> dict[str, dict[str, float]]:
 
 
 def write_comparisons(profile: str, folder: Path | None = None) -> str:
-    """Write what compares the tables' values: reported.csv with the paper's, paired.csv DeACL with Standard, and
-    claims.csv and claims.md with the paper's claims; returns the last. Of what has no row there is no file.
+    """Write results.csv, all values of the tables, and what compares them: reported.csv with the paper's, paired.csv
+    DeACL with Standard, claims.csv and claims.md with the claims; returns the last. No file for what has no row.
     """
     records, skipped = read(profile, folder)
     judged = claims.judge(in_order(records))
     rules = {"How to read it": claims.RULES}
     text = layout.markdown("The paper's claims", claims.matrix(judged), rules) if judged else ""
     by_task = sorted(records, key=lambda r: TASKS[r["task"]].number)
+    _save(profile, "results.csv", _all_values(by_task))
     _save(profile, "reported.csv", pd.concat([comparison(task, records, skipped) for task in TASKS], ignore_index=True))
     _save(profile, "paired.csv", paired.differences(by_task))
     _save(profile, "claims.csv", claims.numbers(judged))
     _save(profile, "claims.md", text)
     return text
+
+
+def _all_values(records: list[Record]) -> pd.DataFrame:
+    """The values of all tables, one a row, with what its attack was allowed."""
+    shown = [r for r in in_order(records) if r["defense"] in DEFENSE]
+    found = pd.DataFrame([{name: r.get(name) for name in RESULTS} for r in shown], columns=RESULTS)
+    found["table"] = [TASKS[r["task"]].number for r in shown]
+    found["flagged"] = [bool(evidence.reasons(r)) for r in shown]
+    for name in ("eps", "step", "steps"):
+        found[name] = [(r["settings"]["attack"] or {}).get(name) for r in shown]
+    return found.sort_values("table", kind="stable").astype({"steps": "Int64"})
 
 
 def write_effects(effects: pd.DataFrame, profile: str) -> str:
@@ -231,6 +253,7 @@ def write_page(profile: str) -> Path | None:
     exporter = HTMLExporter(exclude_input=True, embed_images=True, **dict.fromkeys(names, ""))
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     page, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
+    page = page.replace(_from_runs(profile), "")  # it lies there itself
     page = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.DOTALL)  # of widgets and formulas, which it has none
     disk.write_bytes(page.encode(), path)
     return path

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -11,7 +12,7 @@ from ..settings import BadInput, written
 from ..tasks import TASKS
 from ..trust import paired
 from ..trust.claims import claims, sentence
-from ..trust.evidence import reasons
+from ..trust.evidence import CELL, reasons
 from . import layout
 
 Record = dict[str, Any]
@@ -185,14 +186,34 @@ def _cell(task: str, row: pd.Series, attack: str, mark: str) -> str:
     return "\n".join(lines)
 
 
-def _readable(task: str, records: list[Record], numbers: pd.DataFrame) -> pd.DataFrame:
-    """The table as text for people: values with their standard errors, headings with the direction of better."""
+def _linked(cell: str, record: Record | None, home: str, profile: str) -> str:
+    """A cell whose value links to its record below `home`; pointing at it shows the command that makes it again."""
+    if not home or record is None:
+        return cell
+    value, *more = cell.split("\n")
+    names = [str(record[name]) for name in CELL]
+    verb, given = "explain" if record["attack"] == "worst" else "remake", f" PROFILE={profile}" * (profile != "demo")
+    place = "/".join([f"table{TASKS[names[0]].number}", *names[1:]]).replace('"', "'")
+    link = f'[{value}]({quote(home + names[0] + "/" + "__".join(names[1:]))}.json "make {verb} CELL={place}{given}")'
+    return "\n".join([link, *more])
+
+
+def _readable(
+    task: str, records: list[Record], numbers: pd.DataFrame, home: str = "", profile: str = ""
+) -> pd.DataFrame:
+    """The table as text for people: values with their standard errors, headings with the direction of better.
+
+    `home`: the folder of the records, to which values are linked.
+    """
+    kept = {(*_place(r), r["attack"]): r for r in _kept(task, records)}
     marks = {(*_place(r), r["attack"]): said.split()[0] for r, said in daggers(task, records)}
     text = pd.DataFrame({"Dataset": numbers["dataset"], "Encoder": numbers["encoder"]})
     text["Defense"] = numbers["defense"].map(DEFENSE)
     for kind, name in _names(task, records).items():
         text[f"{name}, {TASKS[task].heading}"] = [
-            _cell(task, row, kind, marks.get((*_place(row), kind), "")) for _, row in numbers.iterrows()
+            _linked(_cell(task, row, kind, marks.get(at, "")), kept.get(at), home, profile)
+            for _, row in numbers.iterrows()
+            for at in [(*_place(row), kind)]
         ]
     return text.assign(n=numbers["n"].astype("string").fillna("–"))
 
@@ -340,10 +361,13 @@ def csv(numbers: pd.DataFrame) -> str:
     return numbers.to_csv(index=False, float_format="%.6f", lineterminator="\n")
 
 
-def table_files(number: int, records: list[Record], skipped: Sequence[Record] = ()) -> dict[str, str]:
-    """Content of table<number> as {'csv', 'md', 'tex'}, the same bytes for the same records (evidence.read).
+def table_files(
+    number: int, records: list[Record], skipped: Sequence[Record] = (), home: str = "", profile: str = ""
+) -> dict[str, str]:
+    """Content of table<number> as {'csv', 'md', 'tex', 'notes.tex'}, the same bytes for the same records.
 
-    Raises BadInput if `number` is not 1, 2 or 3 or if its task has neither a record nor a skipped row.
+    `home`: where the Markdown finds the records of `profile`, to which it links each value; '': nowhere. Raises
+    BadInput if `number` is not 1, 2 or 3 or if its task has neither a record nor a skipped row.
     """
     tasks = {about.number: task for task, about in TASKS.items()}
     if number not in tasks:
@@ -352,8 +376,13 @@ def table_files(number: int, records: list[Record], skipped: Sequence[Record] = 
     numbers = table(task, records, skipped)
     if numbers.empty:
         raise BadInput(f"Table {number} has no records; run notebook {TASKS[task].notebook} first, or 'make paper'.")
-    shown = f"Table {number}. {TASKS[task].title}", _readable(task, records, numbers), notes(task, records, skipped)
-    return {"csv": csv(numbers), "md": layout.markdown(*shown), "tex": layout.latex(*shown)}
+    title, below = f"Table {number}. {TASKS[task].title}", notes(task, records, skipped)
+    return {
+        "csv": csv(numbers),
+        "md": layout.markdown(title, _readable(task, records, numbers, home, profile), below),
+        "tex": layout.latex(title, f"tab:{task}", _readable(task, records, numbers)),
+        "notes.tex": layout.latex_notes(below),
+    }
 
 
 def effect_rows(rows: pd.DataFrame) -> pd.DataFrame:
