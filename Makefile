@@ -72,7 +72,7 @@ env: $(STAMP) ## the environment in .venv, alone
 plan: $(STAMP) ## what PROFILE would do: rows, minutes, memory, disk, what is missing
 	@$(RUN) --plan
 
-data: $(STAMP) ## fetch the data sets of PROFILE into DATA (SMALL=1: the smaller training set where there are two)
+data: $(STAMP) ## fetch the data sets of PROFILE into DATA, and encoder weights (SMALL=1: the smaller of two training sets)
 	@$(PY) -m ssl_robust.ops.fetch --profile $(PROFILE) --data "$$DATA" $(if $(SMALL),--small)
 
 ifeq ($(EXECUTOR),)

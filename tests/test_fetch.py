@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import planted
 import pytest
+import timm
 import trees
 
 from ssl_robust import datasets
 from ssl_robust.items import Archive
 from ssl_robust.ops import fetch
-from ssl_robust.settings import BadInput
+from ssl_robust.settings import BadInput, check
 from ssl_robust.trust import data
 
 
@@ -356,7 +357,7 @@ def test_command_line(small, tmp_path, monkeypatch, capsys):
     assert fetch.main(["--profile", "small"]) == 2
     assert "name one: make data DATA=FOLDER" in capsys.readouterr().err
     assert fetch.main(["--profile", "small", "--data", str(folder)]) == 0
-    assert "Profile small: all data sets are complete." in capsys.readouterr().out
+    assert "Profile small: all data sets and encoder weights are there." in capsys.readouterr().out
     shutil.rmtree(folder)
     small.files.clear()
     assert fetch.main(["--profile", "small", "--data", str(folder)]) == 2
@@ -381,3 +382,42 @@ def test_the_scenes_need_nothing(tmp_path, monkeypatch, capsys):
     _profile(monkeypatch, tmp_path, SECTION % "scenes")
     assert fetch.main(["--profile", "small"]) == 0
     assert "scenes: rendered here, nothing to fetch" in capsys.readouterr().out
+
+
+# --- weights of encoders ---
+
+
+def _hub_rows(**more):
+    rows = [{"name": "dino_vits16"}, {"name": "small", "timm": "vit_small_patch16_224.dino"}, {"name": "embedded_vit"}]
+    return check(profile="small", encoders=rows, data_root="", **more)
+
+
+def test_weights_that_are_not_cached_are_fetched_by_what_loads_them(monkeypatch, capsys):
+    loaded, cache = [], set()
+
+    def load(row, data_root, weights=None):
+        if row.name != "embedded_vit":  # which comes along
+            loaded.append(row.name)
+            cache.add("vit_small_patch16_224.dino")
+
+    monkeypatch.setattr(fetch.encoders, "load", load)
+    monkeypatch.setattr(fetch.plan, "cached", lambda model: model in cache)
+    assert fetch.fetch(_hub_rows()) == [] and len(loaded) == 1  # two rows, one model
+    said = capsys.readouterr().out
+    assert "encoder weights: 1 to fetch, about 87 MB, into the local cache of timm's hub" in said
+    assert "fetching vit_small_patch16_224.dino (about 87 MB)" in said
+    assert fetch.fetch(_hub_rows()) == [] and len(loaded) == 1 and capsys.readouterr().out == ""
+
+
+def test_weights_that_cannot_be_had_are_one_sentence_each(monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr(fetch.plan, "cached", lambda model: False)
+    monkeypatch.setattr("timm.create_model", lambda *a, pretrained=False, _make=timm.create_model, **k: (
+        offline() if pretrained else _make(*a, **k)))  # fmt: skip
+    left = fetch.fetch(_hub_rows())
+    assert len(left) == 1 and "the weights of vit_small_patch16_224.dino could not be fetched (OSError)" in left[0]
+    rows = [{"name": "mine", "timm": "vit_tiny_patch16_224", "checkpoint": "gone.pth"}]
+    left = fetch.fetch(check(profile="small", encoders=rows, data_root=str(tmp_path)))
+    assert len(left) == 1 and "gone.pth" in left[0] and str(tmp_path) in left[0]

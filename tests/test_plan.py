@@ -54,6 +54,13 @@ def test_flops_of_a_vit_are_those_of_the_textbook(model, size, dim, depth, patch
     assert step.forward == pytest.approx(formula + head, rel=0.08) and 1.8 < step.whole / step.forward < 2.5
 
 
+def test_the_laptop_profile_takes_less_than_an_hour_of_four_cores():
+    laptop = profile("laptop")
+    work = plan.flops([plan.price(job, laptop) for job in plan.jobs_of(laptop)])
+    core = 40e9  # fp32 FLOPs a second of a core with AVX2, well below what is common
+    assert 0.3 * 3600 < work / (4 * core) + plan.notebooks(list(plan.STAGES), laptop) < 3600
+
+
 def test_counting_leaves_weights_frozen():
     encoder = plan.meta(EncoderRow(name="embedded_vit"))
     plan.tuning_step(encoder)

@@ -1,4 +1,4 @@
-"""Gets the data sets of a profile: python -m ssl_robust.ops.fetch --profile quick --data FOLDER.
+"""Gets the data sets and encoder weights of a profile: python -m ssl_robust.ops.fetch --profile quick --data FOLDER.
 
 What can be downloaded is, file by file, so that an interrupted call goes on with the next one; of the rest it is said
 what to get and where it goes. Of a training set that comes in two sizes the larger is got only if the profile asks for
@@ -16,12 +16,13 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from .. import datasets, records
+from .. import datasets, encoders, records
 from ..datasets import DATASETS
 from ..items import Archive
 from ..progress import any_terminal, track
 from ..settings import BadInput, Settings, check, read_params
 from ..trust import data
+from . import plan
 from .run import BAD_INPUT, INTERRUPTED, PARAMS, data_folder, read_profile
 
 CHUNK = 2**20
@@ -172,7 +173,9 @@ def _missing(name: str, settings: Settings, small: bool) -> list[str]:
 
 
 def fetch(settings: Settings, small: bool = False) -> list[str]:
-    """Gets the data sets of `settings` that are not complete, with a line for each that is; returns what is missing.
+    """Gets the data sets of `settings` that are not complete, with a line for each that is, then weights of encoders.
+
+    Returns what is missing.
 
     small: without the larger one of two training sets.
     """
@@ -187,7 +190,25 @@ def fetch(settings: Settings, small: bool = False) -> list[str]:
             print(_summary(name, settings), flush=True)
     for sentence in data.shortages(settings):
         print(sentence, flush=True)
-    return left
+    return left + _weights(settings)
+
+
+def _weights(settings: Settings) -> list[str]:
+    """Fetches, by what loads them, the encoders' weights that are on timm's hub; returns what is missing afterwards."""
+    absent = {encoders.describe(row).timm: row for row in plan.fetched(settings)}
+    absent = {model: row for model, row in absent.items() if not plan.cached(model)}
+    sizes = {model: plan.bytes_of(plan.meta(row)) for model, row in absent.items()}
+    if absent:
+        total = f"about {records.size(sum(sizes.values()))}, into the local cache of timm's hub"
+        print(f"encoder weights: {len(absent)} to fetch, {total}", flush=True)
+    left = []
+    for model, row in absent.items():
+        print(f"{row.name}: fetching {model} (about {records.size(sizes[model])})", flush=True)
+        try:
+            encoders.load(row, settings.data_root)
+        except BadInput as problem:
+            left.append(str(problem))
+    return [*encoders.check(settings), *left]
 
 
 def _settings(profile: str, data: str) -> Settings:
@@ -205,7 +226,9 @@ def _settings(profile: str, data: str) -> Settings:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     any_terminal()
-    parser = argparse.ArgumentParser(prog="python -m ssl_robust.ops.fetch", description="Get a profile's data sets.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ssl_robust.ops.fetch", description="Get a profile's data sets and encoder weights."
+    )
     parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
     parser.add_argument("--data", default="", help="folder of the data sets, made if it is not there")
     parser.add_argument("--small", action="store_true", help="the smaller one of a training set of two sizes")
@@ -220,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     if left:
         print("\n".join(left), file=sys.stderr)
         return BAD_INPUT
-    print(f"Profile {arguments.profile}: all data sets are complete.")
+    print(f"Profile {arguments.profile}: all data sets and encoder weights are there.")
     return 0
 
 
