@@ -58,6 +58,11 @@ class BadInput(ValueError):
     """Something the user gave cannot be used; the message is one sentence that names the thing and the remedy."""
 
 
+def listed(names: list[str]) -> str:
+    """Names for a sentence, three of them at most: 'a, b, c, and 27 more'."""
+    return ", ".join([*names[:3], *[f"and {len(names) - 3} more"] * (len(names) > 3)])
+
+
 def _read_fraction(value: Any) -> Any:
     """'8/255', as people write eps, as the number that Python makes of it; anything else as it is."""
     parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*/\s*([1-9]\d*)\s*", value) if isinstance(value, str) else None

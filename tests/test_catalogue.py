@@ -267,6 +267,9 @@ def test_own_image_folder(tmp_path, held):
     assert len(set(_subset(tmp_path, "pets", "classification").ids)) == 9
     shutil.rmtree(tmp_path / "pets" / held / "cat")
     _refused(tmp_path, "pets", "classification", "The parts of .*pets differ in class folders: cat", "train")
+    for name in "abcd":
+        trees.picture(tmp_path / "pets" / held / name / "0.png", (8, 8))
+    _refused(tmp_path, "pets", "classification", "differ in class folders: a, b, c, and 2 more; give them the same")
     shutil.rmtree(tmp_path / "pets" / held)
     _refused(tmp_path, "pets", "classification", "no data set 'pets' .test. .* pets/{train,test}/CLASS")
 

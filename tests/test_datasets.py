@@ -885,6 +885,9 @@ def test_classes_that_occur_in_no_mask_are_remarked_on(tmp_path, root, capsys):
     assert remark in plan.problems(settings)[1] and plan.problems(settings)[0] == []
     data.overview(settings)
     assert remark in capsys.readouterr().out
+    (tmp_path / "street" / "classes.txt").write_text("\n".join("abcdefgh"))
+    (remark,) = data.look(settings)[1]
+    assert remark.endswith("is of class 1 (b), 3 (d), 4 (e), and 3 more.")
     trees.voc(tmp_path)  # of official data sets the numbers are known, and a few images hold few classes
     assert data.look(_segmentation(tmp_path, "voc2012").model_copy(update={"counts": "any"})) == ([], [])
 

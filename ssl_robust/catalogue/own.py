@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..items import IGNORE, Dataset, Item, Part
-from ..settings import BadInput
+from ..settings import BadInput, listed
 from .pictures import folders, one_channel, pairs, pictures, text_of, within
 
 OWN = {
@@ -29,7 +29,7 @@ def class_folders(home: Path) -> list[str]:
     names = [folders(p) for p in (home / "train", home / _held_out(home)) if p.is_dir()]
     wrong = sorted(set(names[0]) ^ set(names[-1])) if names else []
     if wrong:
-        raise BadInput(f"The parts of {home} differ in class folders: {', '.join(wrong[:5])}; give them the same ones.")
+        raise BadInput(f"The parts of {home} differ in class folders: {listed(wrong)}; give them the same ones.")
     return names[0] if names else []
 
 

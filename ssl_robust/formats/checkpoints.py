@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from .. import records
-from ..settings import BadInput
+from ..settings import BadInput, listed
 
-LISTED = 3  # tensors that a refusal names, before it counts the rest
 CFG = ("pretrained_cfg", "default_cfg")  # what timm says of a model
 
 # parts of a file that may hold the tensors, the first that does; "": the file itself is a state dict
@@ -112,7 +111,7 @@ def recognise(content: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], s
         tensors = content.get(entry) if entry else content
         if isinstance(tensors, dict) and any(isinstance(value, Tensor) for value in tensors.values()):
             return timm_names(_unwrapped(tensors, path)), f"state dict in '{entry}'" if entry else "state dict"
-    raise _other(path, ", ".join(sorted(map(str, content))[:5]) or "nothing")
+    raise _other(path, listed(sorted(map(str, content))) or "nothing")
 
 
 def _unwrapped(tensors: dict[str, Any], path: Path) -> dict[str, Tensor]:
@@ -186,9 +185,8 @@ def load_weights(backbone: nn.Module, state: dict[str, Tensor], what: str) -> No
     shapes = {k: (tuple(state[k].shape), tuple(own[k].shape)) for k in own.keys() & state.keys()}
     wrong += [f"{k} has shape {given}, not {wanted}" for k, (given, wanted) in shapes.items() if given != wanted]
     if wrong:
-        more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
-        listed = "; ".join(sorted(wrong)[:LISTED]) + more
-        raise BadInput(f"The checkpoint does not fit {what}: {listed}; name as timm the model it was made for.")
+        found = listed(sorted(wrong))
+        raise BadInput(f"The checkpoint does not fit {what}: {found}; name as timm the model it was made for.")
     for key, value in state.items():
         kind = value.is_floating_point() or value.dtype == torch.int64  # counters
         if not kind or not value.float().isfinite().all():

@@ -7,7 +7,7 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..settings import BadInput, EncoderRow, Normalise
+from ..settings import BadInput, EncoderRow, Normalise, listed
 
 Colours = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of pixels
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -95,7 +95,7 @@ def own_normalisation(row: EncoderRow, known: Known, found: list[Colours], path:
         Normalise(mean=list(mean), std=list(std))
     except ValueError:  # several, or refused by pydantic
         raise BadInput(
-            f"The checkpoint {path} keeps as mean and std of pixels in [0,1] {' and '.join(map(str, found))}; "
+            f"The checkpoint {path} keeps as mean and std of pixels in [0,1] {listed([*map(str, found)])}; "
             f"give the encoder's normalise, {{mean: [..], std: [..]}}."
         ) from None
     return known._replace(mean=mean, std=std), ", normalised by its own mean and std"

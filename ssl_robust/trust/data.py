@@ -29,7 +29,7 @@ from ..datasets import (
 from ..items import IGNORE, Archive
 from ..metrics import MAX_DEPTH
 from ..progress import track
-from ..settings import BadInput, Settings
+from ..settings import BadInput, Settings, listed
 
 NEAR = 0.15  # metres; depths of half the pixels are larger in any scene, and smaller if they are in other units
 LOOK, FEW = 40, 8  # images of a split that are read before anything long: at most, and where nothing is doubtful
@@ -160,8 +160,8 @@ def _judge_masks(name: str, classes: Sequence[str], held: dict[str, Tensor]) -> 
         raise BadInput(f"{what}; store class 1, '{classes[1]}', as 1.")
     if name in DATASETS or not absent:
         return []
-    some = ", ".join(f"{label} ({classes[label]})" for label in absent[:5])
-    return [f"No pixel of the {read} masks of {name} that were read is of class {some}{', ..' * (len(absent) > 5)}."]
+    some = listed([f"{label} ({classes[label]})" for label in absent])
+    return [f"No pixel of the {read} masks of {name} that were read is of class {some}."]
 
 
 def _judge_depths(name: str, classes: Sequence[str], held: dict[str, Tensor]) -> list[str]:
