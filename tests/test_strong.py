@@ -100,11 +100,11 @@ def test_starts_are_drawn_from_seed_and_image(task, name, seed, monkeypatch):
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_autoattack_draws_from_seed_and_image(seed, monkeypatch):
-    given, attack = [], autoattack.autoattack
-    monkeypatch.setattr(autoattack, "autoattack", lambda *a, **k: given.append(a[5]) or attack(*a, **k))
+    given = []
+    monkeypatch.setattr(autoattack, "image_seed", lambda *about: given.append(about) or image_seed(*about))
     x = images(2)
     _run("autoattack", model("classification"), x, target("classification", x), seed=seed)
-    assert given[0] == image_seed(seed, "image-0")
+    assert given == [(seed, "image-0")]
 
 
 @OWN
@@ -243,7 +243,8 @@ def test_it_runs_with_any_number_of_classes(classes):
         gap = linear(x).topk(2).values.diff().abs().flatten()
         order = linear(x).argsort(1, descending=True)
         reach = gap / (weight[order[:, 0]] - weight[order[:, 1]]).abs().sum(1)
-        adv = autoattack.autoattack(linear, x, order[:, 0], float(reach.max() * scale), 6, 0)
+        attack = Attack(eps=float(reach.max() * scale), step=0.1, steps=1)
+        adv = autoattack.run(linear, x, order[:, 0], _ids(len(x)), attack, 0)
         if scale > 1:
             assert (linear(adv).argmax(1) != order[:, 0]).all()
         assert (adv - x).abs().max() <= reach.max() * scale + 1e-6

@@ -2,17 +2,13 @@
 
 from pathlib import Path
 
+from torchvision.datasets import Cityscapes
+
 from ..items import IGNORE, Dataset, Item, Part
 from .pictures import demand, pictures, recoded
 
 # label id in *_gtFine_labelIds.png -> class; their order gives the 19 train ids, all other ids are ignored
-CITYSCAPES = {
-    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
-    20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck",
-    28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
-}  # fmt: skip
-
-
+CITYSCAPES = {c.id: c.name for c in Cityscapes.classes if c.train_id in range(19)}
 CITYSCAPES_TABLE = tuple([*CITYSCAPES].index(i) if i in CITYSCAPES else IGNORE for i in range(34))
 
 

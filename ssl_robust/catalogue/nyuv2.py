@@ -97,22 +97,18 @@ def _nyu_metres(depth: np.ndarray, path: Path) -> np.ndarray:
     return depth
 
 
-def _nyu_split(path: Path, split: str) -> list[int]:
-    """0-based rows of the official split, which splits.mat counts from 1."""
+def _nyu_labelled(home: Path, split: str) -> list[Item]:
     import scipy.io
 
-    content = BytesIO(path.read_bytes())
-    try:
-        return [int(i) - 1 for i in scipy.io.loadmat(content)[f"{split}Ndxs"].ravel()]
-    except Exception:  # scipy has errors of its own for each kind of damage
-        raise damaged(path) from None
-
-
-def _nyu_labelled(home: Path, split: str) -> list[Item]:
     mat = home / "nyu_depth_v2_labeled.mat"
     if not mat.is_file():
         return []
-    rows = _nyu_split(home / "splits.mat", split)
+    splits = home / "splits.mat"
+    content = BytesIO(splits.read_bytes())
+    try:
+        rows = [int(i) - 1 for i in scipy.io.loadmat(content)[f"{split}Ndxs"].ravel()]  # in the file from 1
+    except Exception:  # scipy has errors of its own for each kind of damage
+        raise damaged(splits) from None
     return [Item(f"nyuv2/{i}", Part(_nyu_image, mat, i), Part(_nyu_depth, mat, i)) for i in rows]
 
 

@@ -1,8 +1,8 @@
 """From files to pixels: images and targets of a data set as they are stored."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,13 +14,12 @@ from ..items import IGNORE, Item, Part, file_of, unreadable
 from ..settings import BadInput
 from .pictures import one_channel, rgb
 
-T = TypeVar("T")
 
-
-def _of(part: Path | Part, read: Callable[[], T]) -> T:
-    """`read()`; raises BadInput naming a file that it cannot read."""
+@contextmanager
+def _reading(part: Path | Part) -> Iterator[None]:
+    """Raises BadInput naming a file that cannot be read."""
     try:
-        return read()
+        yield
     except BadInput:
         raise
     except Image.DecompressionBombError:
@@ -31,10 +30,8 @@ def _of(part: Path | Part, read: Callable[[], T]) -> T:
 
 def _pixels(part: Path | Part) -> np.ndarray:
     """Pixels as stored."""
-    return _of(
-        part,
-        lambda: part.read(part.file, part.key) if isinstance(part, Part) else one_channel(part),
-    )
+    with _reading(part):
+        return part.read(part.file, part.key) if isinstance(part, Part) else one_channel(part)
 
 
 def _colours(part: Path | Part, shape: tuple[int, ...]) -> Tensor:
@@ -45,8 +42,8 @@ def _colours(part: Path | Part, shape: tuple[int, ...]) -> Tensor:
             stored = f"{pixels.dtype} {pixels.shape}"
             raise BadInput(f"An image in {part.file} is {stored}; get the file whose images are uint8 (H, W, 3).")
     else:
-        with _of(part, lambda: Image.open(part)) as picture:
-            pixels = _of(part, lambda: rgb(picture, part, shape))
+        with _reading(part), Image.open(part) as picture:
+            pixels = rgb(picture, part, shape)
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))  # a copy: files stay open
 
 

@@ -13,11 +13,9 @@ SCENES = "scenes-0b62ae1f46"  # begins their names, from which random numbers ar
 
 def _scenes(root: Path, task: str, split: str, n: int) -> list[Item]:
     rendered = part("embedded.scenes").cached(records.ROOT / "runs" / "scenes", split, n, progress=track)
-    targets = {"classification": rendered.labels, "segmentation": rendered.masks, "depth": rendered.depths}.get(task)
-    ids = [f"{SCENES}-{split}-{i}" for i in range(n)]
-    if task == "classification":
-        targets = [int(t) for t in targets]
-    return [Item(ids[i], rendered.images[i], None if targets is None else targets[i]) for i in range(n)]
+    targets = {"segmentation": rendered.masks, "depth": rendered.depths, "deacl": [None] * n}
+    targets = targets.get(task, rendered.labels.tolist())
+    return [Item(f"{SCENES}-{split}-{i}", rendered.images[i], targets[i]) for i in range(n)]
 
 
 def _classes(root: Path, task: str) -> tuple[str, ...]:

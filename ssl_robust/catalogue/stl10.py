@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from torchvision.datasets import STL10
 
 from ..items import Archive, Dataset, Item, Part
 from .pictures import damaged, demand_labels, once
@@ -33,15 +34,7 @@ DATASETS = {
     "stl10": Dataset(
         ("classification", "deacl"), "stl10_binary/{train,test}_{X,y}.bin", _stl10, {"classification": STL10_CLASSES},
         counts={"train": (5_000,), "test": (8_000,)}, shape=(96, 96), gigabytes=3.2,
-        archives=(Archive(
-            "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz", "stl10_binary", 2_640_397_119,
-            "md5:91f7769df0f17e558f3565bffb0c7dfb",
-        ),),
-        md5={
-            "stl10_binary/train_X.bin": "918c2871b30a85fa023e0c44e0bee87f",
-            "stl10_binary/train_y.bin": "5a34089d4802c674881badbb80307741",
-            "stl10_binary/test_X.bin": "7f263ba9f9e0b06b93213547f721ac82",
-            "stl10_binary/test_y.bin": "36f9794fa4beb8a2c72628de14fa638e",
-        },
+        archives=(Archive(STL10.url, STL10.base_folder, 2_640_397_119, f"md5:{STL10.tgz_md5}"),),
+        md5={f"{STL10.base_folder}/{file}": md5 for file, md5 in (*STL10.train_list[:2], *STL10.test_list)},
     ),
 }  # fmt: skip

@@ -8,14 +8,14 @@ angles radians; the world is x right, y up, z away from the camera. Arrays of ra
 import colorsys
 import itertools
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ TAU = 2 * np.pi
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
-class Scenes:
+class Scenes(NamedTuple):
     """N scenes: images uint8 (N,3,H,W), labels int64 (N,), masks uint8 (N,H,W), depths float32 (N,H,W) in metres."""
 
     images: torch.Tensor
@@ -61,13 +60,7 @@ def _revolved(o: Array, d: Array, a: float, b: float, c: float, low: float, high
         t = np.where((disc > 0) & (s > 1e-4) & (y >= low) & (y <= high) & (s < t), s, t)
     s = np.where(np.isfinite(t), t, 0)
     n = np.stack([o[0] + s * d[0], -0.5 * b - c * (o[1] + s * d[1]), o[2] + s * d[2]])
-    return _capped(o, d, t, n, (a, b, c), (low, high)) if caps else (t, n)
-
-
-def _capped(o: Array, d: Array, t: Array, n: Array, profile: tuple, ends: tuple):
-    """Close a surface of revolution with flat discs at both ends."""
-    a, b, c = profile
-    for y, up in zip(ends, (-1, 1), strict=True):
+    for y, up in ((low, -1), (high, 1)) if caps else ():  # flat discs close both ends
         s = (y - o[1]) / d[1]
         inside = (o[0] + s * d[0]) ** 2 + (o[2] + s * d[2]) ** 2 <= a + b * y + c * y * y
         hit = inside & (s > 1e-4) & (s < t)
@@ -341,12 +334,10 @@ def _spin(axis: int, angle: float) -> Array:
 def _rotation(pose: str, rng: np.random.Generator) -> Array:
     """Rotation (3,3) of a resting pose: up, side (axis level), tilt, lean (steep), cube (a face down) or any."""
     yaw, roll = _spin(1, rng.uniform(0, TAU)), _spin(1, rng.uniform(0, TAU))
-    low, high = {"up": (0, 0), "side": (1.571, 1.571), "tilt": (0.1, 0.4), "lean": (0.5, 1.2), "any": (0, np.pi)}.get(
-        pose, (0, 0)
-    )
     if pose == "cube":
         return yaw @ _spin(0, rng.integers(4) * TAU / 4) @ _spin(2, rng.integers(4) * TAU / 4)
-    return yaw @ _spin(0, rng.uniform(low, high)) @ roll
+    tilts = {"up": (0, 0), "side": (1.571, 1.571), "tilt": (0.1, 0.4), "lean": (0.5, 1.2), "any": (0, np.pi)}
+    return yaw @ _spin(0, rng.uniform(*tilts[pose])) @ roll
 
 
 @cache
@@ -375,11 +366,9 @@ def _body(kind: int, rng: np.random.Generator, limit: float = np.inf) -> _Body:
     scale = min(rng.uniform(*category.size) / 2, limit) / reach
     to_world = scale * shape
     centre = np.array([[0], [-scale * hull[1].min()], [0]])
-    to_object = np.linalg.inv(to_world)
-    u = rng.random(12)
-    f = np.float32
     bulk = float(np.cbrt(np.prod(np.ptp(hull, axis=1))) / (2 * reach))
-    return _Body(kind, f(to_world), f(to_object), f(centre), float(scale * reach * 1.03), bulk, f(u))
+    to_world, to_object, centre, u = map(np.float32, (to_world, np.linalg.inv(to_world), centre, rng.random(12)))
+    return _Body(kind, to_world, to_object, centre, float(scale * reach * 1.03), bulk, u)
 
 
 # --- rooms ---
@@ -456,11 +445,6 @@ _FLOORS = (_planks, _tiles, _carpet, _concrete)
 _WALLS = (_paint, _stripes, _brick, _planks, _paint)
 
 
-def _place(body: _Body, x: float, z: float) -> _Body:
-    shift = np.array([[x], [0], [z]], np.float32)
-    return replace(body, centre=body.centre + shift)
-
-
 def _view(main: _Body, rng: np.random.Generator) -> tuple[Array, Array, float, float]:
     """Camera that sees main in the wanted size: eye (3,), axes (3,3), slope, distance to main.
 
@@ -501,7 +485,8 @@ def _clutter(main: _Body, view: tuple, low: Array, high: Array, rng: np.random.G
         x, z = eye[0] + far * np.sin(turn), eye[2] + far * np.cos(turn)
         if min(x - low[0], high[0] - x, z - low[2], high[2] - z) < 0.1:
             continue
-        body = _place(_body(int(others[attempt % len(others)]), rng, 0.62 * main.radius * far / distance), x, z)
+        body = _body(int(others[attempt % len(others)]), rng, 0.62 * main.radius * far / distance)
+        body = replace(body, centre=body.centre + np.array([[x], [0], [z]], np.float32))
         room = min(x - low[0], high[0] - x, z - low[2], high[2] - z) > body.radius
         apart = all(np.hypot(x - b.centre[0, 0], z - b.centre[2, 0]) > 0.95 * (body.radius + b.radius) for b in bodies)
         if room and apart:
@@ -632,14 +617,10 @@ def _checked(split: str, size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _stack(rows: list[tuple], size: tuple[int, int]) -> Scenes:
-    images, labels, masks, depths = zip(*rows, strict=True) if rows else ((), (), (), ())
-    to = partial(torch.from_numpy)
-    return Scenes(
-        to(np.array(images, np.uint8).reshape(-1, 3, *size)),
-        to(np.array(labels, np.int64)),
-        to(np.array(masks, np.uint8).reshape(-1, *size)),
-        to(np.array(depths, np.float32).reshape(-1, *size)),
-    )
+    columns = zip(*rows, strict=True) if rows else ((),) * 4
+    kinds = ((np.uint8, (3, *size)), (np.int64, ()), (np.uint8, size), (np.float32, size))
+    arrays = (np.array(c, kind).reshape(-1, *shape) for c, (kind, shape) in zip(columns, kinds, strict=True))
+    return Scenes(*map(torch.from_numpy, arrays))
 
 
 def render(indices: Sequence[int], split: str, size: int | tuple[int, int] = 64) -> Scenes:
@@ -657,19 +638,15 @@ def render(indices: Sequence[int], split: str, size: int | tuple[int, int] = 64)
 # --- cache ---
 
 
-def _images(split: str, indices: Iterable[int], size: tuple[int, int], count: int) -> Iterator[tuple]:
+def _images(split: str, indices: range, size: tuple[int, int]) -> Iterator[tuple]:
     """_image of every index, in as many processes as there are cores: NumPy holds the interpreter for most of it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if min(cores, count // 32) < 2:  # few scenes are done before other processes have begun
-        yield from (_image(split, i, size) for i in indices)
+    image = partial(_image, split, size=size)
+    if min(cores, len(indices) // 32) < 2:  # few scenes are done before other processes have begun
+        yield from map(image, indices)
         return
     with ProcessPoolExecutor(cores, mp_context=get_context("fork")) as pool:
-        waiting: deque[Future] = deque()
-        for i in indices:  # drawn one by one, as the progress counts them
-            waiting.append(pool.submit(_image, split, i, size))
-            if len(waiting) > 16 * cores:
-                yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
+        yield from pool.map(image, indices, chunksize=8)
 
 
 def cached(
@@ -677,7 +654,7 @@ def cached(
 ) -> Scenes:
     """First n scenes of split, kept in one file of folder and re-used; a short file is extended, a broken one replaced.
 
-    progress wraps the iterable of indices like tqdm: progress(iterable, total=..., desc=...). Errors as for render.
+    progress wraps the scenes as they come like tqdm: progress(iterable, total=..., desc=...). Errors as for render.
     """
     size = _checked(split, size)
     path, have = Path(folder) / f"scenes-{split}-{size[0]}x{size[1]}-{VERSION}.safetensors", _stack([], size)
@@ -685,9 +662,8 @@ def cached(
         have = Scenes(**read_tensors(path)[0])
     start = len(have.labels)
     if start < n:
-        todo = range(start, n)
-        todo = progress(todo, total=n - start, desc=f"render {split}") if progress else todo
-        more = _stack(list(_images(split, todo, size, n - start)), size)
-        have = Scenes(*(torch.cat([getattr(s, f.name) for s in (have, more)]) for f in fields(Scenes)))
-        write_tensors(vars(have), {}, path)
-    return Scenes(*(getattr(have, f.name)[:n] for f in fields(Scenes)))
+        rows = _images(split, range(start, n), size)
+        more = _stack(list(progress(rows, total=n - start, desc=f"render {split}") if progress else rows), size)
+        have = Scenes(*map(torch.cat, zip(have, more, strict=True)))
+        write_tensors(have._asdict(), {}, path)
+    return Scenes(*(part[:n] for part in have))

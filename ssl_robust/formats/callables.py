@@ -45,8 +45,20 @@ class Own(nn.Module):
 
     @cached_property
     def computes(self) -> str:
-        """What it gives, as identity says."""
-        return identity(*self.answers)
+        """A name for its answers: that of earlier ones that are the same up to rounding, else a new one.
+
+        So what it computes is known again, whatever files it has that from, and on any number of threads.
+        """
+        name, given = self.answers
+        tokens = {str(i): t.detach().contiguous() for i, t in enumerate(given)}
+        folder, new = records.home() / "callables", records.state_hash(tokens)
+        for path in sorted(folder.glob(f"{glob.escape(name)}__*.safetensors")):
+            with suppress(BadInput):
+                before = records.read_tensors(path)[0]
+                if _alike([before[k] for k in sorted(before)], list(tokens.values()), REPEATED):
+                    return path.stem.rpartition("__")[2]
+        records.write_tensors(tokens, {}, folder / f"{name}__{new}.safetensors")
+        return new
 
 
 def find(row: EncoderRow) -> Own:
@@ -104,13 +116,15 @@ def measure(row: EncoderRow, own: Own, mean: Tensor, std: Tensor, native: int) -
     x = torch.rand(2, 3, native, native, generator=torch.Generator().manual_seed(0)).requires_grad_()
     try:
         given = own((x - mean) / std)
-        steady = _steady(own, (x - mean) / std, given)
+        with torch.no_grad():
+            again, alone = own((x - mean) / std), own((x[1:] - mean) / std)
     except BadInput as problem:
         raise BadInput(f"{who}{problem}") from None
     except Exception as error:
         said = f"fails on images {tuple(x.shape)} ({_line(error)})"
         raise BadInput(f"{who}{row.call} {said}; correct it.") from None
     down, across = given[1].shape[2:]
+    steady = _alike(again, given, REPEATED) and _alike(alone, [t[1:] for t in given], BATCHED)
     needed = {
         "gives tokens that are NaN or infinite; correct it or its weights": all(t.isfinite().all() for t in given),
         "gives cls or patches without a gradient of the image; use differentiable torch operations without no_grad "
@@ -129,35 +143,12 @@ def measure(row: EncoderRow, own: Own, mean: Tensor, std: Tensor, native: int) -
 
 
 @torch.no_grad()
-def _steady(own: Own, x: Tensor, given: tuple[Tensor, Tensor]) -> bool:
-    """Whether a callable answers the same when asked again, and about an image alone."""
-    again, alone = own(x), own(x[1:])
-    return _alike(again, given, REPEATED) and _alike(alone, [t[1:] for t in given], BATCHED)
-
-
-@torch.no_grad()
 def _elsewhere(own: Own, height: int, width: int) -> tuple[Tensor, ...]:
     """What a callable gives for an image of another size; nothing if it takes none."""
     try:
         return own(torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(1)))
     except Exception:  # refusing such images is its own affair
         return ()
-
-
-def identity(name: str, given: tuple[Tensor, ...]) -> str:
-    """A name for these tokens: that of earlier ones that are the same up to rounding, else a new one.
-
-    So what a callable computes is known again, whatever files it has that from, and on any number of threads.
-    """
-    tokens = {str(i): t.detach().contiguous() for i, t in enumerate(given)}
-    folder, new = records.home() / "callables", records.state_hash(tokens)
-    for path in sorted(folder.glob(f"{glob.escape(name)}__*.safetensors")):
-        with suppress(BadInput):
-            before = records.read_tensors(path)[0]
-            if _alike([before[k] for k in sorted(before)], list(tokens.values()), REPEATED):
-                return path.stem.rpartition("__")[2]
-    records.write_tensors(tokens, {}, folder / f"{name}__{new}.safetensors")
-    return new
 
 
 def _alike(some: Sequence[Tensor], others: Sequence[Tensor], share: float) -> bool:

@@ -234,19 +234,26 @@ def submit(jobs: list[Job], settings: Settings, cluster: Cluster) -> None:
         )
     ids, executor = _queued(), submitit.SlurmExecutor(_new_folder(settings.profile))
     for job in jobs:
-        name = _name(job, settings)
+        name = _name(job["name"], settings)
         if name in ids:
             _say(f"job {ids[name]}", job["name"], "waits or runs")
             continue
-        needs = [ids[_name({"name": need}, settings)] for need in job["needs"]]
+        needs = [ids[_name(need, settings)] for need in job["needs"]]
         executor.update_parameters(**_request(name, job, needs, cluster))
-        ids[name] = _submitted(executor, job, settings)
+        try:
+            with redirect_stderr(None):  # submitit prints what the sentence below says
+                ids[name] = executor.submit(on_cluster, job, settings).job_id
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise BadInput(
+                f"sbatch refused '{job['name']}' ({_last_line(str(error))}); correct the cluster file in "
+                "params/cluster/, or repeat when it answers."
+            ) from None
         _say(f"job {ids[name]}", job["name"], "submitted", executor.folder.relative_to(records.ROOT).as_posix())
 
 
-def _name(job: Job, settings: Settings) -> str:
+def _name(job: str, settings: Settings) -> str:
     """What Slurm calls a job."""
-    return f"{settings.profile}/{job['name']}".replace(" ", "-")
+    return f"{settings.profile}/{job}".replace(" ", "-")
 
 
 def _queued() -> dict[str, str]:
@@ -265,18 +272,6 @@ def _queued() -> dict[str, str]:
             "submitted, repeat when it answers."
         )
     return {name: number for number, place, name in rows if Path(place) == records.ROOT.resolve()}
-
-
-def _submitted(executor: submitit.SlurmExecutor, job: Job, settings: Settings) -> str:
-    """The number of a job that is submitted."""
-    try:
-        with redirect_stderr(None):  # submitit prints what the sentence below says
-            return executor.submit(on_cluster, job, settings).job_id
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise BadInput(
-            f"sbatch refused '{job['name']}' ({_last_line(str(error))}); correct the cluster file in params/cluster/, "
-            "or repeat when it answers."
-        ) from None
 
 
 def _request(name: str, job: Job, needs: list[str], cluster: Cluster) -> dict[str, Any]:
@@ -326,39 +321,33 @@ def _grid(settings: Settings, executor: str, cluster: Cluster) -> int:
     return 0
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    from . import run
+
+    any_terminal()
     parser = argparse.ArgumentParser(prog="python -m ssl_robust.ops.grid", description="Run a profile's grid as jobs.")
     parser.add_argument("--profile", default="demo", help="name of a file in params/ without .yaml")
     parser.add_argument("--data", default="", help="folder of the real data sets, in place of the profile's data_root")
     parser.add_argument("--executor", required=True, choices=EXECUTORS, help="processes here, or jobs of a cluster")
     parser.add_argument("--cluster", default="", help="name of a file in params/cluster/; default: the executor's name")
     parser.add_argument("--job", action="store_true", help="make one result; it and all settings are read from stdin")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    from . import run
-
-    any_terminal()
-    arguments = _arguments(argv)
+    asked = parser.parse_args(argv)
     run.prepare_children()
     logging.getLogger("submitit").setLevel(logging.ERROR)
-    try:
-        if arguments.job:
-            job, settings = json.load(sys.stdin)
-            return int(not work(job, check(**settings)))
-        cluster = read_cluster(arguments.cluster or arguments.executor)
-        settings = run.read_profile(arguments.profile, arguments.data)
+
+    def whole_grid() -> int:
+        cluster = read_cluster(asked.cluster or asked.executor)
+        settings = run.read_profile(asked.profile, asked.data)
         records.keep_inside()
         with run.alone("grid", settings.profile):
-            return _grid(settings, arguments.executor, cluster)
-    except BadInput as error:
-        print(error, file=sys.stderr, flush=True)
-        return run.BAD_INPUT
-    except KeyboardInterrupt:
-        print("Interrupted; repeat the command to go on from what is computed.", file=sys.stderr, flush=True)
-        return run.INTERRUPTED
+            return _grid(settings, asked.executor, cluster)
+
+    def one_job() -> int:
+        job, settings = json.load(sys.stdin)
+        return int(not work(job, check(**settings)))
+
+    return run.guarded(one_job if asked.job else whole_grid)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from .. import deacl, records
 from ..progress import any_terminal
 from ..settings import BadInput, Settings, check
 
-ENDED = "A process of DeACL of '{}' ended ({}); repeat, and it goes on from the last stored state."
-
 
 def processes(settings: Settings) -> int:
     """Processes that 02_deacl starts: deacl.processes, 'auto' being one for each GPU, on the CPU one.
@@ -48,24 +46,18 @@ def start(count: int, encoder: str, settings: Settings) -> None:
     command = [*launch, "-m", __name__, "--settings", str(given), "--encoder", encoder]
     # lines instead of bars, which only the notebook's own process can draw
     environment = os.environ | {"SSL_ROBUST_HEADLESS": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    said: list[str] = []
     with subprocess.Popen(command, stdout=PIPE, stderr=STDOUT, text=True, env=environment) as made:
         try:
-            said = _passed_on(made)
+            for line in made.stdout:
+                said.append(line.rstrip())
+                if line.startswith("DeACL"):  # tracebacks are not passed on
+                    print(said[-1], flush=True)
         except BaseException:
             made.terminate()  # and it ends its processes
             raise
     if made.returncode:
         raise _reason(said, encoder, made.returncode)
-
-
-def _passed_on(process: subprocess.Popen) -> list[str]:
-    """Prints what the processes say as it comes, but for tracebacks; all of it."""
-    said: list[str] = []
-    for line in process.stdout:
-        said.append(line.rstrip())
-        if line.startswith("DeACL"):
-            print(said[-1], flush=True)
-    return said
 
 
 def _reason(said: list[str], encoder: str, code: int) -> Exception:
@@ -76,7 +68,10 @@ def _reason(said: list[str], encoder: str, code: int) -> Exception:
         if "OutOfMemoryError" in line:
             return torch.OutOfMemoryError(line)
     errors = [line for line in said if "Error" in line] or [f"exit code {code}"]
-    return RuntimeError(ENDED.format(encoder, errors[0].strip().rstrip(".")))
+    why = errors[0].strip().rstrip(".")
+    return RuntimeError(
+        f"A process of DeACL of '{encoder}' ended ({why}); repeat, and it goes on from the last stored state."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from .. import attacks, deacl, evaluate, heads, records
 from ..encoders import Encoder
 from ..heads import TaskModel
-from ..settings import EncoderRow, Settings
+from ..settings import Settings
 from ..tasks import TASKS
 from . import plan
 
@@ -59,17 +59,11 @@ class _Peak(TorchDispatchMode):
 
 def _most(step: Callable[[], None], *modules: nn.Module) -> float:
     """Bytes of these modules and of a step that uses them; they are of the meta device and useless afterwards."""
-    with FakeTensorMode(), _Peak() as peak:
-        for part in (part for module in modules for part in module.modules()):
-            for kind in (part._parameters, part._buffers):
-                kind |= {name: _empty(weight) for name, weight in kind.items() if weight is not None}
+    with FakeTensorMode(allow_non_fake_inputs=True), _Peak() as peak:
+        for module in modules:
+            module.to_empty(device="cpu")
         step()
     return peak.most
-
-
-def _empty(weight: Tensor) -> Tensor:
-    made = torch.empty(weight.shape, dtype=weight.dtype)
-    return nn.Parameter(made, weight.requires_grad) if isinstance(weight, nn.Parameter) else made
 
 
 def _model(task: str, encoder: Encoder, classes: int, stride: float) -> TaskModel:
@@ -123,25 +117,19 @@ def needs(settings: Settings) -> list[Need]:
         for task in (task for task in TASKS if getattr(settings, task) and settings.attack):
             places = [plan.Place(task, name, row, settings) for name in settings.task(task).datasets]
             place = max(places, key=lambda p: p.classes * math.prod(p.size("test")))
-            found.append(_of_attack(place, row, bf16))
+            shape = place.encoder, place.size("test"), place.classes, place.stride
+            model, setting = _model(task, place.encoder, place.classes, place.stride), place.section.attack_batch
+            count = min(evaluate.batch_of(model, *shape[1:3], setting, "cuda"), place.counts[2])  # what a GPU takes
+            what = f"{TASKS[task].attack} on {place.name}, {row.name}"
+            found.append(Need(what, count, attack_peak(task, *shape, count, bf16)))
         if row.tuned and settings.deacl:
             count = min(settings.deacl.batch, plan.counts("deacl", settings.deacl.dataset, settings)[0])
             found.append(Need(f"DeACL of {row.name}", count, tuning_peak(plan.meta(row), count, bf16)))
     return sorted(found, key=lambda need: -need.bytes)
 
 
-def _of_attack(place: "plan.Place", row: EncoderRow, bf16: bool) -> Need:
-    """On as many images as a GPU takes at a time."""
-    task, encoder, size, classes = place.task, place.encoder, place.size("test"), place.classes
-    model, setting = _model(task, encoder, classes, place.stride), place.section.attack_batch
-    count = min(evaluate.batch_of(model, size, classes, setting, "cuda"), place.counts[2])
-    peak = attack_peak(task, encoder, size, classes, place.stride, count, bf16)
-    return Need(f"{TASKS[task].attack} on {place.name}, {row.name}", count, peak)
-
-
 def text(settings: Settings) -> str:
     """The largest needs in words; nothing of callables."""
     each = [f"- {need.what}: {records.size(need.bytes)}, {need.images} images at a time" for need in needs(settings)]
-    return (
-        "\n".join(["Memory of a GPU (some 2 GB more; where it lacks, fewer images at a time):", *each]) if each else ""
-    )
+    head = "Memory of a GPU (some 2 GB more; where it lacks, fewer images at a time):"
+    return "\n".join([head, *each]) if each else ""

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +45,6 @@ ASSUMED = {"H200": (253.0, 33.5), "H100": (198.0, 33.5), "RTX 4090": (49.5, 41.3
 SLOW = 4e11  # FLOPs of a dense image's step from which a CPU is timed on images of the native size instead
 PATIENCE = 3.0  # seconds for the hub to answer
 OWN = 20  # classes of a folder whose own are not known yet
-PHOTOGRAPH = (375, 500)  # height and width of one whose data set is not known
 Price = dict[tuple[str, str], float]  # FLOPs by the rate that they have: (task or 'deacl', 'attack' or 'head'); IMAGES
 Rate = Callable[[str, str], float]  # of these two -> FLOPs a second; of IMAGES -> cores
 
@@ -131,13 +130,14 @@ def _has(name: str, task: str, split: str, settings: Settings) -> float:
     """Images of a split: those that are listed, else those of the official data set that are asked for."""
     with suppress(BadInput):
         return len(datasets.list_items(name, task, split, 1, settings.data_root))
-    official = datasets.DATASETS[name].counts.get(split, ()) if name in datasets.DATASETS else ()
+    official = data.known(name).counts.get(split, ())
     enough = [n for n in official if n >= datasets.asked(task, name, settings)]
     return min(enough, default=max(official, default=10**9))
 
 
-def _shape(name: str) -> tuple[int, int]:
-    return datasets.DATASETS[name].shape if name in datasets.DATASETS else PHOTOGRAPH
+def _reading(name: str, size: tuple[int, int]) -> float:
+    """Seconds of a core for an image that becomes one of `size` (H, W)."""
+    return READ * math.prod(data.known(name).shape) + RESIZE * math.prod(size)
 
 
 class Place:
@@ -150,11 +150,11 @@ class Place:
         try:
             self.classes = len(datasets.class_names(name, task, settings.data_root))
         except BadInput:  # it is not here
-            self.classes = (name in datasets.DATASETS and datasets.DATASETS[name].many) or OWN
+            self.classes = data.known(name).many or OWN
 
     def size(self, split: str) -> tuple[int, int]:
         """(H, W) of an image of 'train' or 'test' as the encoder gets it; see datasets.transform."""
-        native, size, (height, width) = self.encoder.native, self.section.size, _shape(self.name)
+        native, size, (height, width) = self.encoder.native, self.section.size, data.known(self.name).shape
         if self.task == "classification":
             return (size, size) if isinstance(size, int) else (native, native)
         if self.task == "segmentation" and split == "train":
@@ -175,8 +175,7 @@ class Place:
 
     def read(self, images: float, split: str) -> Price:
         """What reading so many images costs."""
-        each = READ * math.prod(_shape(self.name)) + RESIZE * math.prod(self.size(split))
-        return {IMAGES: images * each}
+        return {IMAGES: images * _reading(self.name, self.size(split))}
 
     def training(self) -> Price:
         """Encoding the images of a head, once a copy if tokens fit in memory, else in every epoch; and its training."""
@@ -241,8 +240,9 @@ def price(job: Job, settings: Settings) -> Price:
         images = counts("deacl", cfg.dataset, settings)
         tuned = images[0] * (cfg.steps * attack.whole + attack.forward + train.whole)
         watched = images[1] * (cfg.steps * attack.whole + 2 * attack.forward)
-        each = READ * math.prod(_shape(cfg.dataset)) + RESIZE * meta(_row(job, settings)).native ** 2
-        return {("deacl", "attack"): cfg.epochs * (tuned + watched), IMAGES: cfg.epochs * sum(images) * each}
+        native = meta(_row(job, settings)).native
+        read = cfg.epochs * sum(images) * _reading(cfg.dataset, (native, native))
+        return {("deacl", "attack"): cfg.epochs * (tuned + watched), IMAGES: read}
     place = place_of(job, settings)
     if step == "head":
         return place.training()
@@ -281,7 +281,7 @@ def notebooks(stages: list[str], settings: Settings) -> float:
     scenes = [n for name, n in used if name == "scenes"]  # which tasks share
     rendered = sum(map(max, zip(*scenes, strict=True))) / SCENES_PER_SECOND if scenes else 0.0
     looked_at = [(name, sum(len(datasets.spread(range(int(k)))) for k in n)) for name, n in used]
-    return fixed + rendered + sum(READ * n * math.prod(_shape(name)) for name, n in looked_at)
+    return fixed + rendered + sum(n * _reading(name, (0, 0)) for name, n in looked_at)
 
 
 def assumed(gpu: str) -> Rate:
@@ -376,9 +376,8 @@ def _number(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in a unit that suits them."""
-    for limit, unit, words in ((100, 1, "s"), (6000, 60, "min")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {words}"
+    if seconds < 6000:
+        return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
@@ -464,13 +463,15 @@ def problems(settings: Settings) -> tuple[list[str], list[str]]:
     stop, warn = stop + [w for w in wrong if w not in absent], warn + remarks + data.shortages(settings)
     warn += [cramped] if (cramped := datasets.cramped()) else []
     tasks = [task for task in TASKS if getattr(settings, task)]
-    for look in (*(lambda task=task: attacks.kinds(task, settings) for task in tasks),
-                 lambda: records.pick_device(settings.device)):  # fmt: skip
+    for look in (
+        *(partial(attacks.kinds, task, settings) for task in tasks),
+        partial(records.pick_device, settings.device),
+    ):
         try:
             look()
         except BadInput as problem:
-            stop = [*stop, str(problem)] if str(problem) not in stop else stop
-    return stop + _disk_problems(settings), warn
+            stop.append(str(problem))
+    return [*dict.fromkeys(stop), *_disk_problems(settings)], warn
 
 
 def looked_for(settings: Settings) -> list[Wanted] | None:

@@ -25,29 +25,21 @@ def effects(settings: Settings) -> pd.DataFrame:
         paper: dict[str, dict[str, Any]] = {}
         concerned = [name for name, d in released.DIFFERENCES.items() if task in d["tasks"]]
         for protocol in ("paper", *concerned, "released"):
-            found = _in_protocol(task, protocol, settings, paper)
-            paper = paper or found
-            rows.append(_effect(protocol, found))
+            found = paper | _records(task, protocol, settings)
+            paper, clean = paper or found, found["clean"]
+            row = {key: clean[key] for key in ("task", "dataset", "encoder")} | {"protocol": protocol}
+            row |= {key: clean[key] for key in ("metric", "n")}
+            for kind, name in KINDS.items():
+                row |= {name: found[kind]["value"], f"{name}_se": found[kind]["se"]}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _in_protocol(
-    task: str, protocol: str, settings: Settings, paper: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Records by attack; those that a single difference cannot touch are taken from `paper`."""
+def _records(task: str, protocol: str, settings: Settings) -> dict[str, dict[str, Any]]:
+    """Records by attack: all three, or of a single difference those of the attacks that it can touch."""
     whole = protocol in ("paper", "released")
     settings = settings.model_copy(update={"protocol": protocol if whole else [protocol]})
     defense = f"standard-{protocol}" if protocol in {"released", *released.OTHER_HEADS} else "standard"
     row = evaluate.prepare(task, settings.task(task).datasets[0], settings.encoders[0], settings, defense)
     cell = evaluate.Cell(*row, "clean", settings, f"standard-{protocol}")
-    return paper | {kind: cell.of(kind).run("protocols") for kind in released.TOUCHES.get(protocol, KINDS)}
-
-
-def _effect(protocol: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One row of effects from the records of its three attacks."""
-    clean = found["clean"]
-    shown = {key: clean[key] for key in ("task", "dataset", "encoder")} | {"protocol": protocol}
-    shown |= {key: clean[key] for key in ("metric", "n")}
-    for kind, name in KINDS.items():
-        shown |= {name: found[kind]["value"], f"{name}_se": found[kind]["se"]}
-    return shown
+    return {kind: cell.of(kind).run("protocols") for kind in released.TOUCHES.get(protocol, KINDS)}

@@ -30,110 +30,89 @@ RECIPE = {"classification": {"batch": 128}, "segmentation": {"lr": 1e-3, "weight
 STRIDES = {518: 341 / 518}  # of the window of `native` px; 100 px of 224 for DINO, taken for every other size as well
 STRIDE = 100 / 224
 
-# One departure each: the tasks it concerns, what the paper does, what the released code does
+# Each departure: the tasks it concerns, what the paper does, what the released code does
+_DEPARTURES = {
+    "embed_mse": (
+        TASKS,
+        "EmbedAttack makes the L2 distance between attacked and clean embedding large.",
+        "It makes their mean squared error large. The sign of the gradient is the same, so images differ by rounding.",
+    ),
+    "pgd_scaled_logits": (
+        ("classification",),
+        "PGD makes the cross-entropy of the logits large.",
+        "Logits are first divided by their largest value where that is above 1, held constant. Without that the "
+        "cross-entropy of certain heads (learning rate 0.5) has no gradient in floating point; here PGD climbs its "
+        "margin.",
+    ),
+    "segpgd_two_means": (
+        ("segmentation",),
+        "SegPGD sums the loss over right and over wrong pixels and divides both sums by HW.",
+        "Each of the two sets is averaged on its own, so a few pixels can weigh as much as all the others.",
+    ),
+    "window_probabilities": (
+        ("segmentation",),
+        "Where windows overlap, logits are averaged, and the cross-entropy is of logits.",
+        "Softmax probabilities are averaged, and SegPGD's cross-entropy takes them for logits: softmax twice.",
+    ),
+    "class0_ignored": (
+        ("segmentation",),
+        "Every class counts in mIoU, the background of VOC 2012 among them.",
+        "Class 0 stands for unlabelled pixels everywhere, so a background class counts neither in mIoU nor in SegPGD.",
+    ),
+    "depth_attack_loss": (
+        ("depth",),
+        "DepthPGD makes the training loss of the depth head large.",
+        "The loss is built anew for each image and is in its warm-up for 100 calls, in which L_pixel is only "
+        "sqrt(0.15) |mean log error|; L_grad takes vertical differences alone, of rows two apart, over every 1st, "
+        "2nd, 4th and 6th row, each scale divided by its own pixels.",
+    ),
+    "unnormalised_evaluation": (
+        ("segmentation", "depth"),
+        "Attacked images are judged by the model that was attacked.",
+        "Images of SegPGD and DepthPGD, made on a model with normalisation, are judged without it; clean ones and "
+        "those of EmbedAttack with it.",
+    ),
+    "depth_unmasked": (
+        ("depth",),
+        "RMSE is over the pixels whose true depth is known.",
+        "RMSE under attack is over all pixels, those without a true depth counting as 0 m; clean RMSE is not.",
+    ),
+    "depth_flipped": (
+        ("depth",),
+        "Test images are shown as they are.",
+        "Test images and their depth maps are flipped left to right at random.",
+    ),
+    "depth_mean_of_images": (
+        ("depth",),
+        "RMSE is the root of the mean over the pixels of all images.",
+        "RMSE is computed for each image, and the mean of these is reported.",
+    ),
+    "head_recipe": (
+        ("classification", "segmentation"),
+        "Classification heads train in batches of 16; segmentation heads with learning rate 1e-4 and weight decay "
+        "1e-3.",
+        "Batches of 128 for classification; learning rate 1e-3 and weight decay 1e-4 for segmentation.",
+    ),
+    "native_input": (
+        ("classification", "segmentation"),
+        "The text names no size; the profile does.",
+        "The short side of every image is resized to the encoder's native px, that of test images of segmentation by "
+        "nearest neighbour.",
+    ),
+    "depth_480x640": (
+        ("depth",),
+        "The text names no size; the profile does.",
+        "Images and depth maps are resized to 480x640 px, whatever the encoder (here smaller ones, such as the "
+        "rendered scenes, stay as they are).",
+    ),
+    "dense_stride": (
+        ("segmentation",),
+        "The window moves by the stride of the profile, 341 px of 518 for DINOv2.",
+        "It moves by 100 px of 224 for DINO and by 341 px of 518 for DINOv2.",
+    ),
+}
 DIFFERENCES: dict[str, dict[str, Any]] = {
-    "embed_mse": {
-        "tasks": TASKS,
-        "paper": "EmbedAttack makes the L2 distance between attacked and clean embedding large.",
-        "released": (
-            "It makes their mean squared error large. The sign of the gradient is the same, so images "
-            "differ by rounding."
-        ),
-    },
-    "pgd_scaled_logits": {
-        "tasks": ("classification",),
-        "paper": "PGD makes the cross-entropy of the logits large.",
-        "released": (
-            "Logits are first divided by their largest value where that is above 1, held constant. Without that the "
-            "cross-entropy of certain heads (learning rate 0.5) has no gradient in floating point; here PGD climbs its "
-            "margin."
-        ),
-    },
-    "segpgd_two_means": {
-        "tasks": ("segmentation",),
-        "paper": "SegPGD sums the loss over right and over wrong pixels and divides both sums by HW.",
-        "released": (
-            "Each of the two sets is averaged on its own, so a few pixels can weigh as much as all the others."
-        ),
-    },
-    "window_probabilities": {
-        "tasks": ("segmentation",),
-        "paper": "Where windows overlap, logits are averaged, and the cross-entropy is of logits.",
-        "released": (
-            "Softmax probabilities are averaged, and SegPGD's cross-entropy takes them for logits: softmax twice."
-        ),
-    },
-    "class0_ignored": {
-        "tasks": ("segmentation",),
-        "paper": "Every class counts in mIoU, the background of VOC 2012 among them.",
-        "released": (
-            "Class 0 stands for unlabelled pixels everywhere, so a background class counts neither in "
-            "mIoU nor in SegPGD."
-        ),
-    },
-    "depth_attack_loss": {
-        "tasks": ("depth",),
-        "paper": "DepthPGD makes the training loss of the depth head large.",
-        "released": (
-            "The loss is built anew for each image and is in its warm-up for 100 calls, in which L_pixel is only "
-            "sqrt(0.15) |mean log error|; L_grad takes vertical differences alone, of rows two apart, over every "
-            "1st, 2nd, 4th and 6th row, each scale divided by its own pixels."
-        ),
-    },
-    "unnormalised_evaluation": {
-        "tasks": ("segmentation", "depth"),
-        "paper": "Attacked images are judged by the model that was attacked.",
-        "released": (
-            "Images of SegPGD and DepthPGD, made on a model with normalisation, are judged without it; clean ones and "
-            "those of EmbedAttack with it."
-        ),
-    },
-    "depth_unmasked": {
-        "tasks": ("depth",),
-        "paper": "RMSE is over the pixels whose true depth is known.",
-        "released": (
-            "RMSE under attack is over all pixels, those without a true depth counting as 0 m; clean RMSE is not."
-        ),
-    },
-    "depth_flipped": {
-        "tasks": ("depth",),
-        "paper": "Test images are shown as they are.",
-        "released": "Test images and their depth maps are flipped left to right at random.",
-    },
-    "depth_mean_of_images": {
-        "tasks": ("depth",),
-        "paper": "RMSE is the root of the mean over the pixels of all images.",
-        "released": "RMSE is computed for each image, and the mean of these is reported.",
-    },
-    "head_recipe": {
-        "tasks": ("classification", "segmentation"),
-        "paper": (
-            "Classification heads train in batches of 16; segmentation heads with learning rate 1e-4 and "
-            "weight decay 1e-3."
-        ),
-        "released": ("Batches of 128 for classification; learning rate 1e-3 and weight decay 1e-4 for segmentation."),
-    },
-    "native_input": {
-        "tasks": ("classification", "segmentation"),
-        "paper": "The text names no size; the profile does.",
-        "released": (
-            "The short side of every image is resized to the encoder's native px, that of test images of "
-            "segmentation by nearest neighbour."
-        ),
-    },
-    "depth_480x640": {
-        "tasks": ("depth",),
-        "paper": "The text names no size; the profile does.",
-        "released": (
-            "Images and depth maps are resized to 480x640 px, whatever the encoder (here smaller ones, such as the "
-            "rendered scenes, stay as they are)."
-        ),
-    },
-    "dense_stride": {
-        "tasks": ("segmentation",),
-        "paper": "The window moves by the stride of the profile, 341 px of 518 for DINOv2.",
-        "released": "It moves by 100 px of 224 for DINO and by 341 px of 518 for DINOv2.",
-    },
+    name: dict(zip(("tasks", "paper", "released"), about, strict=True)) for name, about in _DEPARTURES.items()
 }
 # Attacks that a difference bears on, where it is not all of them and the clean value too
 TOUCHES = {
@@ -167,13 +146,12 @@ def attack_loss(kind: str, task: str, names: Names) -> list[Callable[..., Tensor
 
     As a list, so that callers pass it on as the last argument that a loss of attacks.py may be given.
     """
-    role = "embed" if kind == "embed" else task
     name, loss = {
         "embed": ("embed_mse", mean_square),
         "classification": ("pgd_scaled_logits", scaled_cross_entropy),
         "segmentation": ("segpgd_two_means", two_means),
         "depth": ("depth_attack_loss", depth_loss),
-    }[role]
+    }["embed" if kind == "embed" else task]
     return [loss] if name in names else []
 
 

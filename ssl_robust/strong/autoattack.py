@@ -19,16 +19,6 @@ TARGETS = 9  # classes at most that AutoAttack aims at
 logging.getLogger("auto-attack").setLevel(logging.ERROR)  # it warns of what `health` counts
 
 
-def run(
-    model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int, precision: str = "fp32",
-    trace: attacks.Trace | None = None,
-) -> Tensor:  # fmt: skip
-    """`autoattack` as attacks.Kind.run; its noise is drawn from the seed and the batch's first identifier."""
-    if attack.eps == 0:
-        return x
-    return autoattack(model, x, target, attack.eps, STEPS * attack.steps, image_seed(seed, ids[0]), trace)
-
-
 def parts(classes: int) -> list[str]:
     """The attacks that AutoAttack consists of: standard's from 4 classes on, none of a single class.
 
@@ -41,22 +31,25 @@ def parts(classes: int) -> list[str]:
     return ["apgd-ce", *dlr, "fab-t", "square"]
 
 
-def autoattack(
-    model: TaskModel, x: Tensor, label: Tensor, eps: float, steps: int, seed: int, trace: attacks.Trace | None = None
-) -> Tensor:
+def run(
+    model: TaskModel, x: Tensor, target: Tensor, ids: list[str], attack: Attack, seed: int, precision: str = "fp32",
+    trace: attacks.Trace | None = None,
+) -> Tensor:  # fmt: skip
     """AutoAttack by the package pyautoattack: images (B, 3, H, W) that are misclassified if one of its parts succeeds.
 
-    Each part attacks the images that are still right. APGD and FAB take `steps` steps for each target class, Square
-    QUERIES * steps queries: with 100 steps this is the standard version. Images that stay right, or are wrong already,
-    come back as they are. The same seed gives the same images; the global random state is left alone. A `trace` gets
-    one entry: how many gradients the package asked for, and how many were 0 everywhere, or not finite.
+    Each part attacks the images that are still right. APGD and FAB take STEPS * attack.steps steps for each target
+    class, Square QUERIES times as many queries: 100 steps are the standard version. Images that stay right, or are
+    wrong already, come back as they are. Noise is drawn from the seed and the batch's first identifier; the global
+    random state is left alone. A `trace` gets one entry: how many gradients the package asked for, and how many were 0
+    everywhere, or not finite.
     """
     from pyautoattack import AutoAttack
 
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
-    if not parts(classes):
+    if attack.eps == 0 or not parts(classes):
         return x
+    eps, steps, seed = attack.eps, STEPS * attack.steps, image_seed(seed, ids[0])
     counts = Counter(gradients=0, zero=0, nan=0)
 
     def watched(images: Tensor) -> Tensor:
@@ -72,7 +65,7 @@ def autoattack(
     auto.fab.n_target_classes = auto.apgd_targeted.n_target_classes = min(TARGETS, classes - 1)
     tracing = sys.gettrace()
     with torch.random.fork_rng(devices=[x.get_device()] if x.is_cuda else []):
-        adv, _ = auto.run_standard_evaluation(x, label.long(), batch_size=len(x))
+        adv, _ = auto.run_standard_evaluation(x, target.long(), batch_size=len(x))
     sys.settrace(tracing)  # which the package ends
     if trace is not None:
         trace.append({"step": None, "counted": {name: int(count) for name, count in counts.items()}})

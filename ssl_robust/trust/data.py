@@ -14,7 +14,6 @@ from torch import Tensor
 from ..datasets import (
     DATASETS,
     SPLITS,
-    Subset,
     Unreadable,
     asked,
     class_names,
@@ -26,7 +25,7 @@ from ..datasets import (
     spread,
     wanted,
 )
-from ..items import IGNORE, Archive
+from ..items import IGNORE, Archive, Dataset
 from ..metrics import MAX_DEPTH
 from ..progress import track
 from ..settings import BadInput, Settings, listed
@@ -35,18 +34,24 @@ NEAR = 0.15  # metres; depths of half the pixels are larger in any scene, and sm
 LOOK, FEW = 40, 8  # images of a split that are read before anything long: at most, and where nothing is doubtful
 
 
+NO_ENTRY = Dataset((), "", lambda *_: [], {})  # of folders of the user's own: no official numbers, nothing to fetch
+
+
+def known(name: str) -> Dataset:
+    """What is known of a data set before it is there."""
+    return DATASETS.get(name, NO_ENTRY)
+
+
 def archives(name: str, settings: Settings) -> tuple[Archive, ...]:
-    """What is fetched of one data set for all that `settings` uses it for; nothing of a folder of the user's own."""
-    most = max(asked(task, used, settings) for task, used in wanted(settings) if used == name)
-    return DATASETS[name].fetched(most) if name in DATASETS else ()
+    """What is fetched of one data set for all that `settings` uses it for."""
+    return known(name).fetched(max(asked(task, used, settings) for task, used in wanted(settings) if used == name))
 
 
 def bytes_of(name: str, settings: Settings) -> float:
     """Bytes of one data set, unpacked or as its archives are; nothing of a folder of the user's own."""
     files = archives(name, settings)
     as_it_is = bool(files) and all(a.as_it_is for a in files)
-    unpacked = DATASETS[name].gigabytes * 1e9 if name in DATASETS and not as_it_is else 0.0
-    return unpacked + sum(a.size for a in files)
+    return (0.0 if as_it_is else known(name).gigabytes * 1e9) + sum(a.size for a in files)
 
 
 def shortage(task: str, name: str, settings: Settings) -> tuple[int, int] | None:
@@ -68,7 +73,7 @@ def shortages(settings: Settings) -> list[str]:
     for task, name in wanted(settings):
         if short := shortage(task, name, settings):
             what = "DeACL" if task == "deacl" else f"The {task} head"
-            larger = sum(a.size for a in DATASETS[name].larger) if name in DATASETS else 0
+            larger = sum(a.size for a in known(name).larger)
             remedy = f"make data fetches them ({larger / 1e9:.1f} GB)" if larger else "add images"
             images = f"{short[0]:,} of {short[1]:,} images, as no more are there"
             found.append(f"{what} on {name} is trained on {images}; {remedy}, or lower {task}.n_train.")
@@ -91,8 +96,8 @@ def overview(settings: Settings) -> pd.DataFrame:
     Every image and target is read once (of large subsets, evenly spread ones), and official files are compared with
     their checksums, so a missing data set, a damaged file, a mask of another size than its image, or targets that
     cannot be meant are found (BadInput names them) before any long work; remarks on them are printed, see _judged.
-    With missing: skip, a data set that is not there is a row of 0 images with the
-    reason in place of the hash. With damaged: skip, a column 'damaged' counts the images left out.
+    With missing: skip, a data set that is not there is a row of 0 images with the reason in place of the hash. With
+    damaged: skip, a column 'damaged' counts the images left out.
     """
     rows = []
     for task, name in wanted(settings):
@@ -180,34 +185,26 @@ def _judge_depths(name: str, classes: Sequence[str], held: dict[str, Tensor]) ->
 
 
 def remarks(task: str, name: str, settings: Settings) -> list[str]:
-    """What `_judged` says of a few evenly spread images of each split, read before any long work; more if in doubt."""
+    """What `_judged` says of FEW evenly spread images of each split, of up to LOOK where in doubt."""
     if entry(name, task).own_val:
         return []
     splits = {"deacl": ("train",), "classification": ("train", "test")}.get(task, SPLITS)
-    held = {}
-    for split in splits:
+    held: dict[str, list[Tensor]] = {split: [] for split in splits}
+    for split, rows in held.items():
         subset = load(task, name, split, settings.model_copy(update={"damaged": "stop"}), native=8)
-        held[split] = _sample(subset, settings.damaged == "skip")
+        for count, i in enumerate(spread(range(len(subset)), LOOK)):
+            if count >= FEW and _enough(rows, task, 2 if name in DATASETS else len(subset.classes)):
+                break
+            try:
+                rows.append(_held(subset.read(i)[1], task))
+            except Unreadable:
+                if settings.damaged != "skip":
+                    raise
     return _judged(task, name, subset.classes, held)
 
 
-def _sample(subset: Subset, skip: bool) -> list[Tensor]:
-    """What is held by FEW targets, or by up to LOOK, until they show that their numbers are classes or metres."""
-    rows: list[Tensor] = []
-    wanted = 2 if subset.name in DATASETS else len(subset.classes)
-    for count, i in enumerate(spread(range(len(subset)), LOOK)):
-        if count >= FEW and _enough(rows, subset.task, wanted):
-            break
-        try:
-            rows.append(_held(subset.read(i)[1], subset.task))
-        except Unreadable:
-            if not skip:
-                raise
-    return rows
-
-
 def _enough(rows: list[Tensor], task: str, classes: int) -> bool:
-    """Whether as many classes occur, or a depth is valid."""
+    """Whether they show that their numbers are classes or metres: as many classes occur, or a depth is valid."""
     seen = sum(rows, torch.zeros(1))
     if task == "segmentation":
         return int((seen[:IGNORE] > 0).sum()) >= classes
@@ -227,7 +224,7 @@ def look(settings: Settings) -> tuple[list[str], list[str]]:
 
 def verify(name: str, root: str) -> None:
     """Compares the files of a data set that have an official MD5 with it; raises BadInput naming one that differs."""
-    for place, expected in DATASETS[name].md5.items() if name in DATASETS else ():
+    for place, expected in known(name).md5.items():
         file = Path(root) / place
         if file.is_file() and _md5(file, json.dumps(file_state(file))) != expected:
             raise BadInput(f"{file} differs from the official file (its MD5 is not {expected}); fetch it again.")
