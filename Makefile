@@ -98,6 +98,7 @@ fig1 fig2: ## Figure 1, the attacks; Figure 2, along DeACL
 table1 table2 table3 fig1 fig2: $(STAMP)
 	$(call made,$(call stages,$(STAGE)))
 	@echo "made: $$(ls figures/$(PROFILE)/$@.* | tr '\n' ' ')"
+	@$(if $(filter fig2,$@),test -f figures/$(PROFILE)/fig2.png || echo 'no Figure 2: no DeACL fine-tuning was followed here')
 
 notebook: $(if $(NAME),$(STAMP) check) ## one notebook with PROFILE: NAME=appendix_protocols
 	@$(if $(NAME),$(RUN) "$$NAME",echo 'NAME is empty; write for example: make notebook NAME=appendix_protocols' >&2; exit 2)

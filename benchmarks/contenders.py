@@ -255,7 +255,7 @@ def contenders(precision: str, device: str = "cpu") -> dict[str, Contender]:
     return {
         "ours": partial(ours, precision=precision),
         **({"ours, fused attention": fused} if (precision, device) == ("bf16", "cpu") else {}),
-        "ours fp32": ours,
+        **({"ours fp32": ours} if precision != "fp32" else {}),
         "torchattacks": torchattacks_pgd,
         "foolbox": foolbox_pgd,
         "plain loop": plain,

@@ -226,7 +226,7 @@ def _contender(c: Check, row: dict[str, Any]) -> Iterator[Point]:
     said = f"{row['ratio']:.2f} ± {row['ratio_sd']:.2f}, {row['speed']:.0f} image steps/s"
     quick = None if c.small else row["ratio"] >= 1
     yield Point(f"{name}: speed", f"at least that of {row['against']}", said, quick)
-    if row["contender"] == "ours fp32" and row["attack"] == "PGD":
+    if row["precision"] == "fp32" and row["attack"] == "PGD":
         expected = f"at least {SAME_IMAGES:g} of the values within 1e-6 of torchattacks'"
         yield Point(f"{name}: images", expected, f"{row['near']:.4f}", row["near"] >= SAME_IMAGES)
 

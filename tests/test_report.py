@@ -521,7 +521,7 @@ def test_figure2_leaves_out_what_was_not_followed():
     ends_only = rows((0.9, 0.1, 0.0), (0.8, 0.5, 0.1), dataset="other")
     tidy = report.figure2_table(followed + plain + ends_only)
     assert set(tidy["dataset"]) == {"scenes"} and len(tidy) == len(followed)
-    assert set(report.figure2_table(ends_only)["dataset"]) == {"other"}
+    assert set(report.figure2_table(ends_only)["dataset"]) == {"other"} and set(tidy["encoder"]) == {"embedded_vit"}
     two = report.figure2_table(followed + rows((0.9, 0.1, 0.0), (0.8, 0.5, 0.1), 0.4, encoder="b"))
     assert set(two["dataset"]) == {"scenes (embedded_vit)", "scenes (b)"}
 
@@ -535,6 +535,10 @@ def test_given_checkpoints_are_in_the_table_but_not_in_figure_2(project):
     assert "comes from a given checkpoint" in said(given)["e"]
     for path in (project / "results/test").glob("*/*__deacl*.json"):
         path.unlink()
+    old = [project / f"figures/test/fig2.{suffix}" for suffix in ("png", "pdf")]
+    for path in old:
+        records.write_bytes(b"an old picture", path)
+    assert report.draw_figure2("test") is None and not any(path.exists() for path in old)
     assert report.write_figure2("test").empty
     assert (project / "figures/test/fig2.csv").read_text() == "task,dataset,epoch,attack,metric,value,n\n"
 

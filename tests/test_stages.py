@@ -210,6 +210,15 @@ def test_a_deleted_table_has_its_notebook_run_again(name, made, monkeypatch):
     assert _undone(_settings()) == (["03", "06"] if name == "table1.csv" else ["06"])
 
 
+@pytest.mark.parametrize(("rows", "undone"), [("", []), ("depth,toys,0,clean,RMSE,1.0,4\n", ["06"])])
+def test_figure_2_needs_a_picture_only_where_its_table_has_rows(rows, undone, made, monkeypatch):
+    monkeypatch.setattr(stages, "FILES", {"06_figures": ("fig2.csv", "fig2.png")})
+    records.write_bytes(
+        f"task,dataset,epoch,attack,metric,value,n\n{rows}".encode(), records.figures_dir("toy") / "fig2.csv"
+    )
+    assert _undone(_settings()) == undone
+
+
 def test_a_sanity_check_of_another_cell_flags_no_value(made):
     (path,) = (records.results_dir("toy") / "sanity" / "depth").glob("toys__planted__standard.json")
     row = records.read_record(path)

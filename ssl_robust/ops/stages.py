@@ -22,7 +22,7 @@ from .wanted import Wanted
 
 STEP = {"deacl": "02_deacl", "checks": "07_sanity"}  # of what is no head, cell or example
 FILES = {**{TASKS[task].notebook: (f"table{n}.csv",) for n, task in enumerate(TASKS, 1)},
-         "06_figures": ("index.html", "fig1.png", "fig2.png"), "07_sanity": ("sanity.png",)}  # fmt: skip
+         "06_figures": ("index.html", "fig1.png", "fig2.csv", "fig2.png"), "07_sanity": ("sanity.png",)}  # fmt: skip
 NAMES = {"deacl": "DeACL runs", "head": "heads", "cell": "table cells", "checks": "rows of checks",
          "examples": "panels of Figure 1"}  # fmt: skip
 FEW = 3  # reasons that are named
@@ -54,8 +54,7 @@ def _why_not(stage: str, settings: Settings, found: list[Wanted]) -> str:
         return f"{absent} of {len(mine)} results are not there"
     if stage == "00_data" and records.need(settings.profile, stage).get("hashes") != data.hashes(settings):
         return "the data are others"
-    gone = [name for name in FILES.get(stage, ()) if not (records.figures_dir(settings.profile) / name).is_file()]
-    if gone:
+    if gone := _gone(stage, records.figures_dir(settings.profile)):
         return f"{gone[0]} is gone"
     shown = dict(pair for w in mine for pair in w.shown)
     if any(_key(path) != key for path, key in shown.items()):
@@ -65,6 +64,13 @@ def _why_not(stage: str, settings: Settings, found: list[Wanted]) -> str:
     if stage == "06_figures" and run.shown_by(stage, settings.profile) != run.shown(settings.profile):
         return "the tables are others"
     return ""
+
+
+def _gone(stage: str, home: Path) -> list[str]:
+    """Files of a stage that are not there; of Figure 2 there is no picture where its table has no row."""
+    table = home / "fig2.csv"
+    empty = table.is_file() and len(table.read_text().splitlines()) < 2
+    return [n for n in FILES.get(stage, ()) if not (home / n).is_file() and (n, empty) != ("fig2.png", True)]
 
 
 def _key(path: Path) -> str:

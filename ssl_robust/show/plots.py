@@ -7,22 +7,26 @@ import io
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.transforms import ScaledTranslation
 
+from .. import metrics
 from ..items import IGNORE as IGNORED
 from ..records import figures_dir, read_tensors, write_bytes
-from ..settings import BadInput
+from ..settings import BadInput, written
 from ..tasks import TASKS
 
 plt.switch_backend(plt.get_backend())  # now: in rc_context, notebooks would forget to show figures by themselves
@@ -31,9 +35,9 @@ Array = Any  # torch tensor or numpy array
 COLOURS = {"clean": "#004488", "embed": "#DDAA33", "task": "#BB5566"}
 MARKERS = {"clean": "o", "embed": "s", "task": "^"}
 # Paul Tol's muted scheme for the first classes; further ones walk round the hue circle by the golden angle
-CLASSES = ["#CC6677", "#DDCC77", "#332288", "#44AA99", "#882255", "#88CCEE", "#117733", "#AA4499", "#EE7733", "#DDDDDD"]
+CLASSES = ["#CC6677", "#DDCC77", "#332288", "#44AA99", "#882255", "#88CCEE", "#117733", "#AA4499", "#EE7733", "#999933"]
 DEPTHS = "viridis_r"  # near is bright
-SIDE = 1.1  # inches of a tile
+SIDE, LETTERS = 1.1, 16  # inches of a tile, and letters on a line below it
 STYLE = {
     **sns.axes_style("ticks"),
     "font.size": 10,
@@ -53,7 +57,15 @@ ATTACK = {"clean": "clean", "embed": "EmbedAttack", "task": "task attack"}
 DASHES = ["-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1)), (0, (10, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3))]
 HOLLOW = {"markerfacecolor": "white", "markersize": 5.5, "markeredgewidth": 1.2}
 CHANCE = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2}
+# what the columns of learning curves are
+CURVES = {
+    "loss": "training loss", "preserve": "1st term of eq. 2,\n−cos to the teacher",
+    "robust": "2nd term of eq. 2,\n−cos under attack", "held_out_cosine": "held-out cosine\nunder attack",
+}  # fmt: skip
 BASELINE = "majority or mean baseline"  # what those dots are
+BARS = {"color": "0.2", "marker": "|", "markersize": 10, "linestyle": "", "label": "bars: ± standard error"}
+APART = 0.08  # of a panel's width, between panels, whose names would touch the panel before
+LEAST = 3.2  # inches of a figure with a legend
 
 Example = dict[str, Any]  # as load_example returns it
 
@@ -151,9 +163,13 @@ def _span_of(depth: Array) -> tuple[float, float]:
 
 
 def _depth_scale(drawn: AxesImage, axes: Sequence[Axes], fig: Figure) -> None:
-    """Colour bar in metres, in room added beside these axes."""
+    """Colour bar in metres, in room added beside these axes; an arrow at an end beyond which a depth in them lies."""
     fig.set_figwidth(fig.get_figwidth() + 0.6)
-    fig.colorbar(drawn, ax=list(axes), label="depth [m]", fraction=0.1, aspect=25, pad=0.02).outline.set_visible(False)
+    maps = [image.get_array() for ax in axes for image in ax.images if image.get_cmap().name == DEPTHS]
+    beyond = any(np.any(m < drawn.norm.vmin) for m in maps), any(np.any(m > drawn.norm.vmax) for m in maps)
+    ends = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[beyond]
+    look = {"label": "depth [m]", "fraction": 0.1, "aspect": 25, "pad": 0.02, "extend": ends}
+    fig.colorbar(drawn, ax=list(axes), **look).outline.set_visible(False)
 
 
 @plt.rc_context(STYLE)
@@ -186,13 +202,23 @@ def depth_grid(depths: Array, columns: int = 8) -> Figure:
 
 
 @plt.rc_context(STYLE)
-def learning_curves(history: pd.DataFrame, labels: dict[str, str] | None = None) -> Figure:
-    """A panel for each column of `history` (epoch, loss, val, ...) against epoch; `labels` renames columns."""
-    columns = [column for column in history.columns if column != "epoch"]
-    fig, axes = _axes(1, len(columns), 2.6 * len(columns), 2.1)
+def learning_curves(history: pd.DataFrame, task: str = "") -> Figure:
+    """A panel for each column of `history` (epoch, loss, held_out, ...) against epoch, named in words.
+
+    With a `task` the epoch that is best on the held-out images, whose head is kept, is marked.
+    """
+    columns, words, kept = [column for column in history.columns if column != "epoch"], CURVES, None
+    if task:
+        words = words | {"held_out": f"held-out {TASKS[task].heading}"}
+        kept = history.loc[(TASKS[task].sign * history["held_out"]).idxmax()]
+    fig, axes = _axes(1, len(columns), 2.6 * len(columns), 2.3)
     for ax, column in zip(axes[0], columns, strict=True):
-        sns.lineplot(history, x="epoch", y=column, ax=ax, color=COLOURS["clean"], marker="o", markersize=4)
-        ax.set(xlabel="epoch", ylabel=(labels or {}).get(column, column))
+        few = "o" if len(history) <= 12 else ""  # more would hide the line
+        ax.plot(history["epoch"], history[column], color=COLOURS["clean"], marker=few, markersize=4)
+        ax.set(xlabel="epoch", ylabel=words.get(column, column))
+        if kept is not None:
+            ax.plot(kept["epoch"], kept[column], color=COLOURS["task"], marker="D", markersize=6)
+            ax.set_title(f"kept: epoch {kept['epoch']:.0f}", color=COLOURS["task"])
         ax.xaxis.get_major_locator().set_params(integer=True)
         sns.despine(ax=ax)
     return fig
@@ -220,22 +246,41 @@ def _task(example: Example) -> str:
     return "classification" if target.ndim == 1 else "depth" if target.dtype.kind == "f" else "segmentation"
 
 
+def _verdict(example: Example, kind: str, index: int) -> tuple[str, str]:
+    """How good the prediction on the 'clean', 'embed' or 'task' image is, and the colour to say so in.
+
+    The class and whether it is right; else the table's metric, of this one image.
+    """
+    task, classes = _task(example), example["classes"]
+    said, target = (torch.as_tensor(example[name][index : index + 1]) for name in (f"pred_{kind}", "target"))
+    if task == "classification":
+        name, right = classes[int(said)] if int(said) >= 0 else "no number", bool(said == target)
+        return fill(f"{name} {'✓' if right else '✗'}", LETTERS), RIGHT if right else WRONG
+    if task == "segmentation":  # logits that say the same, NaN for what is no number
+        one_hot = (said[:, None] == torch.arange(len(classes))[:, None, None]).float()
+        said = one_hot.masked_fill(said[:, None] == IGNORED, torch.nan)
+    value = metrics.value(task, metrics.statistics(task, said, target, len(classes)))
+    return f"{TASKS[task].metric} {value:.2f}" + " m" * (task == "depth"), "black"
+
+
 def _show(example: Example, kind: str, index: int, ax: Axes) -> AxesImage | None:
-    """The truth ('target'), or the prediction on the clean or attacked image over the very image that it is of."""
-    image = example[f"adv_{kind}" if kind in ("embed", "task") else "images"][index]
-    shown, target = (example[name][index] for name in (kind if kind == "target" else f"pred_{kind}", "target"))
-    task, classes, judged = _task(example), example["classes"], kind != "target"
-    shown, target = np.asarray(shown), np.asarray(target)
+    """The truth ('target'), or the prediction on the clean or attacked image over the very image that it is of.
+
+    What classes say of an image that is drawn already stands alone, without the image.
+    """
+    task, image = _task(example), example[f"adv_{kind}" if kind in ("embed", "task") else "images"][index]
+    shown = np.asarray(example["target" if kind == "target" else f"pred_{kind}"][index])
+    truth = fill(example["classes"][int(shown)], LETTERS) if task == "classification" and kind == "target" else ""
+    words, colour = (truth, "black") if kind == "target" else _verdict(example, kind, index)
     if task == "depth":
-        error = np.sqrt(np.mean((shown - target)[target > 0] ** 2))
-        return _show_depth(shown, ax, _span_of(example["target"]), f"RMSE {error:.2f} m" * judged)
+        return _show_depth(shown, ax, _span_of(example["target"]), words)
     if task == "segmentation":
-        share = (shown == target)[target != IGNORED].mean()
-        _show_mask(shown, image, ax, _background_of(classes), f"{share:.0%} right" * judged)
-        return None
-    right, name = int(shown) == int(target), classes[int(shown)] if int(shown) >= 0 else "no number"
-    mark, colour = ("✓", RIGHT) if right else ("✗", WRONG)
-    _show_image(image, ax, f"{name} {mark}" if judged else name, colour if judged else "black")
+        _show_mask(shown, image, ax, _background_of(example["classes"]), words)
+    elif kind in ("embed", "task"):
+        _show_image(image, ax, words, colour)
+    else:
+        ax.set_box_aspect(image.shape[-2] / image.shape[-1])
+        ax.text(0.5, 0.5, words, color=colour, ha="center", va="center", fontsize=9)
     return None
 
 
@@ -243,16 +288,22 @@ def _show(example: Example, kind: str, index: int, ax: Axes) -> AxesImage | None
 def prediction_panel(example: Example, columns: int = 6) -> Figure:
     """The first images of an example on a row, below them the truth and the clean prediction.
 
-    Of `example` it needs images, target, pred_clean and classes; one caption a prediction says how good it is.
+    Of `example` it needs images, target, pred_clean and classes. Below a prediction stands how good it is; classes need
+    no further pictures, and stand above (truth) and below (prediction) their image.
     """
-    count = min(columns, len(example["images"]))
-    fig, axes = _tiles([example["images"].shape] * 3, count, least=0.7)
+    count, drawn = min(columns, len(example["images"])), None
+    kinds = [] if _task(example) == "classification" else ["target", "clean"]
+    fig, axes = _tiles([example["images"].shape] * (1 + len(kinds)), count, least=0.7)
     for index in range(count):
         _show_image(example["images"][index], axes[0, index])
-        _show(example, "target", index, axes[1, index])
-        drawn = _show(example, "clean", index, axes[2, index])
-    for ax, name in zip(axes[:, 0], ["image", "truth", "prediction"], strict=True):
-        ax.set_ylabel(name)
+        for kind, ax in zip(kinds, axes[1:, index], strict=True):
+            drawn = _show(example, kind, index, ax)
+        if not kinds:
+            axes[0, index].set_title(fill(example["classes"][int(example["target"][index])], LETTERS), fontsize=9)
+            words, colour = _verdict(example, "clean", index)
+            axes[0, index].set_xlabel(words, color=colour, labelpad=2, fontsize=9)
+    for ax, name in zip(axes[:, 0], ["image", "truth", "prediction"], strict=False):
+        ax.set_ylabel(name if kinds else "prediction below,\ntruth above", fontsize=10 if kinds else 9)
     _key(example, [example["target"][:count], example["pred_clean"][:count]], drawn, axes, fig)
     return fig
 
@@ -260,43 +311,54 @@ def prediction_panel(example: Example, columns: int = 6) -> Figure:
 def _key(example: Example, masks: list[Array], drawn: AxesImage | None, axes: np.ndarray, fig: Figure) -> None:
     """Legend of the classes in `masks`, or colour bar of the depths; nothing for classification."""
     if drawn is not None:
-        _depth_scale(drawn, axes.flat, fig)
+        _depth_scale(drawn, axes.ravel(), fig)
     elif _task(example) == "segmentation":
         _class_legend(masks, example["classes"], fig, axes.shape[1])
 
 
-def _attack_row(example: Example, attack: str, index: int, axes: Sequence[Axes]) -> AxesImage | None:
-    """Image, amplified perturbation, clean and attacked prediction of one image, in four tiles."""
-    image, attacked = np.asarray(example["images"][index]), np.asarray(example[f"adv_{attack}"][index])
-    name = example["classes"][int(example["target"][index])] if _task(example) == "classification" else ""
-    _show_image(image, axes[0], name)
-    _show_image(0.5 + _amplification(example) * (attacked - image), axes[1])  # 0.5, grey, for nothing
-    _show(example, "clean", index, axes[2])
-    return _show(example, attack, index, axes[3])
+def _attack_row(example: Example, attacks: dict[str, str], index: int, axes: Sequence[Axes]) -> AxesImage | None:
+    """One image, its truth and clean prediction; of each attack, by its name, the perturbation and what it leads to."""
+    image = np.asarray(example["images"][index])
+    _show_image(image, axes[0])
+    for kind, ax in zip(("target", "clean"), axes[1:3], strict=True):
+        _show(example, kind, index, ax)
+    for (attack, name), (change, said) in zip(attacks.items(), zip(axes[3::2], axes[4::2], strict=True), strict=True):
+        moved = np.asarray(example[f"adv_{attack}"][index]) - image
+        _show_image(0.5 + _amplification(example) * moved, change, name)  # 0.5, grey, for nothing
+        drawn = _show(example, attack, index, said)
+    return drawn
 
 
-def _headings(example: Example, axes: Sequence[Axes], fig: Figure) -> None:
-    """Names of the four columns, in room added above them."""
-    words = ["image", f"perturbation\n×{_amplification(example):.0f}", "clean\nprediction", "attacked\nprediction"]
+def _headings(example: Example, axes: Sequence[Axes], encoders: str, fig: Figure) -> None:
+    """Names of the columns, and above them the encoders and the ball, in room added above."""
+    ball = "no perturbation" if not example["eps"] else f"L∞ ball of {written(example['eps'])}"
+    fig.suptitle(fill(f"{encoders} (Standard), attacked in the {ball}", int(12 * fig.get_figwidth())), fontsize=10)
+    words = [f"perturbation\n×{_amplification(example):.0f} about grey", "attacked\nprediction"]
+    words = ["image", "truth", "clean\nprediction", *words * (len(axes) // 2 - 1)]
     for ax, heading in zip(axes, words, strict=True):
-        ax.set_title(heading)
-    fig.set_figheight(fig.get_figheight() + 0.35)
+        ax.set_title(heading, fontsize=9)
+    fig.set_figheight(fig.get_figheight() + 0.55)
 
 
 @plt.rc_context(STYLE)
 def attack_panel(example: Example, attack: str = "task", rows: int = 4) -> Figure:
-    """The first `rows` images of an example: image, perturbation, clean and attacked prediction.
+    """The first `rows` images of an example: image, truth, clean prediction, perturbation and attacked prediction.
 
-    `attack` is 'embed' or 'task'. The perturbation is amplified so that -eps..eps spans black..white; RMSE and '%
-    right' below a prediction are those of the one image.
+    `attack` is 'embed' or 'task'. The perturbation is amplified so that -eps..eps spans black..white; the metric below
+    a prediction is that of the one image.
     """
-    rows = min(rows, len(example["images"]))
-    fig, axes = _tiles([example["images"].shape] * rows, 4)
+    rows, name = min(rows, len(example["images"])), _attack_name(_task(example), attack)
+    fig, axes = _tiles([example["images"].shape] * rows, 5)
     for index, line in enumerate(axes):
-        drawn = _attack_row(example, attack, index, line)
-    _headings(example, axes[0], fig)
-    _key(example, [example["pred_clean"][:rows], example[f"pred_{attack}"][:rows]], drawn, axes, fig)
+        drawn = _attack_row(example, {attack: name}, index, line)
+    _headings(example, axes[0], f"{example['dataset']}, {example['encoder']}", fig)
+    kinds = ("target", "pred_clean", f"pred_{attack}")
+    _key(example, [example[kind][:rows] for kind in kinds], drawn, axes, fig)
     return fig
+
+
+def _attack_name(task: str, attack: str) -> str:
+    return TASKS[task].attack if attack == "task" else ATTACK[attack]
 
 
 def _first_right(example: Example) -> int:
@@ -308,27 +370,30 @@ def _first_right(example: Example) -> int:
 
 @plt.rc_context(STYLE)
 def figure1(examples: dict[str, Example], flagged: Collection[tuple[str, str]] = ()) -> Figure:
-    """Figure 1: for each task one image under EmbedAttack and the task attack, in rows as attack_panel's.
+    """Figure 1: for each task one image under EmbedAttack and the task attack, a row of tiles as attack_panel's.
 
     `examples` maps task names to examples. The image is not chosen by hand: it is the first one, for classification the
     first that is classified right. A dagger stands at the attacks that are `flagged`, as (task, 'embed' or 'task').
     """
-    fig, axes = _tiles([e["images"].shape for e in examples.values() for _ in range(2)], 4, least=0.75)
-    for (task, example), lines in zip(examples.items(), np.split(axes, len(examples)), strict=True):
+    encoders = list(dict.fromkeys(e["encoder"] for e in examples.values()))
+    fig, axes = _tiles([e["images"].shape for e in examples.values()], 7, least=1 if len(encoders) == 1 else 1.6)
+    for (task, example), line in zip(examples.items(), axes, strict=True):
         index = _first_right(example)
-        for attack, line in zip(("embed", "task"), lines, strict=True):
-            drawn = _attack_row(example, attack, index, line)
-            name = TASKS[task].attack if attack == "task" else "EmbedAttack"
-            mark = " †" if (task, attack) in flagged else ""
-            line[0].set_ylabel(f"{task}\n{name}{mark}", fontsize=9)
-        _key(example, [example[f"pred_{kind}"][index] for kind in ATTACK], drawn, lines, fig)
-    _headings(example, axes[0], fig)
+        names = {a: _attack_name(task, a) + " †" * ((task, a) in flagged) for a in ("embed", "task")}
+        drawn = _attack_row(example, names, index, line)
+        line[0].set_ylabel("\n".join([task, example["dataset"], example["encoder"]][: 1 + len(encoders)]), fontsize=9)
+        kinds = ("target", "pred_clean", "pred_embed", "pred_task")
+        _key(example, [example[kind][index] for kind in kinds], drawn, line[None], fig)
+    _headings(example, axes[0], ", ".join(encoders), fig)
     return fig
 
 
-def _curve(ax: Axes, x: pd.Series, line: pd.DataFrame, look: dict[str, Any]) -> None:
-    """Values with their standard errors against `x`."""
-    ax.errorbar(x, line["value"], yerr=line["se"], elinewidth=0.8, capsize=1.5, **look)
+def _curve(ax: Axes, x: pd.Series, line: pd.DataFrame, look: dict[str, Any], aside: float = 0) -> None:
+    """Values with their standard errors against `x`, drawn `aside` inches beside it; markers at 0 are drawn whole."""
+    drawn = ax.errorbar(x, line["value"], yerr=line["se"], elinewidth=0.8, capsize=1.5, **look)
+    for part in drawn.get_children():  # moved when they have set the limits of the axes
+        part.set_transform(ax.transData + ScaledTranslation(aside, 0, ax.figure.dpi_scale_trans))
+    drawn.lines[0].set_clip_on(False)
 
 
 def _finished(ax: Axes, rows: pd.DataFrame, below: str, xlabel: str) -> None:
@@ -352,7 +417,7 @@ def _metric_curves(tidy: pd.DataFrame, ax: Axes, key: bool) -> None:
         look = {"color": COLOURS[attack], "marker": MARKERS[attack], "linestyle": dashes[dataset], **thin}
         _curve(ax, line["epoch"], line, look)
         for point in line[line["flagged"]].itertuples():
-            ax.plot(point.epoch, point.value, **look | HOLLOW | {"linestyle": ""}, zorder=3)
+            ax.plot(point.epoch, point.value, **look | HOLLOW | {"linestyle": ""}, zorder=3, clip_on=False)
     _finished(ax, tidy, "" if key else f"\n{next(iter(dashes))}", "DeACL epoch")
     ax.xaxis.get_major_locator().set_params(integer=True, nbins=5)
     if key:
@@ -364,40 +429,41 @@ def _metric_curves(tidy: pd.DataFrame, ax: Axes, key: bool) -> None:
 def figure2(tidy: pd.DataFrame) -> Figure:
     """Figure 2: a panel for each task, its metric clean and attacked along DeACL fine-tuning (report.figure2_table).
 
-    If there is no row, the figure says so.
+    Its title names the encoder; of several, the data sets' names do.
     """
-    if tidy.empty:
-        fig, axes = _axes(1, 1, 6.3, 0.8)
-        words = "No DeACL fine-tuning was followed here: rows are Standard, or their robust weights were given."
-        axes[0, 0].text(0.5, 0.5, words, ha="center", va="center", fontsize=9)
-        axes[0, 0].set_axis_off()
-        return fig
     tasks, most = list(tidy["task"].unique()), tidy.groupby("task")["dataset"].nunique().max()
-    width, height = (2.1, 2.7) if most == 1 else (2.6, 3.2 + 0.19 * most)
-    fig, axes = _axes(1, len(tasks), width * len(tasks), height)
+    width, height = (2.3, 2.9) if most == 1 else (2.6, 3.6 + 0.19 * most)
+    fig, axes = _axes(1, len(tasks), max(LEAST, width * len(tasks)), height)
+    fig.get_layout_engine().set(wspace=APART, h_pad=0.08)
+    if tidy["encoder"].nunique() == 1:
+        fig.suptitle(f"{tidy['encoder'].iloc[0]} along DeACL fine-tuning", fontsize=10)
     for task, ax in zip(tasks, axes[0], strict=True):
         _metric_curves(tidy[tidy["task"] == task], ax, key=most > 1)
     lines = [Line2D([], [], color=COLOURS[a], marker=MARKERS[a], markersize=4.5, label=ATTACK[a]) for a in COLOURS]
-    lines.append(Line2D([], [], label=BASELINE, **CHANCE))
+    lines += [Line2D([], [], label=BASELINE, **CHANCE), Line2D([], [], **BARS)]
     if tidy["flagged"].any():
         look = {"color": "0.2", "marker": "o", "linestyle": "", **HOLLOW}
         lines.append(Line2D([], [], label="† flagged, see the tables' notes", **look))
-    gaps = {"columnspacing": 1.2, "handletextpad": 0.5}
-    fig.legend(handles=lines, loc="outside lower center", ncols=4 if len(lines) == 4 else 3, **gaps)
+    columns = int(fig.get_figwidth() / 2.2)  # inches of the longest name
+    fig.set_figheight(height + 0.2 * (-(-len(lines) // columns) - 2))
+    fig.legend(handles=lines, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
     return fig
 
 
 # --- how hard the attacks of 07_sanity are ---
 
 ROW = ["task", "dataset", "encoder", "defense"]
-DEFENSE = {"standard": ("Standard", "-"), "deacl": ("DeACL", (0, (3, 1.5)))}  # its name, its line
+# its name, its line and marker
+DEFENSE = {"standard": ("Standard", "-", "o"), "deacl": ("DeACL", (0, (3, 1.5)), "D")}
+# those of CLASSES that are seen as a line on white; an odd number, so that colours come again with the other line
+ROWS = [CLASSES[i] for i in (0, 2, 3, 8, 5, 6, 7)]
 
 
 def _eps_curves(results: list[dict[str, Any]]) -> pd.DataFrame:
-    """The sweeps, a row for each radius: ROW, eps ([0,1] pixel units), value, se, and of the row its chance, table_eps
-    (the radius of the tables) and whether it is flagged.
+    """The sweeps, a row for each radius: ROW, n, eps ([0,1] pixel units), value, se, and of the row its chance,
+    table_eps (the radius of the tables) and whether it is flagged.
     """
-    columns = [*ROW, "eps", "value", "se", "chance", "table_eps", "flagged"]
+    columns = [*ROW, "n", "eps", "value", "se", "chance", "table_eps", "flagged"]
     rows = [
         result | {"chance": result["checks"]["chance"], "table_eps": result["attack"]["eps"]}
         | {"flagged": bool(result["flags"])} | point
@@ -410,38 +476,36 @@ def _eps_curves(results: list[dict[str, Any]]) -> pd.DataFrame:
 def sanity_figure(results: list[dict[str, Any]]) -> Figure:
     """The metric against the radius, a panel for each task and data set, three in a row; of what sanity.run_all gives.
 
-    A colour for each encoder, dashed with DeACL; dots: the majority or mean baseline; vertical: the tables' radius; a
-    dagger marks rows with a flag.
+    A colour for each row of the tables, dashed with DeACL, side by side where they coincide; dots: the tables' majority
+    or mean baseline; vertical: the tables' radius; a dagger marks rows with a flag.
     """
     curves = _eps_curves(results)
-    panels, names = curves.groupby(["task", "dataset"], sort=False), curves["encoder"].unique()
+    panels = curves.groupby(["task", "dataset"], sort=False)
     count = max(1, len(panels))
     across = min(3, count)
     down = -(-count // across)
-    fig, axes = _axes(down, across, 2.4 * across, 2.4 * down + 0.5)
+    fig, axes = _axes(down, across, max(LEAST, 2.5 * across), 2.4 * down + 0.7)
+    fig.get_layout_engine().set(wspace=APART)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    colours = dict(zip(names, sns.color_palette(CLASSES, len(names)), strict=True))
-    for ((_, dataset), rows), ax in zip(panels, axes.flat, strict=False):
-        _sanity_panel(rows, dataset, colours, ax)
     flagged = curves.groupby(["encoder", "defense"], sort=False)["flagged"].any()
-    handles = [
-        Line2D([], [], label=f"{encoder} {DEFENSE[defense][0]}{' †' * doubted}", **_look(encoder, defense, colours))
-        for (encoder, defense), doubted in flagged.items()
-    ]
-    handles.append(Line2D([], [], label=BASELINE, **CHANCE))
-    fig.legend(handles=handles, loc="outside lower center", ncols=across)
+    looks = {
+        (encoder, defense): dict(zip(("linestyle", "marker"), DEFENSE[defense][1:], strict=True))
+        | {"color": ROWS[i % len(ROWS)], "markersize": 4, "label": f"{encoder} {DEFENSE[defense][0]}{' †' * doubted}"}
+        for i, ((encoder, defense), doubted) in enumerate(flagged.items())
+    }
+    for (_, rows), ax in zip(panels, axes.flat, strict=False):
+        _sanity_panel(rows, looks, ax)
+    handles = [*(Line2D([], [], **look) for look in looks.values()), Line2D([], [], label=BASELINE, **CHANCE)]
+    fig.legend(handles=[*handles, Line2D([], [], **BARS)], loc="outside lower center", ncols=across)
     return fig
 
 
-def _look(encoder: str, defense: str, colours: dict[str, Any]) -> dict[str, Any]:
-    return {"color": colours[encoder], "linestyle": DEFENSE[defense][1], "marker": "o", "markersize": 3.5}
-
-
-def _sanity_panel(curves: pd.DataFrame, dataset: str, colours: dict[str, Any], ax: Axes) -> None:
+def _sanity_panel(curves: pd.DataFrame, looks: dict[tuple[str, str], dict[str, Any]], ax: Axes) -> None:
     """One task and data set; the axis of radii is logarithmic from the smallest one on."""
     for row, line in curves.sort_values("eps").groupby(["encoder", "defense"], sort=False):
-        _curve(ax, 255 * line["eps"], line, _look(*row, colours))
+        aside = min(3, 12 / len(looks)) * ([*looks].index(row) - (len(looks) - 1) / 2) / 72  # inches
+        _curve(ax, 255 * line["eps"], line, looks[row], aside)
     radii = sorted(set(255 * curves["eps"]))
     ax.axvline(255 * curves["table_eps"].iloc[0], color="0.85", linewidth=3, zorder=0)
     if len(radii) > 1:
@@ -449,7 +513,8 @@ def _sanity_panel(curves: pd.DataFrame, dataset: str, colours: dict[str, Any], a
         ax.set_xlim(-0.3 * radii[1], 1.25 * radii[-1])
     ax.set_xticks(radii, [f"{radius:.3g}" for radius in radii])
     ax.minorticks_off()
-    _finished(ax, curves, f"\n{dataset}", "eps [1/255]")
+    about = f"{curves['dataset'].iloc[0]}, n = {curves['n'].min()}"
+    _finished(ax, curves, f", {TASKS[curves['task'].iloc[0]].attack}\n{about}", "eps [1/255]")
 
 
 def sanity(results: list[dict[str, Any]], profile: str) -> Figure:

@@ -165,7 +165,7 @@ def _drawn(records: list[Record]) -> list[Record]:
 
 
 def figure2_table(records: list[Record]) -> pd.DataFrame:
-    """Metrics along DeACL fine-tuning, epoch 0 being Standard: FIG2_COLUMNS, then `se`, `chance` and `flagged`.
+    """Metrics along DeACL fine-tuning, epoch 0 being Standard: FIG2_COLUMNS, then se, chance, encoder and flagged.
 
     Encoders without DeACL, or with a given DeACL checkpoint of unknown epoch, are left out; if several are left, the
     data set's name says which one a row belongs to. `flagged`: there are reasons to doubt the value.
@@ -177,7 +177,7 @@ def figure2_table(records: list[Record]) -> pd.DataFrame:
         tidy["dataset"] += " (" + tidy["encoder"] + ")"
     order = {name: f"{i} {name}" for i, name in enumerate([*TASKS, *ATTACKS])}
     by = ["task", "dataset", "attack", "epoch"]
-    return tidy.sort_values(by, key=lambda c: c.replace(order), ignore_index=True).drop(columns="encoder")
+    return tidy.sort_values(by, key=lambda c: c.replace(order), ignore_index=True)
 
 
 def write_figure2(profile: str, folder: Path | None = None) -> pd.DataFrame:
@@ -187,11 +187,20 @@ def write_figure2(profile: str, folder: Path | None = None) -> pd.DataFrame:
     return tidy
 
 
-def draw_figure2(profile: str, folder: Path | None = None) -> None:
-    """Write fig2.csv, fig2.png and fig2.pdf in figures/<profile>."""
+def draw_figure2(profile: str, folder: Path | None = None) -> "Figure | None":
+    """Figure 2, with its fig2.csv, fig2.png and fig2.pdf in figures/<profile>; without a followed DeACL run there is no
+    picture, and an old one goes.
+    """
     from . import plots  # here, because matplotlib takes seconds that tables do not need
 
-    plots.save(plots.figure2(write_figure2(profile, folder)), disk.figures_dir(profile) / "fig2")
+    tidy, path = write_figure2(profile, folder), disk.figures_dir(profile) / "fig2"
+    if tidy.empty:
+        for suffix in (".png", ".pdf"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+        return None
+    figure = plots.figure2(tidy)
+    plots.save(figure, path)
+    return figure
 
 
 def copy_records(profile: str) -> int:
