@@ -37,7 +37,7 @@ MARKERS = {"clean": "o", "embed": "s", "task": "^"}
 # Paul Tol's muted scheme for the first classes; further ones walk round the hue circle by the golden angle
 CLASSES = ["#CC6677", "#DDCC77", "#332288", "#44AA99", "#882255", "#88CCEE", "#117733", "#AA4499", "#EE7733", "#999933"]
 DEPTHS = "viridis_r"  # near is bright
-SIDE, LETTERS = 1.1, 16  # inches of a tile, and letters on a line below it
+SIDE, LETTERS = 1.1, 15  # inches of a tile, and letters on a line below it
 STYLE = {
     **sns.axes_style("ticks"),
     "font.size": 10,
@@ -247,15 +247,19 @@ def _task(example: Example) -> str:
 
 
 def _verdict(example: Example, kind: str, index: int) -> tuple[str, str]:
-    """How good the prediction on the 'clean', 'embed' or 'task' image is, and the colour to say so in.
+    """What is said of the truth ('target') or the prediction on the 'clean', 'embed' or 'task' image, and its colour.
 
-    The class and whether it is right; else the table's metric, of this one image.
+    Its class and whether that is right; for the dense tasks the table's metric, of this one image.
     """
     task, classes = _task(example), example["classes"]
-    said, target = (torch.as_tensor(example[name][index : index + 1]) for name in (f"pred_{kind}", "target"))
+    names = kind if kind == "target" else f"pred_{kind}", "target"
+    said, target = (torch.as_tensor(example[name][index : index + 1]) for name in names)
     if task == "classification":
         name, right = classes[int(said)] if int(said) >= 0 else "no number", bool(said == target)
-        return fill(f"{name} {'✓' if right else '✗'}", LETTERS), RIGHT if right else WRONG
+        mark, colour = (" ✓", RIGHT) if right else (" ✗", WRONG)
+        return fill(name + mark * (kind != "target"), LETTERS), "black" if kind == "target" else colour
+    if kind == "target":
+        return "", "black"
     if task == "segmentation":  # logits that say the same, NaN for what is no number
         one_hot = (said[:, None] == torch.arange(len(classes))[:, None, None]).float()
         said = one_hot.masked_fill(said[:, None] == IGNORED, torch.nan)
@@ -266,12 +270,11 @@ def _verdict(example: Example, kind: str, index: int) -> tuple[str, str]:
 def _show(example: Example, kind: str, index: int, ax: Axes) -> AxesImage | None:
     """The truth ('target'), or the prediction on the clean or attacked image over the very image that it is of.
 
-    What classes say of an image that is drawn already stands alone, without the image.
+    The true and the clean class are words alone, as the clean image is drawn already.
     """
     task, image = _task(example), example[f"adv_{kind}" if kind in ("embed", "task") else "images"][index]
-    shown = np.asarray(example["target" if kind == "target" else f"pred_{kind}"][index])
-    truth = fill(example["classes"][int(shown)], LETTERS) if task == "classification" and kind == "target" else ""
-    words, colour = (truth, "black") if kind == "target" else _verdict(example, kind, index)
+    shown = example["target" if kind == "target" else f"pred_{kind}"][index]
+    words, colour = _verdict(example, kind, index)
     if task == "depth":
         return _show_depth(shown, ax, _span_of(example["target"]), words)
     if task == "segmentation":
@@ -288,22 +291,22 @@ def _show(example: Example, kind: str, index: int, ax: Axes) -> AxesImage | None
 def prediction_panel(example: Example, columns: int = 6) -> Figure:
     """The first images of an example on a row, below them the truth and the clean prediction.
 
-    Of `example` it needs images, target, pred_clean and classes. Below a prediction stands how good it is; classes need
-    no further pictures, and stand above (truth) and below (prediction) their image.
+    Of `example` it needs images, target, pred_clean and classes. A caption says how good a prediction is; classes stand
+    above (truth) and below (prediction) their image and need no further pictures.
     """
-    count, drawn = min(columns, len(example["images"])), None
-    kinds = [] if _task(example) == "classification" else ["target", "clean"]
-    fig, axes = _tiles([example["images"].shape] * (1 + len(kinds)), count, least=0.7)
-    for index in range(count):
-        _show_image(example["images"][index], axes[0, index])
-        for kind, ax in zip(kinds, axes[1:, index], strict=True):
+    count, drawn, lines = min(columns, len(example["images"])), None, 0
+    classified = _task(example) == "classification"
+    names = ["prediction below,\ntruth above"] if classified else ["image", "truth", "prediction"]
+    fig, axes = _tiles([example["images"].shape] * len(names), count, least=1.2 if classified else 0.7)
+    for index, (first, *others) in enumerate(axes.T):
+        _show_image(example["images"][index], first, *(_verdict(example, "clean", index) if classified else ()))
+        first.set_title(_verdict(example, "target", index)[0], fontsize=9)
+        lines = max(lines, first.get_title().count("\n") + first.get_xlabel().count("\n"))
+        for kind, ax in zip(("target", "clean"), others, strict=False):
             drawn = _show(example, kind, index, ax)
-        if not kinds:
-            axes[0, index].set_title(fill(example["classes"][int(example["target"][index])], LETTERS), fontsize=9)
-            words, colour = _verdict(example, "clean", index)
-            axes[0, index].set_xlabel(words, color=colour, labelpad=2, fontsize=9)
-    for ax, name in zip(axes[:, 0], ["image", "truth", "prediction"], strict=False):
-        ax.set_ylabel(name if kinds else "prediction below,\ntruth above", fontsize=10 if kinds else 9)
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        ax.set_ylabel(name)
+    fig.set_figheight(fig.get_figheight() + 0.16 * (lines + classified))
     _key(example, [example["target"][:count], example["pred_clean"][:count]], drawn, axes, fig)
     return fig
 
@@ -322,7 +325,7 @@ def _attack_row(example: Example, attacks: dict[str, str], index: int, axes: Seq
     _show_image(image, axes[0])
     for kind, ax in zip(("target", "clean"), axes[1:3], strict=True):
         _show(example, kind, index, ax)
-    for (attack, name), (change, said) in zip(attacks.items(), zip(axes[3::2], axes[4::2], strict=True), strict=True):
+    for (attack, name), change, said in zip(attacks.items(), axes[3::2], axes[4::2], strict=True):
         moved = np.asarray(example[f"adv_{attack}"][index]) - image
         _show_image(0.5 + _amplification(example) * moved, change, name)  # 0.5, grey, for nothing
         drawn = _show(example, attack, index, said)
@@ -331,8 +334,8 @@ def _attack_row(example: Example, attacks: dict[str, str], index: int, axes: Seq
 
 def _headings(example: Example, axes: Sequence[Axes], encoders: str, fig: Figure) -> None:
     """Names of the columns, and above them the encoders and the ball, in room added above."""
-    ball = "no perturbation" if not example["eps"] else f"L∞ ball of {written(example['eps'])}"
-    fig.suptitle(fill(f"{encoders} (Standard), attacked in the {ball}", int(12 * fig.get_figwidth())), fontsize=10)
+    title = f"{encoders} (Standard), attacked in the L∞ ball of {written(example['eps'])}"
+    fig.suptitle(fill(title, int(12 * fig.get_figwidth())), fontsize=10)  # letters an inch
     words = [f"perturbation\n×{_amplification(example):.0f} about grey", "attacked\nprediction"]
     words = ["image", "truth", "clean\nprediction", *words * (len(axes) // 2 - 1)]
     for ax, heading in zip(axes, words, strict=True):
