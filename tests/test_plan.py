@@ -49,7 +49,7 @@ def test_flops_of_a_vit_are_those_of_the_textbook(model, size, dim, depth, patch
     n = 1 + (size // patch) ** 2
     # a block: 12 D^2 weights applied to n tokens, and two products with an n x n attention map
     formula = 2 * depth * (12 * n * dim**2 + 2 * n**2 * dim) + 2 * (n - 1) * 3 * patch**2 * dim
-    step = plan.attack_step(plan.meta(EncoderRow(name=model)), "depth", (size, size), 0, 1.0)
+    step = plan.step_of(plan.attack_loss, plan.meta(EncoderRow(name=model)), "depth", (size, size), 0, 1.0)
     head = 2 * (2 * dim * 256) * (n - 1)  # before upsampling
     assert step.forward == pytest.approx(formula + head, rel=0.08) and 1.8 < step.whole / step.forward < 2.5
 

@@ -34,7 +34,6 @@ def class_folders(home: Path) -> list[str]:
 
 
 def image_folder(name: str, root: Path, task: str, split: str, n: int) -> list[Item]:
-    """Images of each class folder."""
     part = root / name / ("train" if split == "train" else _held_out(root / name))
     labelled = enumerate(part / folder for folder in class_folders(root / name))
     return [Item(str(p.relative_to(root)), p, label) for label, folder in labelled for p in pictures(folder)]
@@ -58,7 +57,6 @@ def _depth_png(path: Path, scale: float) -> np.ndarray:
 
 
 def _depth_scale(home: Path) -> float:
-    """Stored units per metre, from meta.json."""
     meta = home / "meta.json"
     try:
         scale = json.loads(text_of(meta))["depth_scale"]

@@ -29,7 +29,6 @@ def once(open_file: Callable[[Path], Any]) -> Callable[[Path], Any]:
 
 
 def damaged(path: Path) -> BadInput:
-    """The refusal of a file that cannot be read."""
     return BadInput(f"The file {path} cannot be read (damaged or half a download); fetch it again.")
 
 
@@ -130,7 +129,6 @@ def recoded(path: Path, table: tuple[int, ...]) -> np.ndarray:
 
 
 def demand_labels(labels: list[Any], count: int, file: Path) -> None:
-    """Refuses labels that are not 0 .. count - 1."""
     wrong = set(labels) - set(range(count))
     if wrong:
         raise BadInput(f"{file} has the label {min(wrong)} but labels are 0 to {count - 1}; get the official file.")

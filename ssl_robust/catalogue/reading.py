@@ -29,7 +29,6 @@ def _reading(part: Path | Part) -> Iterator[None]:
 
 
 def _pixels(part: Path | Part) -> np.ndarray:
-    """Pixels as stored."""
     with _reading(part):
         return part.read(part.file, part.key) if isinstance(part, Part) else one_channel(part)
 

@@ -55,7 +55,6 @@ class Cluster(schema.Strict):
     at_once: int = Field(2, ge=1, le=1000, description="EXECUTOR=local: jobs that run at the same time")
 
     def of(self, job: Job) -> int:
-        """GPUs of a job."""
         return self.deacl_gpus if job["step"] == "deacl" else self.gpus
 
 
@@ -252,7 +251,6 @@ def submit(jobs: list[Job], settings: Settings, cluster: Cluster) -> None:
 
 
 def _name(job: str, settings: Settings) -> str:
-    """What Slurm calls a job."""
     return f"{settings.profile}/{job}".replace(" ", "-")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import timm
@@ -73,7 +73,6 @@ def meta(row: EncoderRow) -> encoders.Encoder:
 
 
 def _counted(loss: Callable[[], Tensor]) -> Step:
-    """What a loss and its gradient cost."""
     with FlopCounterMode(display=False) as flops:
         value = loss()
         forward = flops.get_total_flops()
@@ -81,22 +80,30 @@ def _counted(loss: Callable[[], Tensor]) -> Step:
     return Step(forward, flops.get_total_flops())
 
 
-@cache
-def attack_step(encoder: encoders.Encoder, task: str, size: tuple[int, int], classes: int, stride: float) -> Step:
-    """One image of `size` (H, W) through a step of the task's own attack; the forward pass is a prediction."""
+def attack_loss(
+    encoder: encoders.Encoder, task: str, size: tuple[int, int], classes: int, stride: float, images: int
+) -> Callable[[], Tensor]:
+    """What is differentiated in a step of the task's own attack on so many images of `size` (H, W): a prediction."""
     with encoder.mean.device:
         model = heads.TaskModel(task, encoder, heads.HEADS[task](encoder.dim, classes), stride)
-        x = torch.zeros(1, 3, *size, requires_grad=True)
-    return _counted(lambda: model(x).sum())
+        x = torch.rand(images, 3, *size, requires_grad=True)
+    return lambda: model(x).sum()
+
+
+def head_loss(
+    encoder: encoders.Encoder, task: str, size: tuple[int, int], classes: int, images: int
+) -> Callable[[], Tensor]:
+    """The same of a head's training on the tokens of so many images; the loss itself costs next to nothing."""
+    with encoder.mean.device:
+        head, grid = heads.HEADS[task](encoder.dim, classes), [-(-side // encoder.patch) for side in size]
+        cls, patches = torch.rand(images, encoder.dim), torch.rand(images, encoder.dim, *grid)
+    return lambda: heads.predict(head.eval(), encoder, cls, patches, size).sum()
 
 
 @cache
-def head_step(encoder: encoders.Encoder, task: str, size: tuple[int, int], classes: int) -> Step:
-    """One training step of a head on the tokens of one image; the loss itself costs next to nothing."""
-    with encoder.mean.device:
-        head, grid = heads.HEADS[task](encoder.dim, classes), [-(-side // encoder.patch) for side in size]
-        cls, patches = torch.zeros(1, encoder.dim), torch.zeros(1, encoder.dim, *grid)
-    return _counted(lambda: heads.predict(head.eval(), encoder, cls, patches, size).sum())
+def step_of(loss: Callable[..., Callable[[], Tensor]], *about: Any) -> Step:
+    """One image in a step of `attack_loss` or `head_loss`."""
+    return _counted(loss(*about, 1))
 
 
 @cache
@@ -170,11 +177,9 @@ class Place:
         return getattr(self.section, "stride", 1.0)
 
     def attack(self) -> Step:
-        """One test image in one step of an attack."""
-        return attack_step(self.encoder, self.task, self.size("test"), self.classes, self.stride)
+        return step_of(attack_loss, self.encoder, self.task, self.size("test"), self.classes, self.stride)
 
     def read(self, images: float, split: str) -> Price:
-        """What reading so many images costs."""
         return {IMAGES: images * _reading(self.name, self.size(split))}
 
     def training(self) -> Price:
@@ -185,8 +190,8 @@ class Place:
         keep_train, keep_val = training.kept(train * each, val * each, self.section)
         encoded = train * (training.copies(self.section) if keep_train else self.section.epochs)
         encoded += val * (1 if keep_val else self.section.epochs)
-        head = head_step(self.encoder, self.task, size, self.classes)
-        once = attack_step(self.encoder, "classification", size, 1, 1.0).forward
+        head = step_of(head_loss, self.encoder, self.task, size, self.classes)
+        once = step_of(attack_loss, self.encoder, "classification", size, 1, 1.0).forward
         trained = self.section.epochs * (train * head.whole + val * head.forward)
         costs = {(self.task, "attack"): encoded * once, (self.task, "head"): trained}
         return costs | self.read(encoded, "train")
@@ -233,7 +238,6 @@ def place_of(job: Job, settings: Settings) -> Place:
 
 
 def price(job: Job, settings: Settings) -> Price:
-    """What a job costs."""
     step = job["step"]
     if step == "deacl":
         cfg, (attack, train) = settings.deacl, tuning_step(meta(_row(job, settings)))
@@ -262,7 +266,6 @@ def price(job: Job, settings: Settings) -> Price:
 
 
 def flops(prices: list[Price]) -> float:
-    """FLOPs of jobs."""
     return sum(cost for each in prices for what, cost in each.items() if what != IMAGES)
 
 
@@ -306,33 +309,25 @@ def here(settings: Settings) -> Rate:
         if getattr(settings, task):
             place = Place(task, settings.task(task).datasets[0], row, settings)
             size, stride = place.size("test"), place.stride
-        head = heads.HEADS[task](encoder.dim, OWN).to(device)
         if what == "head":
-            grid = [-(-side // encoder.patch) for side in size]
-            cls, patches = (torch.rand(8, encoder.dim, *more, device=device) for more in ((), grid))
-            spent = _timed(lambda: heads.predict(head, encoder, cls, patches, size).sum().backward(), device)
-            return 8 * head_step(meta(row), task, size, OWN).whole / spent
-        model, one = heads.TaskModel(task, encoder, head, stride), attack_step(meta(row), task, size, OWN, stride).whole
+            spent = _timed(head_loss(encoder, task, size, OWN, 8), "fp32", device)
+            return 8 * step_of(head_loss, meta(row), task, size, OWN).whole / spent
+        one = step_of(attack_loss, meta(row), task, size, OWN, stride).whole
         if device == "cpu" and one > SLOW and task != "classification":
             return rate("classification", what)
         batch = int(max(1, min(16, 4e10 // one))) if device == "cpu" else 32
-        x = torch.rand(batch, 3, *size, device=device, requires_grad=True)
-
-        def step() -> None:
-            with compute.steps_in(precision, device):
-                torch.autograd.grad(model(x).sum(), x)
-
-        return batch * one / _timed(step, device)
+        return batch * one / _timed(attack_loss(encoder, task, size, OWN, stride, batch), precision, device)
 
     return rate
 
 
-def _timed(step: Callable[[], None], device: str) -> float:
-    """Seconds of a step: the second of two, or where they are short the best of several."""
+def _timed(loss: Callable[[], Tensor], precision: str, device: str) -> float:
+    """Seconds of a loss and its gradient: the second time of two, or where they are short the best of several."""
     taken, end = [], time.perf_counter() + 0.5
     while len(taken) < 2 or (time.perf_counter() < end and len(taken) < 6):
         start = time.perf_counter()
-        step()
+        with compute.steps_in(precision, device):
+            loss().backward()
         if device == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
@@ -364,7 +359,6 @@ def text(settings: Settings, missing: list[str]) -> str:
 
 
 def _columns(rows: list[list[str]]) -> str:
-    """Rows of text as columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -420,7 +414,6 @@ def _stage_text(settings: Settings, work: list[tuple[Job, Price]]) -> str:
 
 
 def bytes_of(module: torch.nn.Module) -> int:
-    """Bytes of its weights."""
     return sum(p.nbytes for p in module.parameters())
 
 
@@ -515,7 +508,6 @@ def cached(model: str) -> bool:
 
 
 def hub_answers() -> bool:
-    """Whether the model hub can be reached."""
     try:
         huggingface_hub.model_info("timm/vit_base_patch16_224.dino", timeout=PATIENCE)
     except Exception:  # whatever its client raises for a network that is not there, or does not answer in time

@@ -90,7 +90,6 @@ def _own(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean cross-entropy."""
     return _mean(attacks.pixel_cross_entropy(logits, mask)[0], mask != IGNORE)
 
 

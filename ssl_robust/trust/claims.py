@@ -191,7 +191,6 @@ def _recovered(name: str, own: dict[tuple[str, str], Record], attack: str, much:
 
 
 def _cost(name: str, own: dict[tuple[str, str], Record]) -> Row:
-    """Whether DeACL's clean value is worse than Standard's."""
     clean, robust = own.get(("standard", "clean")), own["deacl", "clean"]
     if why := _doubt(clean, robust):
         return Row(name, None, why)

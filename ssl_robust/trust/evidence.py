@@ -1,5 +1,6 @@
 """Records with what speaks for and against them: reasons for a dagger, and the same cell under further seeds."""
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,20 @@ def read(folder: Path) -> list[Record]:
 
     Each has two fields more: `reasons`, the sentences that flag its value (its own health record's; for the task attack
     also those of the sanity checks of that very cell), and `over_seeds`, the records of the same cell under further
-    seeds.
+    seeds, in their order.
     """
-    checked, further, found = sanity_flags(folder), _further(folder), []
+
+    def cell(record: Record) -> tuple[str, ...]:
+        return tuple(record[name] for name in CELL)
+
+    checked, further, found = sanity_flags(folder), defaultdict(list), []
+    records = (record for path in folder.glob("seeds/*") for record in disk.read_records(path))
+    for record in sorted(records, key=lambda r: r["seed"]):
+        further[cell(record)].append(record)
     for record in disk.read_records(folder):
         if record.get("task") in TASKS and "value" in record:
             said = [*reasons(record), *checked.get(record["key"], [])]
-            found.append(record | {"reasons": said, "over_seeds": further.get(_cell(record), [])})
+            found.append(record | {"reasons": said, "over_seeds": further[cell(record)]})
     return found
 
 
@@ -81,19 +89,6 @@ def _images(count: int) -> str:
 
 def _percent(share: float) -> str:
     return "less than 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
-
-
-def _further(folder: Path) -> dict[tuple[str, ...], list[Record]]:
-    """Records of further seeds by cell, in the order of the seeds."""
-    found: dict[tuple[str, ...], list[Record]] = {}
-    records = (record for path in folder.glob("seeds/*") for record in disk.read_records(path))
-    for record in sorted(records, key=lambda r: r["seed"]):
-        found.setdefault(_cell(record), []).append(record)
-    return found
-
-
-def _cell(record: Record) -> tuple[str, ...]:
-    return tuple(record[name] for name in CELL)
 
 
 def sanity_flags(folder: Path) -> dict[str, list[str]]:

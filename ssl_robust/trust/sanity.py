@@ -8,7 +8,6 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -47,7 +46,7 @@ class Bench(NamedTuple):
     attack: Attack
     seed: int
     precision: str
-    known: Known = MappingProxyType({})
+    known: Known = {}
     order: Tensor | None = None  # (n,) where in the test set the checked images are, which come by shape
 
 
@@ -119,12 +118,10 @@ def statistics(b: Bench, make: Maker) -> Tensor:
 
 
 def value(b: Bench, stats: Tensor) -> float:
-    """The metric of these statistics."""
     return metrics.value(b.model.task, stats, b.reduce)
 
 
 def numbers(b: Bench, stats: Tensor) -> dict[str, float]:
-    """The metric of these statistics and its standard error."""
     return {"value": value(b, stats), "se": metrics.standard_error(b.model.task, stats, b.seed, b.reduce)}
 
 
@@ -394,5 +391,4 @@ def table(results: list[Result]) -> pd.DataFrame:
 
 
 def sentences(results: list[Result]) -> list[str]:
-    """All flags, each behind its row's name."""
     return [f"{' '.join(row[key] for key in KEYS)}: {flag}." for row in results for flag in row["flags"]]
