@@ -324,8 +324,9 @@ def test_the_picture_shows_every_curve_and_marks_flagged_rows(root):
     fig = plots.sanity(results, "toy")
     assert sorted(path.name for path in records.figures_dir("toy").iterdir()) == ["sanity.pdf", "sanity.png"]
     labels = [text.get_text() for text in fig.legends[0].get_texts()]
-    assert labels == ["planted Standard", "planted DeACL †", "majority or mean baseline"]
-    assert [ax.get_title() for ax in fig.axes] == ["Classification\ntoys", "Depth\ntoys"]
+    assert labels == ["planted Standard", "planted DeACL †", "majority or mean baseline", "bars: ± standard error"]
+    titles = [ax.get_title() for ax in fig.axes]
+    assert titles == ["Classification, PGD\ntoys, n = 4", "Depth, DepthPGD\ntoys, n = 4"]
     assert not plt.get_fignums()
     four = [_result(task) for task in TASKS] + [_result() | {"dataset": "more"}]
     assert sum(ax.axison for ax in plots.sanity_figure(four).axes) == 4
