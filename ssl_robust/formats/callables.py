@@ -75,7 +75,7 @@ def named(call: str, who: str) -> Callable:
     """
     name, _, attribute = call.partition(":")
     before = sys.path[:]
-    sys.path[:0] = [str(place) for place in (NOTEBOOKS, records.ROOT, Path.cwd())]
+    sys.path[:0] = [str(place) for place in (records.ROOT / "notebooks", NOTEBOOKS, records.ROOT, Path.cwd())]
     try:
         importlib.invalidate_caches()  # the file may just have been written
         # read anew each time: in a running kernel the file may have been edited since
