@@ -428,6 +428,7 @@ def run(notebook: str, settings: Settings) -> int:
     logging.getLogger("papermill").setLevel(logging.ERROR)
     for name in ("asyncio", "tornado"):  # what a full disk or an ended kernel interrupts would be said a second time
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    parameters_for(notebook, settings)  # refuses what is missing before anything is touched
     _say(settings.profile, f"{notebook} | profile {settings.profile}: started")
     try:
         seconds = execute(notebook, settings)
