@@ -22,7 +22,7 @@ AT_ONCE ?= $(if $(wildcard /proc/driver/nvidia/version /dev/dxg),1,2)
 PY      := .venv/bin/python
 STAMP   := .venv/.ready
 UV      := 0.13.9
-# Which torch `make env` installs: without a GPU that for CPUs, which takes a third of the disk.
+# Which torch `make env` installs: without a GPU that for CPUs, which takes less of the disk.
 TORCH   ?= $(if $(wildcard /proc/driver/nvidia/version /dev/dxg),cuda,cpu)
 INSTALL  = .venv/bin/python -m uv pip install --quiet --compile-bytecode --python .venv/bin/python
 ifneq ($(filter-out cpu cuda,$(TORCH))$(words $(TORCH)),1)
@@ -167,7 +167,7 @@ $(call stages,$(STAGES)): run-%:
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
 	@grep -Ev '^(nvidia|cuda|triton)' requirements.lock > .venv/cpu.lock; [ $(TORCH) = cpu ] \
-	  && echo 'environment: the pinned packages, torch for CPUs, into .venv (about 2 GB; TORCH=cuda: for GPUs)' \
+	  && echo 'environment: the pinned packages, torch for CPUs, into .venv (TORCH=cuda: for GPUs)' \
 	  && $(INSTALL) --torch-backend cpu -r .venv/cpu.lock 2> .venv/cpu.log || { [ $(TORCH) = cuda ] \
 	  || echo 'environment: torch for CPUs cannot be had (.venv/cpu.log), so that for GPUs follows'; \
 	  echo 'environment: the pinned packages into .venv (about 6 GB)'; $(INSTALL) -r requirements.lock; }

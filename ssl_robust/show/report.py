@@ -28,6 +28,7 @@ FIG2_COLUMNS = ["task", "dataset", "epoch", "attack", "metric", "value", "n"]
 RESULTS = [*evidence.CELL, "metric", "value", "se", "n", "chance", "seed", "precision", "key"]
 FILES = ("index.html", "results.csv", "claims.md", "reported.csv", "paired.csv", "fig1.png", "fig2.png", "sanity.png")
 SMALL = ("demo", "samples", "test")
+LINK = re.compile(r'\[([^][]*)\]\(records/\S*\.json "[^"]*"\)')  # of a value, as tables write it
 
 
 def read(profile: str, folder: Path | None = None) -> tuple[list[Record], list[Record]]:
@@ -64,10 +65,12 @@ def _save_table(number: int, profile: str, folder: Path | None = None) -> str:
 
     Raises BadInput as table_files does.
     """
-    rows = read(profile, folder)
-    for suffix, content in table_files(number, *rows, "records/" * ("/" not in profile), profile).items():
+    files = table_files(number, *read(profile, folder), "records/" * ("/" not in profile), profile)
+    for suffix, content in files.items():
         _save(profile, f"table{number}.{suffix}", content)
-    return table_files(number, *rows, f"{_from_runs(profile)}records/" * bool(disk.notebook()), profile)["md"]
+    if disk.notebook():
+        return files["md"].replace("](records/", f"]({_from_runs(profile)}records/")
+    return LINK.sub(r"\1", files["md"])
 
 
 def _from_runs(profile: str) -> str:
