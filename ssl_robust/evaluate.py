@@ -138,7 +138,8 @@ class Cell:
         if self.attack != "clean":
             attack = settings.section("attack").model_dump()
             precision = "fp32" if kind.fp32 else compute.precision(settings.precision, self.device)
-        section, label = protocol.adjusted(settings, model.encoder.native).task(task), protocol.label(model.protocol)
+        label = protocol.label(model.protocol)
+        section = protocol.adjusted(settings.of(model.encoder.name), model.encoder.native).task(task)
         hashes = {
             "weights": model.encoder.hash, "head": records.state_hash(model.head.state_dict()), "data": self.test.hash,
         }  # fmt: skip
@@ -261,6 +262,7 @@ def prepare(
 def prepared(task: str, dataset: str, encoder: Encoder, settings: Settings, defense: str) -> tuple[TaskModel, Subset]:
     """The same of an encoder that is loaded."""
     model, _ = training.fitted(task, dataset, encoder, settings, defense)
+    settings = settings.of(encoder.name)
     test = datasets.load(task, dataset, "test", protocol.adjusted(settings, encoder.native), encoder.native)
     return model, protocol.ask(model.protocol, "test_images", test, test)
 

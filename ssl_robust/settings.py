@@ -116,6 +116,7 @@ class EncoderRow(Strict):
     native: int | None = Field(None, ge=8, le=SIDE, description="native input side in px; default: model")
     defenses: list[Literal["standard", "deacl"]] = Field(["standard"], min_length=1)
     deacl_checkpoint: str = Field("", description="a robust encoder made elsewhere, in place of fine-tuning here")
+    n_test: int | None = Field(None, ge=1, description="at most so many test images of a task; default: the task's own")
 
     @property
     def tuned(self) -> bool:
@@ -306,6 +307,13 @@ class Settings(Strict):
         if len(set(names)) < len(names) or {"clean", "worst"} & set(names) or not {"embed", "task"} <= set(names):
             raise ValueError(f"{names} must hold embed and task and no name twice; clean and worst are there anyway")
         return attacks
+
+    def of(self, encoder: str) -> "Settings":
+        """These settings for one row: no more test images than it asks for."""
+        few = next((row.n_test for row in self.encoders if row.name == encoder), None)
+        sections = {task: getattr(self, task) for task in TASKS if few and getattr(self, task)}
+        fewer = {task: s.model_copy(update={"n_test": min(few, s.n_test)}) for task, s in sections.items()}
+        return self.model_copy(update=fewer)
 
     @property
     def more_seeds(self) -> list[int]:

@@ -340,6 +340,15 @@ def test_a_task_is_evaluated_in_all_variants_and_other_rows_are_stored_but_not_s
     assert evaluate.run_task("classification", tuned) == found
 
 
+def test_a_row_may_ask_for_fewer_test_images_than_the_task(tuned):
+    row = {"name": "planted", "n_test": 3}
+    few, many = (evaluate.run_task("depth", planted.settings(encoders=[row | {"n_test": n}])) for n in (3, 1000))
+    assert {r["n"] for r in few} == {r["settings"]["task"]["n_test"] for r in few} == {3}
+    assert {r["n"] for r in many} == {
+        r["n"] for r in evaluate.run_task("depth", planted.settings(encoders=[{"name": "planted"}]))
+    }
+
+
 def test_checkpoints_between_are_evaluated_on_the_first_data_set_alone(tuned, monkeypatch):
     monkeypatch.setitem(datasets.DATASETS, "toys2", planted.TOYS)
     monkeypatch.setattr(attacks, "kinds", lambda task, settings: {"clean": attacks.KINDS["clean"]})

@@ -130,6 +130,13 @@ def test_images_are_no_more_than_the_data_set_has():
     assert plan.counts("segmentation", "voc2012", profile("paper")) == (1364, 100, 1449)
 
 
+def test_a_row_with_fewer_test_images_is_planned_with_them():
+    settings = profile("demo")
+    rows = [settings.encoders[0].model_copy(update={"n_test": n}) for n in (None, 7)]
+    places = [plan.Place("depth", "scenes", r, settings.model_copy(update={"encoders": [r]})) for r in rows]
+    assert [place.counts[2] for place in places] == [settings.depth.n_test, 7]
+
+
 def _nyu(name, root="", **depth):
     """The depth part of a profile, on the data in `root`."""
     used = profile(name)

@@ -110,6 +110,19 @@ def test_a_run_taken_up_again_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
 
 
+def test_a_run_starts_from_given_weights(tmp_path: Path) -> None:
+    pretrain.save_weights(pretrain.random_backbone(3), tmp_path / "start.safetensors")
+    backbone, _ = run(tmp_path, lr=0.0, start=tmp_path / "start.safetensors")
+    wanted = pretrain.random_backbone(3).state_dict()
+    assert all(torch.allclose(now, wanted[name], atol=1e-3) for name, now in backbone.state_dict().items())
+
+
+def test_steps_in_bf16_are_those_in_fp32_but_for_rounding(tmp_path: Path) -> None:
+    exact, rounded = (run(tmp_path, f"{kind}.pt", precision=kind, epochs=4)[1][-1] for kind in ("fp32", "bf16"))
+    assert exact["cls"] != rounded["cls"]
+    assert all(math.isclose(exact[name], rounded[name], rel_tol=0.03) for name in ("cls", "pool", "point"))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

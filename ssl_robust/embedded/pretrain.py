@@ -16,10 +16,10 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .. import datasets, heads, metrics, records, training
+from .. import compute, datasets, heads, metrics, records, training
 from ..encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from ..items import file_of
 from ..progress import track
@@ -29,7 +29,8 @@ from . import scenes
 from .backbone import embedded_backbone
 
 GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue in luminance
-SCENES_SHARE = 0.35  # of every batch, where there are photographs too
+SCENES_SHARE = 0.25  # of every batch, where there are photographs too
+EMA = 0.003  # of the way that the average of the weights goes towards the newest at each step
 SAVE_SECONDS = 60.0  # a killed run loses at most this
 
 
@@ -201,7 +202,7 @@ class Contrastive(nn.Module):
     def after_step(self) -> None:
         """Running average of the weights: smoother features than the last iterate."""
         for average, now in zip(self.average.parameters(), self.backbone.parameters(), strict=True):
-            average.lerp_(now.detach(), 0.005)
+            average.lerp_(now.detach(), EMA)
 
 
 # --- training ---
@@ -228,12 +229,17 @@ def optimiser(learner: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
-def train_step(learner: nn.Module, adam: torch.optim.AdamW, images: Tensor, done: float, rng: torch.Generator) -> dict:
-    """One update on uint8 images (B, 3, H, W) at progress `done`; returns the loss terms.
+def train_step(
+    learner: nn.Module, adam: torch.optim.AdamW, images: Tensor, done: float, rng: torch.Generator,
+    precision: str = "fp32",
+) -> dict[str, float]:  # fmt: skip
+    """One update on uint8 images (B, 3, H, W) at progress `done`, in `precision` (fp32 or bf16); the loss terms.
 
     Raises BadInput if the loss is not finite.
     """
-    losses = learner(multi_crop(images, rng, global_px=global_size(done)), rng)
+    views = multi_crop(images, rng, global_px=global_size(done))
+    with compute.steps_in(precision, images.device):
+        losses = learner(views, rng)
     total = torch.stack(list(losses.values())).sum()
     if not total.isfinite():
         raise BadInput(f"The pretraining loss is {total.item()} after {done:.0%} of the run; choose a smaller lr.")
@@ -273,29 +279,33 @@ class Run:
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
 
 
-def new_run(lr: float, seed: int, device: str) -> Run:
-    """A run at step 0, initialised by `seed`."""
+def new_run(lr: float, seed: int, device: str, start: str | Path = "") -> Run:
+    """A run at step 0, initialised by `seed`, the backbone by the weights in the file `start` if one is given."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        learner = Contrastive(embedded_backbone())
+        backbone = embedded_backbone()
+        if start:
+            backbone.load_state_dict(load_file(start))
+        learner = Contrastive(backbone)
     learner = learner.to(device, memory_format=torch.channels_last).train()
     return Run(learner, optimiser(learner, lr))
 
 
 def pretrain(
     pools: dict[str, Tensor], *, checkpoint: Path, minutes: float | None = None, epochs: float | None = None,
-    batch: int = 128, lr: float = 1e-3, seed: int = 0, device: str = "cpu",
-    progress: Callable[[Run], None] | None = None, stop_after: int | None = None,
+    batch: int = 256, lr: float = 1e-3, seed: int = 0, device: str = "cpu", precision: str = "fp32",
+    start: str | Path = "", progress: Callable[[Run], None] | None = None, stop_after: int | None = None,
 ) -> tuple[nn.Module, list[dict]]:  # fmt: skip
     """Train the embedded architecture on pools of images (see `training_images`); goes on from `checkpoint` if it is.
 
-    The run is `minutes` or `epochs` long, whichever is given. Once a minute the checkpoint is written, a line added to
+    The run is `minutes` or `epochs` long, whichever is given, in `precision` (fp32 or bf16), from the weights in the
+    file `start` if one is given. Once a minute the checkpoint is written, a line added to
     the history (seconds, images seen, progress in [0, 1], mean of each loss term) and `progress` called. `stop_after`
     steps the run is left where it is, as if it had been killed. Returns the averaged backbone and the history.
     """
     if (minutes is None) == (epochs is None):
         raise BadInput("The length of the run must be given either in minutes or in epochs; set the other to None.")
-    run = new_run(lr, seed, device)
+    run = new_run(lr, seed, device, start)
     if checkpoint.is_file():
         run.resume(checkpoint, device)
     steps = math.inf if epochs is None else max(1, round(epochs * sum(map(len, pools.values())) / batch))
@@ -306,7 +316,7 @@ def pretrain(
         rng = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
         for group in run.adam.param_groups:
             group["lr"] = learning_rate(done, lr)
-        terms.append(train_step(run.learner, run.adam, draw(pools, batch, rng).to(device), done, rng))
+        terms.append(train_step(run.learner, run.adam, draw(pools, batch, rng).to(device), done, rng, precision))
         run.step, run.seconds = run.step + 1, time.monotonic() - begun
         if run.seconds - noted > SAVE_SECONDS or max(run.step / steps, run.seconds / budget) >= 1 or run.step == stop:
             run.history.append(entry(run, batch, done, terms))

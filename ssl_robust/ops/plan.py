@@ -151,7 +151,7 @@ class Place:
     """An encoder on a data set of a task: its sizes and steps."""
 
     def __init__(self, task: str, name: str, row: EncoderRow, settings: Settings) -> None:
-        self.task, self.name, self.encoder = task, name, meta(row)
+        self.task, self.name, self.encoder, settings = task, name, meta(row), settings.of(row.name)
         self.section = protocol.adjusted(settings, self.encoder.native).task(task)
         self.counts = counts(task, name, settings)
         try:
