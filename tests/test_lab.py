@@ -6,6 +6,7 @@ import shutil
 import nbformat
 import pytest
 import yaml
+from jupyterlab_server.config import get_page_config
 from test_stages import _load
 
 from ssl_robust import deacl, encoders, evaluate, records, settings, training
@@ -145,9 +146,19 @@ def test_make_lab_opens_copies_and_loses_no_edit(notebooks):
 def test_make_lab_shows_the_project_and_takes_options(notebooks, monkeypatch):
     monkeypatch.setenv("LAB", "--allow-root --port 8899 'a b'")
     command = lab.command(notebooks / "lab" / "00_data.ipynb")
-    assert f"--ServerApp.root_dir={notebooks}" in command and "--LabApp.news_url=None" in command
+    assert f"--ServerApp.root_dir={notebooks}" in command
     assert "--LabApp.default_url=/lab/tree/lab/00_data.ipynb" in command
     assert command[-4:] == ["--allow-root", "--port", "8899", "a b"]
+
+
+def test_lab_asks_nothing_about_news_and_keeps_the_users_own_settings(notebooks, monkeypatch, tmp_path):
+    records.write_json({"disabledExtensions": {"own": True}}, tmp_path / "mine" / "labconfig" / "page_config.json")
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", str(tmp_path / "mine"))
+    found = lab.environment(notebooks / "lab")
+    assert found["SSL_ROBUST_ROOT"] == str(notebooks)
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", found["JUPYTER_CONFIG_PATH"])
+    disabled = get_page_config([])["disabledExtensions"]
+    assert {"@jupyterlab/apputils-extension:announcements", "own"} <= set(disabled)
 
 
 def test_outputs_prose_and_parameters_that_are_saved_run_no_stage_again(tmp_path, root, monkeypatch):

@@ -37,17 +37,25 @@ def _copied(copy: Path) -> str:
 
 
 def command(first: Path) -> list[str]:
-    """How JupyterLab is started: the whole project in its file browser, without news from the network."""
+    """How JupyterLab is started: the whole project in its file browser."""
     place = first.relative_to(records.ROOT).as_posix()
     options = [f"--ServerApp.root_dir={records.ROOT}", f"--LabApp.default_url=/lab/tree/{place}"]
-    options.append("--LabApp.news_url=None")
     return [sys.executable, "-m", "jupyterlab", *options, *shlex.split(os.environ.get("LAB", ""))]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What JupyterLab and its kernels find: the project, and besides the user's own settings no question about news."""
+    config = folder / ".jupyter"
+    quiet = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
+    records.write_json(quiet, config / "labconfig" / "page_config.json")
+    paths = filter(None, [os.environ.get("JUPYTER_CONFIG_PATH"), str(config)])
+    return {"SSL_ROBUST_ROOT": str(records.ROOT), "JUPYTER_CONFIG_PATH": os.pathsep.join(paths)}
 
 
 def main(options: list[str] | None = None) -> None:
     """Becomes JupyterLab, started with its own `options`."""
-    os.environ["SSL_ROBUST_ROOT"] = str(records.ROOT)  # kernels work in lab/
     made = copies(records.ROOT / "lab")
+    os.environ |= environment(records.ROOT / "lab")  # kernels work in lab/
     print("The notebooks in lab/ are copies: edit and run them as you like; delete one to have it anew.", flush=True)
     os.execv(sys.executable, [*command(made[0]), *(options or [])])
 
