@@ -40,7 +40,7 @@ VERSIONS = {
     "embed": 1, "task": 1, "strong": 1,  # losses of EmbedAttack, of the tasks' own attacks; strong.py
     "deacl": 1,
     "released": 1,  # what the released code does differently
-    "checks": 1,  # of 07_sanity
+    "checks": 2,  # of 07_sanity
 }  # fmt: skip
 
 

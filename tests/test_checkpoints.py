@@ -442,6 +442,11 @@ def test_files_of_something_else_are_refused(tmp_path, said):
 def test_one_rule_says_where_a_file_lies(root, monkeypatch):
     monkeypatch.setenv("HOME", str(root / "home"))
     assert checkpoints.locate("~/w.pth", "/data") == root / "home" / "w.pth"
+    brought = "embedded_vit.safetensors"
+    assert checkpoints.locate(brought, str(root)) == checkpoints.BROUGHT / brought
+    assert checkpoints.locate(f"weights/{brought}", "/data") == Path("/data/weights") / brought
+    (root / brought).touch()
+    assert checkpoints.locate(brought, str(root)) == root / brought  # one's own comes first
     assert checkpoints.locate("/a/w.pth", "/data") == Path("/a/w.pth")
     assert checkpoints.locate("weights/w.pth", "/data") == Path("/data/weights/w.pth")
     assert checkpoints.locate("weights/w.pth", "~/data") == root / "home" / "data" / "weights" / "w.pth"

@@ -725,12 +725,13 @@ def test_flagged_values_have_numbered_daggers_and_reasons():
 
 
 def test_flags_of_records_and_of_the_sanity_checks_are_read_and_copied(project, monkeypatch):
-    places = {"checked": ["five times the steps take 0.1 more"]}
+    row = {"flags": ["five times the steps take 0.1 more"], "checks": {"more_steps": {"converged": False}}}
+    places = {"checked": row}
     path = records.record_path("test", "classification", "scenes", "embedded_vit", "deacl", "task")
     health = {"images": 4, "rising": 3, "missed": 0}
     records.write_json({**records.read_json(path), "key": "checked", "health": health}, path)
     records.write_json({}, project / "results/test/sanity/classification/scenes.json")
-    monkeypatch.setattr(evidence, "sanity_flags", lambda folder: places if (folder / "sanity").is_dir() else {})
+    monkeypatch.setattr(evidence, "sanity_checks", lambda folder: places if (folder / "sanity").is_dir() else {})
     write_table(1, "test")
     text = plain((project / "figures/test/table1.md").read_text())
     own = "the loss of 75 % of the images still rises at the last step (not converged)"
@@ -740,6 +741,10 @@ def test_flags_of_records_and_of_the_sanity_checks_are_read_and_copied(project, 
     assert (project / "figures/test/records/sanity/classification/scenes.json").is_file()
     write_table(1, "test", project / "figures/test/records")
     assert plain((project / "figures/test/table1.md").read_text()) == text
+    row |= {"flags": [], "checks": {"more_steps": {"converged": True}}}  # then its rising loss is no reason for doubt
+    write_table(1, "test")
+    assert "†" not in (project / "figures/test/table1.md").read_text()
+    row["checks"]["more_steps"]["converged"] = False
     tidy = report.write_figure2("test")
     assert tidy[tidy["flagged"]][["task", "epoch", "attack"]].values.tolist() == [["classification", 8, "task"]]
     (project / "results/test/sanity/classification/scenes.json").unlink()
@@ -757,7 +762,7 @@ def test_records_that_were_just_made_are_flagged_by_their_own_health():
 
 
 def test_without_sanity_checks_there_are_no_such_flags(project):
-    assert evidence.sanity_flags(project / "results/test") == {}
+    assert evidence.sanity_checks(project / "results/test") == {}
     assert all(r["reasons"] == [] for r in evidence.read(project / "results/test"))
 
 

@@ -37,7 +37,7 @@ def test_a_converged_attack_on_a_linear_model_passes_all_checks():
     assert found["clean"]["value"] == 1 and found["attack"]["value"] == 0.75 and found["chance"] == 0.5
     values = [point["value"] for point in found["sweep"]]  # what the margins say, in closed form
     assert values == pytest.approx([24 / 24, 22 / 24, 18 / 24, 0]) and found["noise"]["value"] >= 23 / 24
-    assert found["more_steps"] | {"se": 0} == {"value": 0.75, "se": 0, "gain": 0, "steps": 100}
+    assert found["more_steps"] | {"se": 0} == {"value": 0.75, "se": 0, "gain": 0, "steps": 100, "converged": True}
     assert found["restarts"]["starts"] == 2 and found["transfer"]["from"] == "another"
     assert found["transfer"]["value"] == 0.75  # the same weights: as good as the white box, but not better
 
@@ -95,6 +95,17 @@ def test_a_gain_is_paired():
     assert gap == pytest.approx(0.25) and se == pytest.approx((0.25 * 0.75 / 11) ** 0.5)
     assert sanity.gain(b, one, one) == (0, 0) and sanity.gain(b, two, one)[0] == pytest.approx(-0.25)
     assert not sanity.surely_stronger(b, one, one) and not sanity.surely_stronger(b, two, one)
+
+
+def test_more_steps_settle_a_rising_loss_if_they_surely_take_hardly_more():
+    b = bench()
+    right = [torch.tensor([[1.0]] * k + [[0.0]] * (100 - k)).double() for k in (20, 19, 10)]
+    taken = 0.6  # of which a tenth is 0.06
+    assert sanity._converged(b, right[0], right[0], taken)
+    assert sanity._converged(b, right[0], right[1], taken)  # 0.01 with a standard error of 0.01
+    assert not sanity._converged(b, right[0], right[1], 0.25)  # 0.03 are more than 0.025
+    assert not sanity._converged(b, right[0], right[2], taken)
+    assert not sanity._converged(b, right[0], right[0], 0.0)  # the attack does nothing
 
 
 def test_a_larger_rmse_is_a_stronger_attack():
@@ -173,8 +184,8 @@ def test_all_rows_are_checked_written_and_kept(tuned, monkeypatch):
         assert records.read_record(path) == row and row["n"] == 4 and row["checks"]["zero_is_clean"]
         assert row["checks"]["transfer"]["from"] == "planted at random init"
     assert records.read_records(records.results_dir("toy")) == []  # no record of a table
-    flags = {r["cell"]: r["flags"] for r in found if r["flags"]}
-    assert len({r["cell"] for r in found}) == len(found) and evidence.sanity_flags(records.results_dir("toy")) == flags
+    rows = {r["cell"]: r for r in found}
+    assert len(rows) == len(found) and evidence.sanity_checks(records.results_dir("toy")) == rows
 
     calls, original = [], sanity.checks
     monkeypatch.setattr(sanity, "checks", lambda *args: calls.append(1) or original(*args))
@@ -295,7 +306,7 @@ def test_missing_sections_are_refused(section, toys):
 
 
 def test_without_checks_there_are_no_flags(toys):
-    assert evidence.sanity_flags(records.results_dir("toy")) == {}
+    assert evidence.sanity_checks(records.results_dir("toy")) == {}
 
 
 # --- table and picture ---

@@ -15,6 +15,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from .. import records
 from ..settings import BadInput, listed
 
+BROUGHT = Path(__file__).parents[1] / "embedded" / "weights"  # files that come with the package
 CFG = ("pretrained_cfg", "default_cfg")  # what timm says of a model
 
 # parts of a file that may hold the tensors, the first that does; "": the file itself is a state dict
@@ -56,9 +57,14 @@ class UnreadDict:
 
 
 def locate(file: str, data_root: str = "") -> Path:
-    """Where a row's weight file lies: relative paths start in the data folder, else the project; ~ is the home."""
+    """Where a row's weight file lies: relative paths start in the data folder, else the project; ~ is the home.
+
+    A bare name that is not there may be that of a file which the package brings, see BROUGHT.
+    """
     home = os.path.expanduser(data_root) or records.ROOT
-    return home / Path(os.path.expanduser(file))  # that of nobody stays as it is
+    path = home / Path(os.path.expanduser(file))  # that of nobody stays as it is
+    brought = BROUGHT / Path(file).name
+    return brought if file == brought.name and brought.is_file() and not path.is_file() else path
 
 
 def read(path: Path) -> dict[str, Any]:

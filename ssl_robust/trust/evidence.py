@@ -37,20 +37,22 @@ def read(folder: Path) -> list[Record]:
     """The records of the tables below `folder` (results/<profile> or figures/<profile>/records), sorted by path.
 
     Each has two fields more: `reasons`, the sentences that flag its value (its own health record's; for the task attack
-    also those of the sanity checks of that very cell), and `over_seeds`, the records of the same cell under further
-    seeds, in their order.
+    also those of the sanity checks of that very cell, which also tell whether a loss that still rises matters), and
+    `over_seeds`, the records of the same cell under further seeds, in their order.
     """
 
     def cell(record: Record) -> tuple[str, ...]:
         return tuple(record[name] for name in CELL)
 
-    checked, further, found = sanity_flags(folder), defaultdict(list), []
+    checked, further, found = sanity_checks(folder), defaultdict(list), []
     records = (record for path in folder.glob("seeds/*") for record in disk.read_records(path))
     for record in sorted(records, key=lambda r: r["seed"]):
         further[cell(record)].append(record)
     for record in disk.read_records(folder):
         if record.get("task") in TASKS and "value" in record:
-            said = [*reasons(record), *checked.get(record["key"], [])]
+            row = checked.get(record["key"], {"checks": {}, "flags": []})
+            settled = row["checks"].get("more_steps", {}).get("converged", False)
+            said = [*flags(record.get("health"), settled), *row["flags"]]
             found.append(record | {"reasons": said, "over_seeds": further[cell(record)]})
     return found
 
@@ -60,8 +62,11 @@ def reasons(record: Record) -> list[str]:
     return record.get("reasons", flags(record.get("health")))
 
 
-def flags(health: Record | None) -> list[str]:
-    """One sentence for each thing that is wrong with an attack beyond its threshold; none: it worked as it should."""
+def flags(health: Record | None, settled: bool = False) -> list[str]:
+    """One sentence for each thing that is wrong with an attack beyond its threshold; none: it worked as it should.
+
+    settled: more steps have been tried and take hardly more, so that a loss that still rises is no reason for doubt.
+    """
     health = health or {}
     images, found = health.get("images", 0), []
     if bad := health.get("nonfinite"):
@@ -74,7 +79,7 @@ def flags(health: Record | None) -> list[str]:
         where = f"in {_percent(share)} of all steps"
         where += f" ({_images(health['zero_gradient'])} of {images})" if images else ""
         found.append(f"the gradient is exactly zero {where}, so the attack stands still there")
-    if images and (share := health["rising"] / images) > RISING:
+    if images and not settled and (share := health["rising"] / images) > RISING:
         found.append(f"the loss of {_percent(share)} of the images still rises at the last step (not converged)")
     if images and (share := health["missed"] / images) > MISSED:
         found.append(f"{_percent(share)} of the images had an iterate of clearly larger loss than the one evaluated")
@@ -91,13 +96,13 @@ def _percent(share: float) -> str:
     return "less than 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
 
 
-def sanity_flags(folder: Path) -> dict[str, list[str]]:
-    """Flags of the sanity checks below `folder` by the key of the cell that they judge; empty without such checks.
+def sanity_checks(folder: Path) -> dict[str, Record]:
+    """The sanity checks below `folder` by the key of the cell that they judge; empty without any.
 
     A cell that was made anew from something else has another key, so that old flags are never shown at it.
     """
     rows = [disk.read_record(path) for path in sorted(folder.glob("sanity/*/*.json"))]
-    return {row["cell"]: row["flags"] for row in rows if row["flags"] and "cell" in row}
+    return {row["cell"]: row for row in rows if "cell" in row}
 
 
 def current_examples(profile: str) -> dict[str, Path]:

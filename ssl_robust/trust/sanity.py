@@ -188,11 +188,14 @@ def checks(b: Bench, source: Source | None, settings: Settings) -> tuple[Result,
 
     values = {check: numbers(b, stats) for check, stats in tried.items()}
     gains = {check: {"gain": gain(b, attacked, tried[check])[0]} for check in ("more_steps", "restarts")}
+    taken = max(0.0, gain(b, untouched, attacked)[0])
     swept, turned = _sweep(b, untouched, attacked, settings)
     found = {
         "clean": numbers(b, untouched), "attack": numbers(b, attacked), "chance": b.chance,
         "noise": values["noise"], "signs": values["signs"],
-        "more_steps": values["more_steps"] | gains["more_steps"] | {"steps": more},
+        "more_steps": values["more_steps"] | gains["more_steps"] | {
+            "steps": more, "converged": _converged(b, attacked, tried["more_steps"], taken),
+        },
         "restarts": values["restarts"] | gains["restarts"] | {"starts": count}, **swept,
         "transfer": values["transfer"] | {"from": name} if source else None, "embed": values["embed"],
     }  # fmt: skip
@@ -201,7 +204,6 @@ def checks(b: Bench, source: Source | None, settings: Settings) -> tuple[Result,
     pairs = {check: (stats, attacked) for check, stats in tried.items()}
     if len(b.known) == 2:
         pairs["embed"] = b.known["embed"], b.known["task"]  # on all images
-    taken = max(0.0, gain(b, untouched, attacked)[0])
     bad = {check: pair for check, pair in pairs.items() if _fails(b, check, *pair, taken)}
     said = {check: [FAILED[check].format(pair=_pair(b, *pair), **words)] for check, pair in bad.items()}
     said["sweep"] = turned
@@ -218,6 +220,12 @@ def _fails(b: Bench, check: str, stats: Tensor, attacked: Tensor, taken: float) 
         weaker = b.attack.eps == 0 or gain(b, stats, attacked)[0] > 0
         return not weaker and (surely or not at_chance(b, attacked))
     return surely and (check not in ("more_steps", "restarts") or gain(b, attacked, stats)[0] > STRONGER * taken)
+
+
+def _converged(b: Bench, attacked: Tensor, longer: Tensor, taken: float) -> bool:
+    """Whether more steps surely take less than STRONGER of what the table's attack takes, whatever its loss does."""
+    gap, se = gain(b, attacked, longer)
+    return gap + SURE * se < STRONGER * taken
 
 
 def _of_table(b: Bench, kind: str) -> Tensor:
