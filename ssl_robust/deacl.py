@@ -219,7 +219,8 @@ def robustness(run: _Tuning, held_out: Subset, seed: int) -> float:
 def finetune_all(settings: Settings, only: str = "") -> dict[str, Record]:
     """DeACL of every row with that defense, {encoder: index as finetune returns it}; finished work is not repeated.
 
-    A row with a deacl_checkpoint is not fine-tuned: its index says {"epochs": [], "history": [], "origin": file}.
+    A row with a deacl_checkpoint is not fine-tuned: its index has the epochs and history of that run, or none if it is
+    a single file, and says "origin": what the row calls it.
     `only`: the name of the one row to work on, BadInput if there is none. With missing: skip, rows whose weights or
     data cannot be used are left out and listed in results/<profile>/deacl/skipped.json.
     """
@@ -244,9 +245,9 @@ def finetune_all(settings: Settings, only: str = "") -> dict[str, Record]:
 def _row(row: EncoderRow, settings: Settings) -> Record:
     """The index of one row: of its given checkpoint, which must fit the model, or of its own run."""
     if row.deacl_checkpoint:
-        path = part("formats.checkpoints").locate(row.deacl_checkpoint, settings.data_root)
-        key = records.digest([row.deacl_checkpoint, encoders.load(row, settings.data_root, path).hash])
-        return {"key": key, "epochs": [], "history": [], "origin": row.deacl_checkpoint}
+        index, paths = _given(row, settings.data_root)
+        hashes = [encoders.load(row, settings.data_root, path).hash for path in paths.values()]
+        return index | {"key": records.digest([row.deacl_checkpoint, *hashes]), "origin": row.deacl_checkpoint}
     teacher, launch = encoders.load(row, settings.data_root), part("ops.launch")
     count = launch.processes(settings)
     if count > 1 and not stored(row, teacher, settings)[0]:
@@ -441,22 +442,38 @@ def save_backbone(encoder: Encoder, path: Path) -> None:
 def variants(row: EncoderRow, profile: str, data_root: str = "") -> list[tuple[str, int, Path | None]]:
     """What is evaluated of a row: (defense, DeACL epochs, weight file); Standard first, then DeACL epoch by epoch.
 
-    The last epoch is 'deacl', earlier ones 'deacl-epochN'. A deacl_checkpoint in `data_root` is 'deacl' with epochs
-    GIVEN. Raises BadInput if DeACL has not been run, or was skipped (for the reason it was).
+    The last epoch is 'deacl', earlier ones 'deacl-epochN'. A deacl_checkpoint is looked for in `data_root`; a single
+    file is 'deacl' with epochs GIVEN. Raises BadInput if DeACL has not been run, or was skipped (for that reason).
     """
     found: list[tuple[str, int, Path | None]] = [("standard", 0, None)] if "standard" in row.defenses else []
     if "deacl" not in row.defenses:
         return found
     if row.deacl_checkpoint:
-        return [*found, ("deacl", GIVEN, part("formats.checkpoints").locate(row.deacl_checkpoint, data_root))]
+        return [*found, *_named(_given(row, data_root)[1])]
     return [*found, *tuned(row, profile, _index(row, profile))]
 
 
 def tuned(row: EncoderRow, profile: str, index: Record) -> list[tuple[str, int, Path]]:
     """The variants that the DeACL run with this index has left of a row, or will leave."""
-    epochs, folder = index["epochs"], Path(index["folder"]).name  # what a file says leads to no other place
-    names = [f"deacl-epoch{n}" for n in epochs[:-1]] + ["deacl"]
-    return [(name, n, checkpoint_path(profile, row.name, folder, n)) for name, n in zip(names, epochs, strict=True)]
+    folder = Path(index["folder"]).name  # what a file says leads to no other place
+    return _named({n: checkpoint_path(profile, row.name, folder, n) for n in index["epochs"]})
+
+
+def _named(paths: dict[int, Path]) -> list[tuple[str, int, Path]]:
+    names = [f"deacl-epoch{n}" for n in [*paths][:-1]] + ["deacl"]
+    return [(name, *found) for name, found in zip(names, paths.items(), strict=True)]
+
+
+def _given(row: EncoderRow, data_root: str) -> tuple[Record, dict[int, Path]]:
+    """The deacl_checkpoint of a row: what is known of its run, and its weight files by epochs.
+
+    It is a file of weights, or the folder that a run has left: deacl.json beside epoch_N.safetensors.
+    """
+    path = part("formats.checkpoints").locate(row.deacl_checkpoint, data_root)
+    if not path.is_dir():
+        return {"epochs": [], "history": []}, {GIVEN: path}
+    index = records.read_record(path / "deacl.json")
+    return index, {n: path / f"epoch_{n}.safetensors" for n in index["epochs"]}
 
 
 def _index(row: EncoderRow, profile: str) -> Record:

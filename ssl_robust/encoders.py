@@ -214,6 +214,11 @@ def check(settings: Settings) -> list[str]:
 
 def _check_row(row: EncoderRow, data_root: str, file: str) -> None:
     weights = part("formats.checkpoints").locate(file, data_root) if file else None
+    for path in sorted(weights.glob("epoch_*.safetensors")) if weights and weights.is_dir() else [weights]:
+        _check_file(row, data_root, path)
+
+
+def _check_file(row: EncoderRow, data_root: str, weights: Path | None) -> None:
     if row.call:
         if load(row, data_root, weights).hash != load(row, data_root, weights).hash:
             raise BadInput(

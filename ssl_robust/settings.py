@@ -115,8 +115,10 @@ class EncoderRow(Strict):
     normalise: Literal["model", "imagenet", "inception", "clip", "cifar", "none"] | Normalise = "model"
     native: int | None = Field(None, ge=8, le=SIDE, description="native input side in px; default: model")
     defenses: list[Literal["standard", "deacl"]] = Field(["standard"], min_length=1)
-    deacl_checkpoint: str = Field("", description="a robust encoder made elsewhere, in place of fine-tuning here")
-    n_test: int | None = Field(None, ge=1, description="at most so many test images of a task; default: the task's own")
+    deacl_checkpoint: str = Field(
+        "", description="a robust encoder's file, or the folder of a DeACL run: nothing is tuned"
+    )
+    n_test: int | None = Field(None, ge=1, description="at most so many test images of each task")
 
     @property
     def tuned(self) -> bool:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ssl_robust import attacks, compute, datasets, deacl, encoders, evaluate, records
 from ssl_robust.encoders import Encoder
+from ssl_robust.ops import plan
 from ssl_robust.settings import Attack, BadInput, DeACL, EncoderRow
 
 ROW = EncoderRow(name="planted", defenses=["standard", "deacl"])
@@ -375,6 +376,20 @@ def test_finetune_all_takes_given_checkpoints_as_they_are(given, epochs, toys):
     assert found == [("standard", 0, None), ("deacl", deacl.GIVEN, toys / "robust.safetensors")]
     absolute = given.encoders[0].model_copy(update={"deacl_checkpoint": "/else/where.pt", "defenses": ["deacl"]})
     assert [str(path) for *_, path in deacl.variants(absolute, "toy", given.data_root)] == ["/else/where.pt"]
+
+
+def test_a_run_that_is_given_is_followed_like_ones_own(given, toys):
+    tuning = given.model_copy(update={"deacl": given.deacl.model_copy(update={"checkpoints": [1]})})
+    made = deacl.finetune(given.encoders[2], planted.encoder(), tuning)
+    shutil.copytree(records.runs_dir("toy") / "deacl" / "planted" / made["folder"], toys / "robust")
+    row = given.encoders[0].model_copy(update={"deacl_checkpoint": "robust"})
+    used = given.model_copy(update={"encoders": [row], "deacl": None})
+    (found,) = deacl.finetune_all(used).values()
+    assert (found["epochs"], found["history"], found["origin"]) == (made["epochs"], made["history"], "robust")
+    paths = [toys / "robust" / f"epoch_{n}.safetensors" for n in (1, 3)]
+    assert deacl.variants(row, "toy", given.data_root)[1:] == [("deacl-epoch1", 1, paths[0]), ("deacl", 3, paths[1])]
+    assert plan._defenses(row, used, first=True) == ["standard", "deacl-epoch1", "deacl"]
+    assert plan._defenses(row, used, first=False) == ["standard", "deacl"]
 
 
 def test_given_checkpoints_need_no_settings_of_deacl(given):

@@ -321,6 +321,15 @@ def test_check_lists_every_bad_row(vit):
     assert len(problems) == len(words) and all(w in p for w, p in zip(words, problems, strict=True)), problems
 
 
+def test_every_file_of_a_given_run_is_checked(tmp_path):
+    for epoch in (1, 2):
+        records.write_bytes(backbone.WEIGHTS.read_bytes(), tmp_path / "robust" / f"epoch_{epoch}.safetensors")
+    row = {"name": "embedded_vit", "defenses": ["deacl"], "deacl_checkpoint": str(tmp_path / "robust")}
+    assert encoders.check(check(profile="x", encoders=[row])) == []
+    (tmp_path / "robust" / "epoch_1.safetensors").write_bytes(b"half a file")
+    assert ["epoch_1.safetensors" in why for why in encoders.check(check(profile="x", encoders=[row]))] == [True]
+
+
 def test_check_fetches_nothing(monkeypatch):
     monkeypatch.setattr(timm, "create_model", None)
     assert encoders.check(check(profile="x", encoders=[{"name": n} for n in ("dino_vitb16", "mae_vitb16")])) == []

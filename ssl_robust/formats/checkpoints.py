@@ -59,12 +59,12 @@ class UnreadDict:
 def locate(file: str, data_root: str = "") -> Path:
     """Where a row's weight file lies: relative paths start in the data folder, else the project; ~ is the home.
 
-    A bare name that is not there may be that of a file which the package brings, see BROUGHT.
+    A bare name that is not there may be that of something which the package brings, see BROUGHT.
     """
     home = os.path.expanduser(data_root) or records.ROOT
     path = home / Path(os.path.expanduser(file))  # that of nobody stays as it is
     brought = BROUGHT / Path(file).name
-    return brought if file == brought.name and brought.is_file() and not path.is_file() else path
+    return brought if file == brought.name and brought.exists() and not path.exists() else path
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -220,6 +220,9 @@ def jobs_of(settings: Settings) -> list[Job]:
 
 def _defenses(row: EncoderRow, settings: Settings, first: bool) -> list[str]:
     """Defenses of a row in the tables; on the `first` data set also the DeACL epochs of Figure 2."""
+    if row.deacl_checkpoint:
+        found = [name for name, *_ in deacl.variants(row, settings.profile, settings.data_root)]
+        return [name for name in found if first or name in row.defenses]
     if not (row.tuned and settings.deacl):
         return list(row.defenses)
     between = set(settings.deacl.checkpoints) - {settings.deacl.epochs} if first else ()
