@@ -114,6 +114,8 @@ def test_a_run_starts_from_given_weights(tmp_path: Path) -> None:
     pretrain.save_weights(pretrain.random_backbone(3), tmp_path / "start.safetensors")
     backbone, _ = run(tmp_path, lr=0.0, start=tmp_path / "start.safetensors")
     wanted = pretrain.random_backbone(3).state_dict()
+    with pytest.raises(BadInput, match="none.safetensors cannot be read"):
+        run(tmp_path, start=tmp_path / "none.safetensors")
     assert all(torch.allclose(now, wanted[name], atol=1e-3) for name, now in backbone.state_dict().items())
 
 

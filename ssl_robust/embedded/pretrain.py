@@ -9,6 +9,7 @@ import io
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +17,13 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import compute, datasets, heads, metrics, records, training
 from ..encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from ..items import file_of
+from ..parts import part
 from ..progress import track
 from ..settings import BadInput, check
 from ..tasks import TASKS
@@ -285,7 +287,8 @@ def new_run(lr: float, seed: int, device: str, start: str | Path = "") -> Run:
         torch.manual_seed(seed)
         backbone = embedded_backbone()
         if start:
-            backbone.load_state_dict(load_file(start))
+            formats, path = part("formats.checkpoints"), Path(start)
+            formats.load_weights(backbone, formats.recognise(formats.read(path), path)[0], f"the start ({path.name})")
         learner = Contrastive(backbone)
     learner = learner.to(device, memory_format=torch.channels_last).train()
     return Run(learner, optimiser(learner, lr))
@@ -385,16 +388,23 @@ def random_backbone(seed: int = 0) -> nn.Module:
     return new_run(0.0, seed, "cpu").learner.average.eval()
 
 
-def probe_table(
-    backbones: dict[str, nn.Module], data_root: str = "", n_scenes: int = 1500, n_photos: int = 3500
-) -> pd.DataFrame:
-    """One row per probe, one column per backbone: the scenes' three tasks, and CIFAR-10 if a data folder is given.
+# Photographs on which a backbone is probed if they are there: task, training images, images that select the epoch
+PHOTOS = {
+    "cifar10": ("classification", 3500, 500), "cifar100": ("classification", 800, 100),
+    "voc2012": ("segmentation", 250, 50),
+}  # fmt: skip
 
-    The heads train on `n_scenes` and `n_photos` images, a fifth as many and 500 select their epoch.
+
+def probe_table(backbones: dict[str, nn.Module], data_root: str = "", n_scenes: int = 1500) -> pd.DataFrame:
+    """One row per probe, one column per backbone: the scenes' three tasks, and those PHOTOS that the data folder has.
+
+    The heads of the scenes train on `n_scenes` images, a fifth as many select their epoch.
     """
     wanted = [(task, "scenes", n_scenes, n_scenes // 5) for task in PROBES]
-    if data_root:
-        wanted.append(("classification", "cifar10", n_photos, 500))
+    for name, (task, *counts) in PHOTOS.items() if data_root else ():
+        with suppress(BadInput):
+            datasets.list_items(name, task, "test", 0, data_root, "any")
+            wanted.append((task, name, *counts))
     rows = []
     for task, dataset, n_train, n_val in track(wanted, desc="linear probes"):
         options = {"data_root": data_root, "n_train": n_train, "n_val": n_val}
