@@ -44,12 +44,16 @@ def command(first: Path) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What JupyterLab and its kernels find: the project, and besides the user's own settings no question about news."""
+    """What JupyterLab and its kernels find: the project, and besides the user's own settings no question about news.
+
+    Kernels are set up as those of `make paper` are.
+    """
     config = folder / ".jupyter"
     quiet = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
     records.write_json(quiet, config / "labconfig" / "page_config.json")
     paths = filter(None, [os.environ.get("JUPYTER_CONFIG_PATH"), str(config)])
-    return {"SSL_ROBUST_ROOT": str(records.ROOT), "JUPYTER_CONFIG_PATH": os.pathsep.join(paths)}
+    place = {"SSL_ROBUST_ROOT": str(records.ROOT), "JUPYTER_CONFIG_PATH": os.pathsep.join(paths)}
+    return {name: os.environ.get(name, value) for name, value in run.CHILDREN.items()} | place
 
 
 def main(options: list[str] | None = None) -> None:
